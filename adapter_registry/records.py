@@ -1,0 +1,193 @@
+"""Records: frozen, validated, JSON in and out. Identity is content (architecture.md, decision 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from adapter_registry.errors import InvalidName
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Sha256 = Annotated[str, StringConstraints(pattern=SHA256_PATTERN)]
+Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
+
+
+class VersionState(StrEnum):
+    """Where a version stands; only READY resolves."""
+
+    REGISTERED = "registered"  # named, its files are still coming
+    VALIDATING = "validating"  # all files are here and being checked
+    READY = "ready"  # visible and immutable
+    REJECTED = "rejected"  # refused; the reason is in the record
+
+
+class AdapterKind(StrEnum):
+    """What the files hold."""
+
+    LORA = "lora"
+    TURBO_LORA = "turbo_lora"
+    TURBO = "turbo"  # streams without a LoRA
+
+
+class PromptFormat(StrEnum):
+    """How prompts reach the adapter."""
+
+    RAW = "raw"
+    CHAT = "chat"
+
+
+class Frozen(BaseModel):
+    """Base of every record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Frozen):
+    """One file of a version; the content is the blob `sha256` of the tenant."""
+
+    path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,254}$")]  # flat: no folders
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+def canonical_manifest(files: Iterable[FileEntry]) -> bytes:
+    """Canonical JSON of the sorted `{path, size, sha256}`; its sha256 is the adapter's digest."""
+    rows = sorted((f.model_dump() for f in files), key=lambda row: str(row["path"]))
+    return json.dumps(rows, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def manifest_digest(files: Iterable[FileEntry]) -> str:
+    """`sha256:<hex>` over `canonical_manifest`."""
+    return "sha256:" + hashlib.sha256(canonical_manifest(files)).hexdigest()
+
+
+class AdapterDraft(Frozen):
+    """What a publisher hands over: a version before the registry has numbered it."""
+
+    tenant: Name
+    name: Name
+    kind: AdapterKind
+    base_model: str
+    base_digest: Digest | None = None
+    rank: int = 0  # largest LoRA rank; 0 without a LoRA
+    num_streams: int = 0
+    acceptance: tuple[float, ...] = ()  # conditional, by position, as measured at training time
+    prompt_format: PromptFormat = PromptFormat.RAW
+    files: tuple[FileEntry, ...]  # config and tensors: these make the digest
+    attachments: tuple[FileEntry, ...] = ()  # cards, curves, pictures: these do not
+    warnings: tuple[str, ...] = ()
+    created_by: str = ""  # key id
+
+    @property
+    def digest(self) -> str:
+        """The identity of the content."""
+        return manifest_digest(self.files)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that make the digest."""
+        return sum(f.size for f in self.files)
+
+
+class AdapterVersion(AdapterDraft):
+    """One immutable version as the registry keeps it."""
+
+    version: Annotated[int, Field(ge=1)]
+    state: VersionState
+    created_at: datetime
+
+    @property
+    def ref(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
+
+class AdapterSummary(Frozen):
+    """One line of a listing: an adapter and what its plain name resolves to."""
+
+    tenant: Name
+    name: Name
+    versions: tuple[AdapterVersion, ...]  # newest first
+    aliases: dict[str, int]
+
+    @property
+    def current(self) -> AdapterVersion | None:
+        """What the plain name resolves to: alias `prod` if set, else the newest READY version."""
+        ready = [v for v in self.versions if v.state is VersionState.READY]
+        pinned = self.aliases.get("prod")
+        return next((v for v in ready if pinned is None or v.version == pinned), None)
+
+
+class KeyRecord(Frozen):
+    """An API key at rest: the secret itself is never stored."""
+
+    id: str
+    tenant: Name
+    sha256: Sha256  # of the secret; keys are 256 random bits, so a plain hash cannot be guessed back
+    prefix: str  # the first characters, so that people can tell keys apart
+    created_at: datetime
+    label: str = ""
+
+
+class VersionSelector(Frozen):
+    """A parsed reference: `name`, `name@3`, `name@alias` or `name@sha256:…`, perhaps behind `tenant/`."""
+
+    tenant: Name | None = None
+    name: Name
+    by: Literal["default", "version", "alias", "digest"] = "default"
+    version: int | None = None
+    alias: str | None = None
+    digest: str | None = None
+
+
+def parse_reference(text: str) -> VersionSelector:
+    """Parse what a client puts into `model`. Raises `InvalidName` with the rule that is broken."""
+    owner, _, rest = text.rpartition("/")
+    name, at, tag = rest.partition("@")
+    for part, what in ((name, "adapter name"), *(((owner, "tenant"),) if owner or text.startswith("/") else ())):
+        if not re.fullmatch(NAME_PATTERN, part):
+            raise InvalidName(
+                f"{part[:80]!r} is not a valid {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
+            )
+    base = {"tenant": owner or None, "name": name}
+    if not at:
+        return VersionSelector.model_validate(base)
+    if re.fullmatch(r"[1-9][0-9]{0,8}", tag):
+        return VersionSelector.model_validate({**base, "by": "version", "version": int(tag)})
+    if re.fullmatch(DIGEST_PATTERN, tag):
+        return VersionSelector.model_validate({**base, "by": "digest", "digest": tag})
+    check_alias(tag)
+    return VersionSelector.model_validate({**base, "by": "alias", "alias": tag})
+
+
+def check_name(name: str, what: str = "adapter name") -> str:
+    """Return `name` if it is a legal one, else raise `InvalidName`."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidName(
+            f"{name[:80]!r} is not a valid {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
+        )
+    return name
+
+
+def check_alias(alias: str) -> str:
+    """Aliases are names that are not all digits (those are version numbers)."""
+    check_name(alias, "version or alias")
+    if alias.isdigit():
+        raise InvalidName(f"{alias!r} is all digits, which names a version, so it cannot be an alias.")
+    return alias
+
+
+def utc_now() -> datetime:
+    """The current time, with its zone."""
+    return datetime.now(UTC)

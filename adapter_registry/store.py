@@ -1,0 +1,128 @@
+"""The two seams of the registry: `Store` (records, in Redis) and `BlobStore` (content, in a bucket or folder).
+
+Real twins: `adapter_registry.redis_store.RedisStore`, `adapter_registry.blobs.ObstoreBlobs`. Public fakes:
+`slipstream.testing.MemoryStore`, `slipstream.testing.MemoryBlobs`. `tests/contract` runs one suite against all of them.
+
+Publishing is: `claim_blobs` → `BlobStore.put` for each file → `publish` (one atomic script). `claim_blobs` comes first so
+that a sweep can never take a blob between "it is there already" and the publish that refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from adapter_registry.records import AdapterDraft, AdapterSummary, AdapterVersion, KeyRecord, VersionSelector
+
+
+class Store(Protocol):
+    """Records. Every method takes the tenant: no key is ever built without one."""
+
+    async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """Protect these blobs from the sweep for the grace period. Call before putting them."""
+        ...
+
+    async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
+        """Make a version visible, atomically; returns it and whether it is new.
+
+        An identical digest under the same name returns the existing version. Versions count 1, 2, 3… per name and are
+        never reused, not even after a delete.
+        """
+        ...
+
+    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
+        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
+        ...
+
+    async def get(self, tenant: str, name: str) -> AdapterSummary:
+        """One adapter with its versions and aliases. Raises `NotPublished`."""
+        ...
+
+    async def list(self, tenant: str) -> Sequence[AdapterSummary]:
+        """All of a tenant's adapters, by name."""
+        ...
+
+    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+        """Remove one version, or the adapter with all its versions and aliases. Returns what was removed.
+
+        Raises `NotPublished`, and `InUse` when one version is asked for and an alias points at it. Blobs that nothing
+        refers to any more become garbage; `sweep` frees them after the grace period.
+        """
+        ...
+
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
+        ...
+
+    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+        """Remove an alias. Raises `NotPublished`."""
+        ...
+
+    async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
+        """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
+        ...
+
+    async def end_sweep(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """The blobs returned by `begin_sweep` are gone."""
+        ...
+
+    async def tenants(self) -> Sequence[str]:
+        """Every tenant that has ever published or been given a key, by name."""
+        ...
+
+    async def put_key(self, key: KeyRecord) -> None:
+        """Keep a key."""
+        ...
+
+    async def find_key(self, sha256: str) -> KeyRecord | None:
+        """The key whose secret has this hash."""
+        ...
+
+    async def list_keys(self, tenant: str) -> Sequence[KeyRecord]:
+        """A tenant's keys, oldest first."""
+        ...
+
+    async def delete_key(self, tenant: str, key_id: str) -> None:
+        """Revoke. Raises `NotPublished` when there is none of this id."""
+        ...
+
+    async def ping(self) -> None:
+        """Raises `StoreUnavailable` when the store does not answer."""
+        ...
+
+    async def close(self) -> None:
+        """Give connections back."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Content, per tenant, under its sha256. Writing is idempotent; reading checks the hash."""
+
+    async def put_file(self, tenant: str, sha256: str, path: Path) -> None:
+        """Store a file's content (streamed). Nothing is visible under the name until all of it is there."""
+        ...
+
+    async def put_bytes(self, tenant: str, sha256: str, data: bytes) -> None:
+        """Store a small blob."""
+        ...
+
+    async def exists(self, tenant: str, sha256: str) -> bool:
+        """Whether the blob is there."""
+        ...
+
+    async def get_bytes(self, tenant: str, sha256: str) -> bytes:
+        """A small blob, checked. Raises `BlobMissing` or `BlobCorrupt`."""
+        ...
+
+    async def fetch_file(self, tenant: str, sha256: str, destination: Path) -> None:
+        """Stream a blob into a file, checked; a partial or corrupt download is never visible at `destination`."""
+        ...
+
+    async def delete(self, tenant: str, sha256: str) -> None:
+        """Remove a blob; no error when it is not there."""
+        ...
+
+    def list(self, tenant: str) -> AsyncIterator[str]:
+        """The sha256 of every blob of a tenant."""
+        ...
