@@ -1,0 +1,1 @@
+"""What an adapter is: formats, validation of one file set, and its weights in one canonical form."""
