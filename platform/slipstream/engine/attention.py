@@ -1,0 +1,145 @@
+"""Attention over the paged KV cache, registered once through transformers' attention interface.
+
+A step's tokens are one flat row [1, n]; which sequence a token belongs to, its block table and its position travel in a
+`PagedBatch`. Layout of the cache, per layer: [kv_heads, blocks, block_size, head_dim], so that gathering a sequence's
+blocks gives a contiguous [kv_heads, batch, length, head_dim] with no further copy (CPU caches like that, methods.md 3.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION_NAME = "slipstream_paged"
+
+
+class KVCache:
+    """Keys and values of every layer. Owned by the runner; blocks are handed out by the scheduler's `BlockPool`."""
+
+    def __init__(
+        self, shapes: list[tuple[int, int]], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """shapes: (kv_heads, head_dim) of each layer."""
+        self.block_size = block_size
+        self.keys = [torch.zeros(h, num_blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Sequences of a step that are attended together, padded to the longest. All index tensors are int64 on the device.
+
+    rows: [B, Q] token row of each query (padding repeats the last one); positions: [B, Q]; tables: [B * W] blocks.
+    flat_out: token rows [m] and flat_in: their places [m] in the padded [B * Q] result.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    tables: torch.Tensor
+    length: int  # keys looked at, W * block_size at most
+    out_rows: torch.Tensor
+    out_places: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """One step, as attention sees it. slots: int64 [n], where each token's key and value go: block * size + offset."""
+
+    cache: KVCache
+    slots: torch.Tensor
+    segments: tuple[Segment, ...]
+
+
+def _visible(segment: Segment, window: int | None) -> torch.Tensor:
+    """Bool [B, Q, L]: key position at or before the query's, inside the sliding window."""
+    keys = torch.arange(segment.length, device=segment.positions.device)
+    at = segment.positions.unsqueeze(-1)
+    visible = keys <= at
+    if window is not None:
+        visible &= keys > at - window
+    return visible
+
+
+def _gather(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """[kv_heads, B, L, D] of one layer's keys or values."""
+    heads, _, block_size, dim = cache.shape
+    batch = segment.rows.shape[0]
+    pages = cache.index_select(1, segment.tables)
+    return pages.view(heads, batch, -1, dim)[:, :, : segment.length]
+
+
+def _attend(
+    query: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], segment: Segment, scaling: float, window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """query: [heads, n, D] → [heads, B * Q, D]. Query heads of a KV group are folded into query rows."""
+    heads, _, dim = query.shape
+    keys, values = _gather(cache[0], segment), _gather(cache[1], segment)
+    kv_heads, batch, length, _ = keys.shape
+    num_queries = segment.rows.shape[1]
+    group = heads // kv_heads
+    q = query[:, segment.rows.flatten()].view(kv_heads, group, batch, num_queries, dim).transpose(1, 2)
+    visible = _visible(segment, window)
+    if softcap is None and num_queries > 16:
+        # a prefill chunk: SDPA's tiled kernel never materialises the scores
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).reshape(batch, heads, num_queries, dim),
+            keys.transpose(0, 1).repeat_interleave(group, 1),
+            values.transpose(0, 1).repeat_interleave(group, 1),
+            attn_mask=visible.unsqueeze(1),
+            scale=scaling,
+        )
+        return out.transpose(0, 1).reshape(heads, batch * num_queries, dim)
+    folded = q.reshape(kv_heads * batch, group * num_queries, dim)
+    scores = torch.bmm(folded, keys.reshape(kv_heads * batch, length, dim).transpose(1, 2)).float().mul_(scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap).mul_(softcap)
+    scores = scores.view(kv_heads, batch, group, num_queries, length)
+    scores.masked_fill_(~visible[None, :, None], float("-inf"))
+    weights = scores.softmax(dim=-1).to(query.dtype).view(kv_heads * batch, group * num_queries, length)
+    out = torch.bmm(weights, values.reshape(kv_heads * batch, length, dim))
+    return (
+        out.view(kv_heads, batch, group, num_queries, dim).transpose(1, 2).reshape(heads, batch * num_queries, dim)
+    )
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function transformers calls in each layer.
+
+    query: [1, heads, n, D]; key, value: [1, kv_heads, n, D], rotary already applied. Returns [1, n, heads, D].
+    `paged` in kwargs is the step's `PagedBatch`; `sliding_window` and `softcap` come from the model.
+    """
+    batch: PagedBatch = kwargs["paged"]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every transformers attention module has one
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+    heads, _, _, dim = keys.shape
+    keys.view(heads, -1, dim).index_copy_(1, batch.slots, key[0].to(keys.dtype))
+    values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, value[0].to(values.dtype))
+    out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1])
+    for segment in batch.segments:
+        part = _attend(
+            query[0], (keys, values), segment, scale, kwargs.get("sliding_window"), kwargs.get("softcap")
+        )
+        out[:, segment.out_rows] = part[:, segment.out_places]
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+def register() -> str:
+    """Make the function known to transformers; no mask function goes with it, so models build no masks."""
+    if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    return ATTENTION_NAME

@@ -1,0 +1,128 @@
+"""From a `StepPlan` to the tensors of one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slipstream.engine.attention import KVCache, PagedBatch, Segment
+from slipstream.engine.plan import PlannedSequence, StepPlan
+from slipstream.engine.sampling import RowRequest, has_penalties
+
+DECODE_ROWS = 16  # sequences with at most this many rows are attended in one padded group
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Flat tensors of one step. input_ids, positions, slots: int64 [n]; sample_rows: int64 [m] rows whose logits count."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor  # adapter slot of each token, -1 = base
+    paged: PagedBatch
+    sample_rows: torch.Tensor
+    sample_slots: torch.Tensor
+    requests: tuple[RowRequest, ...]  # one for each sample row
+    spans: tuple[tuple[PlannedSequence, int], ...]  # sampling sequences and their first index in sample_rows
+
+
+def build_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> StepBatch:
+    """Lay a plan out."""
+    ids: list[int] = []
+    positions: list[int] = []
+    adapter: list[int] = []
+    kv_slots: list[int] = []
+    first_row: list[int] = []
+    size = cache.block_size
+    for part in plan.sequences:
+        first_row.append(len(ids))
+        ids += part.tokens
+        span = range(part.start, part.start + len(part.tokens))
+        positions += span
+        adapter += [part.slot] * len(part.tokens)
+        kv_slots += [part.blocks[p // size] * size + p % size for p in span]
+    sample_rows, sample_slots, requests, spans = _samples(plan, first_row)
+
+    def tensor(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    segments = tuple(_segment(group, size, device) for group in _groups(plan, first_row))
+    paged = PagedBatch(cache, tensor(kv_slots), segments)
+    return StepBatch(
+        tensor(ids), tensor(positions), tensor(adapter), paged, tensor(sample_rows), tensor(sample_slots),
+        tuple(requests), tuple(spans),
+    )  # fmt: skip
+
+
+def _samples(
+    plan: StepPlan, first_row: list[int]
+) -> tuple[list[int], list[int], list[RowRequest], list[tuple[PlannedSequence, int]]]:
+    rows: list[int] = []
+    slots: list[int] = []
+    requests: list[RowRequest] = []
+    spans: list[tuple[PlannedSequence, int]] = []
+    for part, first in zip(plan.sequences, first_row, strict=True):
+        if not part.samples:
+            continue
+        spans.append((part, len(rows)))
+        last = first + len(part.tokens) - 1
+        for j in range(part.num_drafts + 1):
+            rows.append(last - part.num_drafts + j)
+            slots.append(part.slot)
+            requests.append(row_request(part, part.output_index + j, drafts_before(part, j)))
+    return rows, slots, requests, spans
+
+
+def drafts_before(part: PlannedSequence, j: int) -> tuple[int, ...]:
+    """The drafts that row j of a verification has seen."""
+    return part.tokens[len(part.tokens) - part.num_drafts :][:j]
+
+
+def row_request(part: PlannedSequence, position: int, after_history: tuple[int, ...]) -> RowRequest:
+    """How to sample the row that decides answer token `position`, given the tokens since the plan's history."""
+    history = part.history + after_history if has_penalties(part.params) else ()
+    return RowRequest(part.params, position, history, part.prompt_len)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    part: PlannedSequence
+    first_row: int
+
+
+def _groups(plan: StepPlan, first_row: list[int]) -> list[list[_Member]]:
+    """Short sequences together; each longer prefill chunk alone, or padding would dwarf it."""
+    short: list[_Member] = []
+    groups: list[list[_Member]] = []
+    for part, first in zip(plan.sequences, first_row, strict=True):
+        if len(part.tokens) <= DECODE_ROWS:
+            short.append(_Member(part, first))
+        else:
+            groups.append([_Member(part, first)])
+    return ([short] if short else []) + groups
+
+
+def _segment(group: list[_Member], block_size: int, device: torch.device) -> Segment:
+    num_queries = max(len(m.part.tokens) for m in group)
+    length = max(m.part.start + len(m.part.tokens) for m in group)
+    width = -(-length // block_size)
+    rows: list[list[int]] = []
+    positions: list[list[int]] = []
+    tables: list[int] = []
+    out_rows: list[int] = []
+    out_places: list[int] = []
+    for b, m in enumerate(group):
+        count = len(m.part.tokens)
+        pad = num_queries - count
+        rows.append([*range(m.first_row, m.first_row + count), *[m.first_row + count - 1] * pad])
+        end = m.part.start + count
+        positions.append([*range(m.part.start, end), *[end - 1] * pad])
+        tables += [*m.part.blocks[:width], *[m.part.blocks[0]] * (width - len(m.part.blocks))]
+        out_rows += range(m.first_row, m.first_row + count)
+        out_places += range(b * num_queries, b * num_queries + count)
+
+    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return Segment(tensor(rows), tensor(positions), tensor(tables), length, tensor(out_rows), tensor(out_places))

@@ -1,0 +1,99 @@
+"""Blocks of the paged KV cache: reference counts, a free list in least-recently-used order, and the prefix cache's index.
+
+Pure Python. A block is *referenced* (some sequence's table holds it) or *free*. A free block may still hold the keys and
+values of a published prefix; it is found again through its hash until it is handed out for something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Hash of a full block given its predecessor's: 16 bytes of BLAKE2b, so that a collision cannot be found by a tenant."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def root_hash(tenant: str, adapter_digest: str | None) -> bytes:
+    """Where a chain starts: tenants never share KV (timing would tell), and adapters change keys and values."""
+    return hashlib.blake2b(f"{tenant}\0{adapter_digest or ''}".encode(), digest_size=16).digest()
+
+
+class BlockPool:
+    """Owner of all blocks of one engine."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first = handed out next
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now, cached ones included."""
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with one reference each, or None (and nothing taken) when there are too few."""
+        if count > len(self._free):
+            return None
+        taken = []
+        for _ in range(count):
+            block, _none = self._free.popitem(last=False)
+            self._forget(block)
+            self._refs[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference of each. Later blocks of a chain become evictable before earlier ones."""
+        for block in reversed(blocks):
+            assert self._refs[block] > 0, f"block {block} released twice"
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)  # nothing to lose: hand it out first
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Reference and return the blocks of the longest published prefix of `hashes`."""
+        found = []
+        for h in hashes:
+            block = self._block_of.get(h)
+            if block is None:
+                break
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+            found.append(block)
+        return found
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Make a full, committed block findable. The first publisher of a hash keeps it."""
+        if block_hash not in self._block_of and block not in self._hash_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def _forget(self, block: int) -> None:
+        old = self._hash_of.pop(block, None)
+        if old is not None:
+            del self._block_of[old]
+
+    def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
+        """Every block is free or referenced exactly as often as the sequences' tables say."""
+        counts = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                counts[block] += 1
+        assert counts == self._refs, "reference counts differ from the sequences' tables"
+        assert set(self._free) == {b for b, refs in enumerate(self._refs) if refs == 0}, "free list is wrong"
+        assert {b: h for h, b in self._block_of.items()} == self._hash_of, "prefix index is not one to one"

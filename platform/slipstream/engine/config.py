@@ -1,0 +1,44 @@
+"""The engine's settings: read once, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.errors import ConfigError
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything one engine is built from. Sizes are in tokens, blocks or bytes as their names say."""
+
+    model_path: str
+    model_id: str
+    dtype: str = "bfloat16"
+    device: str = "auto"  # "auto" = CUDA when there is one
+    num_threads: int | None = None  # None = torch's own choice
+    max_model_len: int | None = None  # None = the model's own context window
+    max_batched_tokens: int = 512  # one budget for decodes, drafts and prefill chunks of a step
+    max_num_seqs: int = 64  # sequences with KV at a time
+    max_waiting: int = 256  # sequences queued before new ones get Overloaded
+    kv_cache_bytes: int = 1 << 30
+    block_size: int = 16  # tokens a block
+    prefix_caching: bool = True
+    adapter_slots: int = 32  # adapters on the device at a time
+    host_adapter_bytes: int = 2 << 30  # adapters kept in host memory
+    adapter_fetch_timeout_s: float = 60.0
+    max_draft: int = 8  # cap over every adapter's number of streams
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` naming the field that cannot work."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.max_num_seqs > self.max_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs ({self.max_num_seqs}) is over max_batched_tokens ({self.max_batched_tokens}): "
+                "every running sequence needs one token of the step's budget."
+            )

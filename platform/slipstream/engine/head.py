@@ -1,0 +1,51 @@
+"""The LM head: many rows at the model's dtype, a few candidates at float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipstream.engine.linear import AdapterBank
+
+
+class Head:
+    """hidden states → logits, with the model's own scaling and soft cap, and adapters on the head if they have any."""
+
+    def __init__(self, member: nn.Module, name: str, weight: torch.Tensor, config: Any, bank: AdapterBank) -> None:
+        self._member = member
+        self._name = name
+        self._weight = weight
+        self._bias = getattr(member, "bias", None)
+        self._bank = bank
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def __call__(self, hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """hidden: [m, H]; slots: int64 [m] → logits [m, V] in the model's dtype."""
+        self._bank.use(slots)
+        return self._shape(self._member(hidden))
+
+    def exact(self, hidden: torch.Tensor, slot: int, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c]."""
+        h = hidden.float()
+        logits = self._weight[ids].float() @ h
+        if self._bias is not None:
+            logits = logits + self._bias[ids].float()
+        lora = self._bank.targets(slot, self._name)
+        if lora is not None:
+            delta = lora.b[ids].float() @ (lora.a.float() @ h)
+            logits = (logits + delta) * lora.gain[ids] if lora.gain is not None else logits + delta
+        return self._shape(logits)
+
+    def _shape(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+

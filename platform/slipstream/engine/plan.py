@@ -1,0 +1,75 @@
+"""Data between the scheduler and the runner: what one step computes, and what came of it. No behaviour, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slipstream.protocol import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequence:
+    """One sequence's part of a step: `tokens` are run at positions start … start+len-1.
+
+    When `samples` is true the last 1 + num_drafts tokens are [last known token, draft 1, … draft k] and their logits are
+    verified; otherwise this is a prefill chunk that does not reach the end.
+    """
+
+    seq_id: int
+    tokens: tuple[int, ...]
+    start: int
+    blocks: tuple[int, ...]  # the block table, long enough for start + len(tokens)
+    samples: bool
+    num_drafts: int
+    slot: int  # adapter slot, -1 = base
+    params: SamplingParams
+    output_index: int  # index, in the answer, of the first token this step decides (keys the sampling noise)
+    draft_next: int  # drafts wanted for the next step
+    history: tuple[int, ...] = ()  # prompt + answer, only when a penalty needs it
+    prompt_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. `sequences` with drafts and decodes first, prefill chunks after."""
+
+    sequences: tuple[PlannedSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Token rows of the step."""
+        return sum(len(s.tokens) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one decided token: natural log-probability, and the best alternatives (id, log-probability)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What a step decided for one sampling sequence: accepted drafts, then one corrected or bonus token."""
+
+    tokens: tuple[int, ...]  # 1 … num_drafts+1
+    drafts: tuple[int, ...] = ()  # for the next step
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """seq_id → result, for the sequences that sampled."""
+
+    results: dict[int, SequenceResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What commit added to one sequence."""
+
+    seq_id: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    finished: bool

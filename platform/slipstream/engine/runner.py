@@ -1,0 +1,188 @@
+"""Runs a `StepPlan` on the model: one forward, one verification, one draft. The only part of the engine that owns tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slipstream.adapters.weights import AdapterWeights
+from slipstream.engine.attention import KVCache
+from slipstream.engine.batch import StepBatch, build_batch, row_request
+from slipstream.engine.head import Head
+from slipstream.engine.linear import AdapterBank, PreparedLora, RowContext, swap_linears
+from slipstream.engine.loader import LoadedModel, cache_shapes
+from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.sampling import RowRequest, Sampler, logprob_of
+from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
+from slipstream.errors import ModelUnsupported
+from slipstream.protocol import SamplingParams
+
+_NO_PARAMS = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """An adapter in the engine's dtype and layout, ready to go into a slot."""
+
+    lora: PreparedLora
+    streams: PreparedStreams | None
+    nbytes: int
+
+    @property
+    def num_streams(self) -> int:
+        """K."""
+        return self.streams.bias.shape[0] if self.streams is not None else 0
+
+
+class ModelRunner:
+    """The model, its KV cache and its adapters."""
+
+    def __init__(self, loaded: LoadedModel, num_blocks: int, block_size: int, num_slots: int, eos_ids: frozenset[int]):
+        self.device = loaded.device
+        self._decoder = loaded.decoder
+        self._embedding = loaded.embedding
+        self._model = loaded.model
+        head_name = next(n for n, m in loaded.model.named_modules() if m is loaded.head)
+        head_weight = loaded.head.weight.data
+        self._rows = RowContext()
+        groups = swap_linears(loaded.model, self._rows)
+        self._bank = AdapterBank(groups, num_slots, self._rows, torch.empty(0, dtype=loaded.dtype, device=self.device))
+        self._streams = StreamBank()
+        member = loaded.model.get_submodule(head_name)
+        self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
+        self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
+        self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
+        self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device)
+        self._check_head()
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def prepare_adapter(self, weights: AdapterWeights) -> PreparedAdapter:
+        """Cast and lay out one adapter. Touches nothing shared: meant for a worker thread beside the step loop."""
+        with torch.inference_mode():
+            like = torch.empty(0, dtype=self._embedding_dtype(), device=self.device)
+            streams = prepare_streams(weights.streams, like) if weights.streams is not None else None
+            return PreparedAdapter(self._bank.prepare(weights), streams, weights.nbytes)
+
+    def load_adapter(self, slot: int, adapter: PreparedAdapter) -> None:
+        """Put an adapter into a free slot, between steps."""
+        self._bank.load(slot, adapter.lora)
+        self._streams.load(slot, adapter.streams)
+
+    def unload_adapter(self, slot: int) -> None:
+        """Empty a slot, between steps."""
+        self._bank.unload(slot)
+        self._streams.unload(slot)
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Forward → verify → draft."""
+        batch = build_batch(plan, self.cache, self.device)
+        hidden = self._forward(batch)
+        if not batch.spans:
+            return StepResult()
+        sampled = hidden[batch.sample_rows]
+        logits = self._head(sampled, batch.sample_slots)
+        decided = self._verify(batch, sampled, logits)
+        drafts = self._draft(batch, sampled, decided)
+        results = {}
+        for (part, first), tokens in zip(batch.spans, decided, strict=True):
+            logprobs = self._logprobs(part, logits[first : first + len(tokens)], tokens)
+            results[part.seq_id] = SequenceResult(tuple(tokens), drafts.get(part.seq_id, ()), logprobs)
+        return StepResult(results)
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        """Final hidden states [n, H]."""
+        self._bank.use(batch.slots)
+        out = self._decoder(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            paged=batch.paged,
+        )
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def _verify(self, batch: StepBatch, hidden: torch.Tensor, logits: torch.Tensor) -> list[list[int]]:
+        """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
+        slots = batch.sample_slots.tolist()
+
+        def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
+            return self._head.exact(hidden[row], slots[row], ids)
+
+        picked = self._sampler.pick(logits, batch.requests, exact if self._rescore else None)
+        decided = []
+        for part, first in batch.spans:
+            drafts = part.tokens[len(part.tokens) - part.num_drafts :]
+            count = 1
+            for j, draft in enumerate(drafts):
+                if picked[first + j] != draft:
+                    break
+                count = j + 2
+            decided.append(picked[first : first + count])
+        return decided
+
+    def _draft(
+        self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
+    ) -> dict[int, tuple[int, ...]]:
+        """Drafts for the next step, from the last accepted row of each sequence that wants some."""
+        wanting = [
+            (part, first + len(tokens) - 1, tokens)
+            for (part, first), tokens in zip(batch.spans, decided, strict=True)
+            if part.draft_next > 0
+        ]
+        if not wanting:
+            return {}
+        rows = torch.tensor([row for _, row, _ in wanting], device=self.device)
+        last = torch.tensor([tokens[-1] for _, _, tokens in wanting], device=self.device)
+        counts = [part.draft_next for part, _, _ in wanting]
+        slots = [part.slot for part, _, _ in wanting]
+        states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
+        per_row = torch.tensor(slots, device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+        logits = self._head(states, per_row)
+        picked: dict[int, tuple[int, ...]] = {}
+        start = 0
+        for (part, _, tokens), count in zip(wanting, counts, strict=True):
+            picked[part.seq_id] = self._draft_one(part, tuple(tokens), logits[start : start + count])
+            start += count
+        return picked
+
+    def _draft_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[int, ...]:
+        """One chain; each draft sees the ones before it in its history, as its verification will."""
+        drafts: tuple[int, ...] = ()
+        position = part.output_index + len(emitted)
+        for k in range(logits.shape[0]):
+            request: RowRequest = row_request(part, position + k, emitted + drafts)
+            drafts += tuple(self._sampler.pick(logits[k : k + 1], [request], None))
+        return drafts
+
+    @staticmethod
+    def _logprobs(part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:
+        wanted = part.params.logprobs
+        if wanted is None:
+            return ()
+        return tuple(logprob_of(row, token, wanted) for row, token in zip(logits, tokens, strict=True))
+
+    # -- self-check -----------------------------------------------------------------------------------------------
+
+    def _embedding_dtype(self) -> torch.dtype:
+        return next(self._embedding.parameters()).dtype
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Our head on the decoder's output must be the model's own forward: refuses models that do more in between."""
+        part = PlannedSequence(0, (1, 2, 3), 0, (0,) * 3, True, 0, -1, _NO_PARAMS, 0, 0)
+        batch = build_batch(StepPlan((part,)), self.cache, self.device)
+        ours = self._head(self._forward(batch), batch.slots)
+        self._bank.use(batch.slots)
+        theirs = self._model(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            paged=batch.paged,
+        ).logits[0]
+        if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
+            raise ModelUnsupported(f"{type(self._model).__name__} changes logits after its LM head in a way unknown here.")

@@ -1,0 +1,175 @@
+"""From logits to one token a row: penalties, temperature, truncation and keyed noise, in the order of methods.md 2.5.
+
+`pick` is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
+the history that row would have had without speculation; drafting calls it on the streams' logits for the positions ahead,
+with the *same* noise, so that a draft is right whenever the two distributions agree well enough, at any temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slipstream.engine.noise import GumbelNoise
+from slipstream.engine.plan import Logprob
+from slipstream.protocol import SamplingParams
+
+TOP_CANDIDATES = 8  # rows of the head that are scored again in float32
+TOP_P_SHORTLIST = 1024  # sorting a whole vocabulary costs milliseconds; most nuclei are far smaller
+
+ExactLogits = Callable[[int, torch.Tensor], torch.Tensor]
+"""(row, ids [c]) → float32 [c]: logits of a few ids at full precision. A bf16 head makes ties at several percent of
+positions (methods.md 2.7), so the best few are compared in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRequest:
+    """How one logits row is turned into a token."""
+
+    params: SamplingParams
+    position: int  # index in the answer; keys the noise
+    history: Sequence[int] = ()  # prompt + answer + drafts before this row; only read when a penalty is on
+    prompt_len: int = 0
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the row's token is a bare argmax."""
+        p = self.params
+        return p.temperature == 0.0 and not has_processors(p) and self.position >= p.min_tokens
+
+
+def has_penalties(p: SamplingParams) -> bool:
+    """Whether the history matters."""
+    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+
+def has_processors(p: SamplingParams) -> bool:
+    """Whether logits are changed before the temperature."""
+    return has_penalties(p) or bool(p.logit_bias)
+
+
+class Sampler:
+    """Picks tokens. Stateless apart from the vocabulary's ids."""
+
+    def __init__(self, vocab_size: int, eos_ids: frozenset[int], device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+        self._noise = GumbelNoise(vocab_size, device)
+
+    def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[int]:
+        """One token id a row. logits: [R, V], any float dtype, left as it is."""
+        plain = [i for i, row in enumerate(rows) if row.is_plain_greedy]
+        tokens = [-1] * len(rows)
+        if plain:
+            for i, token in zip(plain, self._greedy(logits, plain, exact), strict=True):
+                tokens[i] = token
+        for i, row in enumerate(rows):
+            if tokens[i] < 0:
+                tokens[i] = self._pick_row(logits[i], row, (lambda ids, i=i: exact(i, ids)) if exact else None)
+        return tokens
+
+    @staticmethod
+    def _greedy(logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[int]:
+        picked = logits if len(rows) == logits.shape[0] else logits[rows]
+        if exact is None:
+            return [int(t) for t in picked.argmax(dim=-1)]
+        values, ids = picked.topk(min(TOP_CANDIDATES, picked.shape[-1]), dim=-1)
+        # Only rows whose runner-up is within the rounding of the head's dtype can change their mind.
+        close = (values[:, 0] - values[:, 1]) <= 0.02 * values[:, 0].abs().clamp_min(1.0)
+        best = ids[:, 0].tolist()
+        for j in close.nonzero().flatten().tolist():
+            ordered = ids[j].sort().values  # equal scores go to the lowest id, as argmax does
+            best[j] = int(ordered[exact(rows[j], ordered).argmax()])
+        return [int(t) for t in best]
+
+    def _pick_row(
+        self, logits: torch.Tensor, row: RowRequest, exact: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> int:
+        p = row.params
+        noise = self._noise.row(p.seed, row.position) if p.temperature > 0.0 else None
+        raw = logits.float()
+        scores = self._process(raw.clone(), row)
+        if p.temperature > 0.0:
+            scores = truncate_(scores.div_(p.temperature), p)
+        noisy = scores + noise if noise is not None else scores
+        if exact is None:
+            return int(noisy.argmax())
+        ids = noisy.topk(min(TOP_CANDIDATES, noisy.shape[-1])).indices
+        ids = ids[noisy[ids] > float("-inf")].sort().values
+        patched = raw.clone()
+        patched[ids] = exact(ids)
+        final = self._process(patched, row)[ids]
+        if noise is not None:
+            final = final / p.temperature + noise[ids]
+        return int(ids[final.argmax()])
+
+    def _process(self, logits: torch.Tensor, row: RowRequest) -> torch.Tensor:
+        """Mask → penalties → bias, in place on float32 [V]."""
+        p = row.params
+        if has_penalties(p):
+            _penalise_(logits, row)
+        if p.logit_bias:
+            ids = torch.tensor(list(p.logit_bias), device=logits.device)
+            logits[ids] += torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=logits.device)
+        if row.position < p.min_tokens:
+            banned = sorted({*self.eos_ids, *p.stop_token_ids})
+            logits[torch.tensor(banned, dtype=torch.int64, device=logits.device)] = float("-inf")
+        return logits
+
+
+def _penalise_(logits: torch.Tensor, row: RowRequest) -> None:
+    """Repetition penalty over prompt and answer (CTRL, arXiv 1909.05858: once per distinct token); presence and frequency
+    penalties over the answer, as OpenAI defines them. In place on float32 [V]."""
+    p = row.params
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(list(row.history), device=logits.device).unique()
+        z = logits[seen]
+        logits[seen] = torch.where(z > 0, z / p.repetition_penalty, z * p.repetition_penalty)
+    answer = list(row.history[row.prompt_len :])
+    if answer and (p.presence_penalty or p.frequency_penalty):
+        ids, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
+        logits[ids] -= p.presence_penalty + p.frequency_penalty * counts.float()
+
+
+def truncate_(scores: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    """Top-k → top-p → min-p, in place on float32 [V] of temperature-scaled logits; what is cut becomes -inf."""
+    if 0 < p.top_k < scores.shape[-1]:
+        kth = scores.topk(p.top_k).values[-1]
+        scores[scores < kth] = float("-inf")
+    if p.top_p < 1.0:
+        _top_p_(scores, p.top_p)
+    if p.min_p > 0.0:
+        # p_i >= min_p * p_max, without normalising
+        scores[scores < scores.max() + torch.tensor(p.min_p).log().item()] = float("-inf")
+    return scores
+
+
+def _top_p_(scores: torch.Tensor, top_p: float) -> None:
+    """Keep the smallest set of tokens whose probability reaches `top_p` (arXiv 1904.09751)."""
+    logsum = scores.logsumexp(dim=-1)
+    size = min(TOP_P_SHORTLIST, scores.shape[-1])
+    while True:
+        values, ids = scores.topk(size)
+        probs = (values - logsum).exp()
+        before = probs.cumsum(-1) - probs  # mass of strictly better tokens
+        if size == scores.shape[-1] or float(before[-1]) >= top_p:
+            break
+        size = scores.shape[-1]
+    keep = before < top_p
+    keep[0] = True
+    kept = ids[keep]
+    best = scores[kept]
+    scores.fill_(float("-inf"))
+    scores[kept] = best
+
+
+def logprob_of(logits: torch.Tensor, token: int, alternatives: int) -> Logprob:
+    """The model's own log-probability of `token` and of the best alternatives; logits: [V], unprocessed."""
+    logs = logits.float().log_softmax(dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logs.topk(alternatives)
+        top = tuple(zip((int(i) for i in ids), (float(v) for v in values), strict=True))
+    return Logprob(float(logs[token]), top)

@@ -1,0 +1,349 @@
+"""The scheduler: one token budget a step, no prefill or decode phases (methods.md section 6). Pure Python.
+
+Every sequence has some tokens known and some of them computed; a step computes more. Decodes (one token missing) come
+first with their drafts, then prefill chunks of running sequences, then new ones in arrival order. When blocks run out the
+newest running sequence is preempted: its blocks go, and it recomputes later, with the same sampling noise.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from slipstream.engine.blocks import BlockPool, chain_hash, root_hash
+from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.sequence import Sequence, SequenceState
+from slipstream.protocol import FinishReason
+
+CHUNK_ALIGN = 64  # chunk 257 instead of 256 costs +32% (Sarathi-Serve); the last chunk of a prompt is whatever is left
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLease:
+    """A resident adapter, pinned for one sequence."""
+
+    slot: int
+    num_streams: int
+
+
+class AdapterSlots(Protocol):
+    """What the scheduler needs of the residency manager."""
+
+    def try_pin(self, digest: str) -> AdapterLease | None:
+        """Pin the adapter on the device for one more sequence, or None when it is not there (yet)."""
+        ...
+
+    def unpin(self, digest: str) -> None:
+        """Undo one `try_pin`."""
+        ...
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since start."""
+
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class Scheduler:
+    """Owner of all sequences and their blocks."""
+
+    def __init__(self, pool: BlockPool, adapters: AdapterSlots, max_batched_tokens: int, max_num_seqs: int) -> None:
+        self.pool = pool
+        self.adapters = adapters
+        self.max_batched_tokens = max_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.prefix_caching = True
+        self.counters = SchedulerCounters()
+        self._align = min(CHUNK_ALIGN, max_batched_tokens)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in order of admission
+        self._leases: dict[int, AdapterLease | None] = {}  # seq_id -> lease of a running sequence
+        self._by_id: dict[int, Sequence] = {}
+
+    # -- sequences in and out -------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._by_id)
+
+    def fits(self, max_total: int) -> bool:
+        """Whether a sequence that may grow to `max_total` tokens can ever run."""
+        return self.pool.blocks_for(max_total) <= self.pool.num_blocks
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. The caller has checked `fits`."""
+        assert self.fits(seq.max_total), "sequence can never run"
+        self._by_id[seq.seq_id] = seq
+        self._waiting.append(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a sequence, whatever its state; its blocks are free at once. Unknown ids are finished ones: no error."""
+        seq = self._by_id.get(seq_id)
+        if seq is not None:
+            self._finish(seq, FinishReason.ABORTED)
+
+    def waiting_adapters(self) -> Iterable[str]:
+        """Digests the queue wants, in arrival order, each once."""
+        return dict.fromkeys(s.adapter for s in self._waiting if s.adapter is not None)
+
+    def sequences_of(self, digest: str) -> list[Sequence]:
+        """Waiting sequences of an adapter (to fail them when it cannot be loaded)."""
+        return [s for s in self._waiting if s.adapter == digest]
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Decide one step. Blocks for everything planned are held when this returns."""
+        planned: dict[int, PlannedSequence] = {}
+        budget = self.max_batched_tokens
+        decodes = [s for s in self._running if self._missing(s) == 1]
+        for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
+            if seq.state is SequenceState.RUNNING:  # not preempted for an older one
+                budget -= self._plan_decode(seq, budget - left + 1, planned)
+        for seq in list(self._running):
+            if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
+                budget -= self._plan_chunk(seq, budget, planned)
+        self._admit(budget, planned)
+        return StepPlan(tuple(planned.values()))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Emission]:
+        """Take in what the step computed. Sequences aborted in between are skipped."""
+        emissions = []
+        for part in plan.sequences:
+            seq = self._by_id.get(part.seq_id)
+            if seq is None:
+                continue
+            if part.samples:
+                emissions.append(self._commit_sampled(seq, part, result.results[part.seq_id]))
+            else:
+                seq.num_computed = part.start + len(part.tokens)
+            if seq.state is SequenceState.RUNNING:
+                self._publish(seq)
+        return emissions
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _missing(seq: Sequence) -> int:
+        return len(seq.tokens) - seq.num_computed
+
+    def _plan_decode(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
+        """One known token and its drafts. Drafts give way before anybody is preempted."""
+        k = max(0, min(len(seq.drafts), budget - 1, seq.remaining - 1))
+        room = self.pool.num_free + len(seq.blocks)
+        while k and self.pool.blocks_for(len(seq.tokens) + k) > room:
+            k -= 1
+        if budget < 1 or not self._reserve(seq, len(seq.tokens) + k, planned):
+            return 0
+        planned[seq.seq_id] = self._part(seq, len(seq.tokens), seq.drafts[:k])
+        return 1 + k
+
+    def _plan_chunk(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
+        """The next piece of a prompt (or of a recomputed sequence)."""
+        size = self._chunk(self._missing(seq), budget)
+        end = seq.num_computed + size
+        if size == 0 or not self._reserve(seq, end, planned):
+            return 0
+        planned[seq.seq_id] = self._part(seq, end, [])
+        return size
+
+    def _chunk(self, missing: int, budget: int) -> int:
+        if missing <= budget:
+            return missing
+        return budget // self._align * self._align
+
+    def _part(self, seq: Sequence, end: int, drafts: list[int]) -> PlannedSequence:
+        lease = self._leases[seq.seq_id]
+        samples = end == len(seq.tokens)
+        streams = lease.num_streams if lease else 0
+        p = seq.params
+        penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        return PlannedSequence(
+            seq_id=seq.seq_id,
+            tokens=tuple(seq.tokens[seq.num_computed : end] + drafts),
+            start=seq.num_computed,
+            blocks=tuple(seq.blocks),
+            samples=samples,
+            num_drafts=len(drafts),
+            slot=lease.slot if lease else -1,
+            params=p,
+            output_index=seq.num_answer,
+            # At least one token is emitted now and one by the next step, which leaves remaining - 2 for drafts.
+            draft_next=max(0, min(streams, seq.draft_cap, seq.remaining - 2)) if samples else 0,
+            history=tuple(seq.tokens) if penalised and samples else (),
+            prompt_len=seq.prompt_len,
+        )
+
+    def _reserve(self, seq: Sequence, num_tokens: int, planned: dict[int, PlannedSequence]) -> bool:
+        """Blocks for the first `num_tokens` tokens; preempts newer sequences, at worst this one (then False)."""
+        while True:
+            need = self.pool.blocks_for(num_tokens) - len(seq.blocks)
+            if need <= 0:
+                return True
+            blocks = self.pool.allocate(need)
+            if blocks is not None:
+                seq.blocks.extend(blocks)
+                return True
+            victim = next(s for s in reversed(self._running) if s.seq_id not in planned)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._release(seq)
+        seq.num_computed = 0
+        seq.num_published = 0
+        seq.drafts = []
+        seq.preemptions += 1
+        seq.state = SequenceState.WAITING
+        self.counters.preemptions += 1
+        self._waiting.appendleft(seq)
+
+    def _admit(self, budget: int, planned: dict[int, PlannedSequence]) -> None:
+        """Start waiting sequences in order. One whose adapter is not here is passed over; one that lacks blocks is not,
+        or long prompts would never start."""
+        for seq in list(self._waiting):
+            if budget < 1 or len(self._running) >= self.max_num_seqs:
+                return
+            lease = None
+            if seq.adapter is not None:
+                lease = self.adapters.try_pin(seq.adapter)
+                if lease is None:
+                    continue
+            taken = self._start(seq, lease, budget, planned)
+            if taken is None:
+                if seq.adapter is not None:
+                    self.adapters.unpin(seq.adapter)
+                return
+            budget -= taken
+
+    def _start(
+        self, seq: Sequence, lease: AdapterLease | None, budget: int, planned: dict[int, PlannedSequence]
+    ) -> int | None:
+        """Blocks for all known tokens plus one, prefix hits first; None (nothing held) when they are not free."""
+        cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
+        known = len(cached) * self.pool.block_size
+        size = self._chunk(len(seq.tokens) - known, budget)
+        rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else None
+        if rest is None:
+            self.pool.release(cached)
+            return None
+        seq.blocks = cached + rest
+        seq.num_computed = known
+        seq.num_published = len(cached)
+        if seq.preemptions == 0:
+            seq.cached_prompt = known
+            self.counters.prefix_hit_tokens += known
+        seq.state = SequenceState.RUNNING
+        self._waiting.remove(seq)
+        self._running.append(seq)
+        self._leases[seq.seq_id] = lease
+        planned[seq.seq_id] = self._part(seq, known + size, [])
+        return size
+
+    # -- commit ---------------------------------------------------------------------------------------------------
+
+    def _commit_sampled(self, seq: Sequence, part: PlannedSequence, result: SequenceResult) -> Emission:
+        assert 1 <= len(result.tokens) <= part.num_drafts + 1
+        before = len(seq.tokens)
+        reason: FinishReason | None = None
+        for token in result.tokens:
+            seq.tokens.append(token)
+            reason = self._stop_reason(seq, token)
+            if reason is not None:
+                break  # the accepted tail after a stop is dropped
+        emitted = len(seq.tokens) - before
+        seq.num_computed = min(part.start + len(part.tokens) - part.num_drafts + len(result.tokens) - 1, len(seq.tokens))
+        seq.decode_steps += 1
+        seq.drafted += part.num_drafts
+        seq.accepted += min(len(result.tokens) - 1, emitted)
+        seq.drafts = list(result.drafts)
+        if reason is not None:
+            self._finish(seq, reason)
+        return Emission(seq.seq_id, tuple(seq.tokens[before:]), result.logprobs[:emitted], reason is not None)
+
+    @staticmethod
+    def _stop_reason(seq: Sequence, token: int) -> FinishReason | None:
+        p = seq.params
+        stopped_by_text = seq.on_token(token) if seq.on_token is not None else False
+        enough = seq.num_answer >= p.min_tokens
+        if enough and ((token in seq.eos_ids and not p.ignore_eos) or token in p.stop_token_ids or stopped_by_text):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if seq.remaining <= 0 else None
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        if seq.state is SequenceState.RUNNING:
+            self._running.remove(seq)
+            self._release(seq)
+        else:
+            self._waiting.remove(seq)
+        seq.state = SequenceState.FINISHED
+        seq.finish_reason = reason
+        seq.drafts = []
+        del self._by_id[seq.seq_id]
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        if self._leases.pop(seq.seq_id) is not None:
+            assert seq.adapter is not None
+            self.adapters.unpin(seq.adapter)
+
+    # -- prefix cache ---------------------------------------------------------------------------------------------
+
+    def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
+        """Hashes of the full blocks that may be reused: never all tokens, since the last one's logits are needed."""
+        usable = (len(seq.tokens) - 1) // self.pool.block_size
+        self._extend_hashes(seq, usable)
+        return seq.hashes[:usable]
+
+    def _extend_hashes(self, seq: Sequence, count: int) -> None:
+        size = self.pool.block_size
+        while len(seq.hashes) < count:
+            i = len(seq.hashes)
+            parent = seq.hashes[-1] if i else root_hash(seq.tenant, seq.adapter)
+            seq.hashes.append(chain_hash(parent, seq.tokens[i * size : (i + 1) * size]))
+
+    def _publish(self, seq: Sequence) -> None:
+        """Make full blocks of committed tokens findable; drafts never are."""
+        full = seq.num_computed // self.pool.block_size
+        if not self.prefix_caching or full <= seq.num_published:
+            return
+        self._extend_hashes(seq, full)
+        for i in range(seq.num_published, full):
+            self.pool.publish(seq.blocks[i], seq.hashes[i])
+        seq.num_published = full
+
+    # -- self-check -----------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Called by tests after every step, and by the engine when it goes idle."""
+        self.pool.check_integrity([s.blocks for s in self._running])
+        assert set(self._leases) == {s.seq_id for s in self._running}
+        assert set(self._by_id) == {s.seq_id for s in self._running} | {s.seq_id for s in self._waiting}
+        for s in self._running:
+            assert s.state is SequenceState.RUNNING
+            assert 0 <= s.num_computed < len(s.tokens)
+            assert s.num_published * self.pool.block_size <= s.num_computed
+            assert len(s.blocks) * self.pool.block_size >= s.num_computed
+        for s in self._waiting:
+            assert s.state is SequenceState.WAITING
+            assert not s.blocks
+
+

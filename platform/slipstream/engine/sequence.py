@@ -1,0 +1,57 @@
+"""One choice of one request, as the scheduler sees it. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from slipstream.protocol import FinishReason, SamplingParams
+
+
+class SequenceState(StrEnum):
+    """Where a sequence stands. WAITING → RUNNING → FINISHED; preemption takes RUNNING back to WAITING."""
+
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"  # holds blocks; prefilling and decoding are not told apart
+    FINISHED = "finished"  # holds nothing, final
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, KV progress and limits of one choice. Owned by the scheduler once added."""
+
+    seq_id: int
+    tenant: str
+    params: SamplingParams
+    tokens: list[int]  # prompt, then answer
+    prompt_len: int
+    max_total: int  # len(tokens) never grows past this
+    eos_ids: frozenset[int]
+    adapter: str | None = None  # digest
+    draft_cap: int = 0  # most drafts a step, from the request; the adapter's streams cap it further
+    on_token: Callable[[int], bool] | None = None  # told each answer token in order; True = a stop string is complete
+
+    state: SequenceState = SequenceState.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `tokens`
+    num_published: int = 0
+    drafts: list[int] = field(default_factory=list)  # guesses for the tokens after tokens[-1]
+
+    decode_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    cached_prompt: int = 0
+    preemptions: int = 0
+
+    @property
+    def num_answer(self) -> int:
+        """Answer tokens so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Answer tokens still allowed."""
+        return self.max_total - len(self.tokens)

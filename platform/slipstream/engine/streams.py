@@ -1,0 +1,77 @@
+"""Turbo streams: each adapter's own small speculator over the base LM head (methods.md 1.2, after Medusa, arXiv 2401.10774).
+
+Stream k of the hidden state h_t drafts token t+2+k. They run only at the last accepted row of each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from slipstream.adapters.weights import StreamWeights
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStreams:
+    """One adapter's streams in the engine's dtype and device. down: [K * R, H] (dense: [K * H, H]); up: [K, H, R] or None;
+    cond: [K * R, H] or None; bias: [K, H]."""
+
+    down: torch.Tensor
+    up: torch.Tensor | None
+    cond: torch.Tensor | None
+    bias: torch.Tensor
+
+    def hidden(self, h: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
+        """h: [m, H] final hidden states; embedding: [m, H] of the tokens just decided → stream states [m, K, H]."""
+        num_streams = self.bias.shape[0]
+        inner = F.linear(h, self.down)
+        if self.cond is not None:
+            assert embedding is not None
+            inner = inner + F.linear(embedding, self.cond)
+        inner = inner.view(h.shape[0], num_streams, -1)
+        if self.up is not None:
+            inner = torch.einsum("mkr,khr->mkh", inner, self.up)
+        return h.unsqueeze(1) + F.silu(inner + self.bias)
+
+
+def prepare_streams(weights: StreamWeights, like: torch.Tensor) -> PreparedStreams:
+    """Lay one adapter's streams out for the bank."""
+    bias = weights.bias.to(like)
+    if weights.weight is not None:
+        return PreparedStreams(weights.weight.to(like).flatten(0, 1).contiguous(), None, None, bias)
+    assert weights.a is not None
+    assert weights.b is not None
+    cond = weights.c.to(like).flatten(0, 1).contiguous() if weights.c is not None else None
+    return PreparedStreams(weights.a.to(like).flatten(0, 1).contiguous(), weights.b.to(like), cond, bias)
+
+
+class StreamBank:
+    """Streams of the resident adapters, by slot. Owned by the runner."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, PreparedStreams] = {}
+
+    def load(self, slot: int, streams: PreparedStreams | None) -> None:
+        """Put an adapter's streams into a slot; None for an adapter without."""
+        if streams is not None:
+            self._streams[slot] = streams
+
+    def unload(self, slot: int) -> None:
+        """Empty a slot."""
+        self._streams.pop(slot, None)
+
+    def hidden(
+        self, h: torch.Tensor, embeddings: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
+    ) -> torch.Tensor:
+        """Stream states of rows h [m, H], `counts[i]` for row i, flattened row by row → [sum(counts), H]."""
+        out = h.new_empty(sum(counts), h.shape[1])
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        for slot in dict.fromkeys(slots):
+            rows = [i for i, s in enumerate(slots) if s == slot]
+            states = self._streams[slot].hidden(h[rows], embeddings[rows])
+            for j, i in enumerate(rows):
+                out[starts[i] : starts[i + 1]] = states[j, : counts[i]]
+        return out
