@@ -50,7 +50,8 @@ class PromptFormat(StrEnum):
 class Frozen(BaseModel):
     """Base of every record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN has no JSON: a record that holds one could be written but never read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(Frozen):
@@ -98,6 +99,12 @@ class AdapterDraft(Frozen):
     def size_bytes(self) -> int:
         """Bytes of the files that make the digest."""
         return sum(f.size for f in self.files)
+
+    @property
+    def blob_sha256s(self) -> tuple[str, ...]:
+        """Every blob that the version refers to: its files, its attachments and the manifest itself."""
+        named = {f.sha256 for f in (*self.files, *self.attachments)}
+        return tuple(sorted(named | {self.digest.removeprefix("sha256:")}))
 
 
 class AdapterVersion(AdapterDraft):
@@ -155,11 +162,9 @@ def parse_reference(text: str) -> VersionSelector:
     """Parse what a client puts into `model`. Raises `InvalidName` with the rule that is broken."""
     owner, _, rest = text.rpartition("/")
     name, at, tag = rest.partition("@")
-    for part, what in ((name, "adapter name"), *(((owner, "tenant"),) if owner or text.startswith("/") else ())):
-        if not re.fullmatch(NAME_PATTERN, part):
-            raise InvalidName(
-                f"{part[:80]!r} is not a valid {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
-            )
+    check_name(name)
+    if owner or text.startswith("/"):
+        check_name(owner, "tenant")
     base = {"tenant": owner or None, "name": name}
     if not at:
         return VersionSelector.model_validate(base)
@@ -175,7 +180,8 @@ def check_name(name: str, what: str = "adapter name") -> str:
     """Return `name` if it is a legal one, else raise `InvalidName`."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise InvalidName(
-            f"{name[:80]!r} is not a valid {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
+            f"{name[:80]!r} is not a valid {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', "
+            "starting with a letter or digit."
         )
     return name
 
@@ -186,6 +192,13 @@ def check_alias(alias: str) -> str:
     if alias.isdigit():
         raise InvalidName(f"{alias!r} is all digits, which names a version, so it cannot be an alias.")
     return alias
+
+
+def check_sha256(sha256: str) -> str:
+    """Return `sha256` if it is one in lower-case hex, else raise `InvalidName`: it becomes part of keys and paths."""
+    if not re.fullmatch(SHA256_PATTERN, sha256):
+        raise InvalidName(f"{sha256[:80]!r} is not a sha256: use 64 lower-case hex digits.")
+    return sha256
 
 
 def utc_now() -> datetime:

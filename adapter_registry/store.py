@@ -3,8 +3,9 @@
 Real twins: `adapter_registry.redis_store.RedisStore`, `adapter_registry.blobs.ObstoreBlobs`. Public fakes:
 `slipstream.testing.MemoryStore`, `slipstream.testing.MemoryBlobs`. `tests/contract` runs one suite against all of them.
 
-Publishing is: `claim_blobs` → `BlobStore.put` for each file → `publish` (one atomic script). `claim_blobs` comes first so
-that a sweep can never take a blob between "it is there already" and the publish that refers to it.
+Publishing is: `claim_blobs(draft.blob_sha256s)` → `BlobStore.put` for each file, attachment and the manifest →
+`publish` (one atomic script). `claim_blobs` comes first so that a sweep can never take a blob between "it is there
+already" and the publish that refers to it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Store(Protocol):
         """Make a version visible, atomically; returns it and whether it is new.
 
         An identical digest under the same name returns the existing version. Versions count 1, 2, 3… per name and are
-        never reused, not even after a delete.
+        never reused, not even after a delete. Raises `BlobMissing` when one of `draft.blob_sha256s` is neither claimed
+        nor in use (never claimed, or the grace period ended and it was swept): claim, put and publish again.
         """
         ...
 

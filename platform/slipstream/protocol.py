@@ -73,6 +73,7 @@ class GenerateRequest:
     messages: tuple[ChatMessage, ...] | None = None
     adapter: AdapterRef | None = None  # None = the base model
     speculation: Speculation = None
+    stream: bool = True  # False: the caller only wants the end, so a remote engine may send everything in one batch
 
 
 @dataclass(frozen=True, slots=True)

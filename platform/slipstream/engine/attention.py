@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_NAME = "slipstream_paged"
+SCORE_TILE = 1 << 22  # scores held at a time, so that a long prefill chunk does not materialise hundreds of megabytes
 
 
 class KVCache:
@@ -40,7 +40,7 @@ class Segment:
     rows: torch.Tensor
     positions: torch.Tensor
     tables: torch.Tensor
-    length: int  # keys looked at, W * block_size at most
+    length: int  # keys looked at: W * block_size
     out_rows: torch.Tensor
     out_places: torch.Tensor
 
@@ -65,46 +65,49 @@ def _visible(segment: Segment, window: int | None) -> torch.Tensor:
 
 
 def _gather(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """[kv_heads, B, L, D] of one layer's keys or values."""
-    heads, _, block_size, dim = cache.shape
-    batch = segment.rows.shape[0]
-    pages = cache.index_select(1, segment.tables)
-    return pages.view(heads, batch, -1, dim)[:, :, : segment.length]
+    """[kv_heads * B, L, D] of one layer's keys or values."""
+    heads, _, _, dim = cache.shape
+    return cache.index_select(1, segment.tables).view(heads * segment.rows.shape[0], segment.length, dim)
 
 
-def _attend(
-    query: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], segment: Segment, scaling: float, window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """query: [heads, n, D] → [heads, B * Q, D]. Query heads of a KV group are folded into query rows."""
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What the model asks of attention besides causality."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, rules: _Rules) -> torch.Tensor:
+    """query: [heads, n, D]; keys, values: one layer's cache → [heads, B * Q, D]. Query heads of a KV group are folded into
+    query rows, so that each key is read once a group.
+
+    One algorithm for one row and for a thousand: decode, verification and prefill must round alike, or bf16 text would
+    depend on how a request was chunked. For the same reason L is always whole blocks: a softmax over 37 keys and one over
+    the same 37 padded to 48 add up in a different order.
+    """
     heads, _, dim = query.shape
-    keys, values = _gather(cache[0], segment), _gather(cache[1], segment)
-    kv_heads, batch, length, _ = keys.shape
-    num_queries = segment.rows.shape[1]
+    batch, num_queries = segment.rows.shape
+    kv_heads, length = keys.shape[0], segment.length
     group = heads // kv_heads
     q = query[:, segment.rows.flatten()].view(kv_heads, group, batch, num_queries, dim).transpose(1, 2)
-    visible = _visible(segment, window)
-    if softcap is None and num_queries > 16:
-        # a prefill chunk: SDPA's tiled kernel never materialises the scores
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).reshape(batch, heads, num_queries, dim),
-            keys.transpose(0, 1).repeat_interleave(group, 1),
-            values.transpose(0, 1).repeat_interleave(group, 1),
-            attn_mask=visible.unsqueeze(1),
-            scale=scaling,
-        )
-        return out.transpose(0, 1).reshape(heads, batch * num_queries, dim)
-    folded = q.reshape(kv_heads * batch, group * num_queries, dim)
-    scores = torch.bmm(folded, keys.reshape(kv_heads * batch, length, dim).transpose(1, 2)).float().mul_(scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap).mul_(softcap)
-    scores = scores.view(kv_heads, batch, group, num_queries, length)
-    scores.masked_fill_(~visible[None, :, None], float("-inf"))
-    weights = scores.softmax(dim=-1).to(query.dtype).view(kv_heads * batch, group * num_queries, length)
-    out = torch.bmm(weights, values.reshape(kv_heads * batch, length, dim))
-    return (
-        out.view(kv_heads, batch, group, num_queries, dim).transpose(1, 2).reshape(heads, batch * num_queries, dim)
-    )
+    k, v = _gather(keys, segment).transpose(1, 2), _gather(values, segment)
+    visible = _visible(segment, rules.window)[None, :, None]  # [1, B, 1, Q, L]
+    tile = max(1, SCORE_TILE // (heads * batch * length))
+    outs = []
+    for start in range(0, num_queries, tile):
+        rows = q[:, :, :, start : start + tile]
+        width = rows.shape[3]
+        scores = torch.bmm(rows.reshape(kv_heads * batch, group * width, dim), k).float().mul_(rules.scaling)
+        if rules.softcap is not None:
+            scores = torch.tanh(scores / rules.softcap).mul_(rules.softcap)
+        scores = scores.view(kv_heads, batch, group, width, length)
+        scores.masked_fill_(~visible[:, :, :, start : start + tile], float("-inf"))
+        weights = scores.softmax(dim=-1).to(query.dtype).view(kv_heads * batch, group * width, length)
+        outs.append(torch.bmm(weights, v).view(kv_heads, batch, group, width, dim))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
+    return out.transpose(1, 2).reshape(heads, batch * num_queries, dim)
 
 
 def paged_attention(
@@ -124,16 +127,18 @@ def paged_attention(
     """
     batch: PagedBatch = kwargs["paged"]
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every transformers attention module has one
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    rules = _Rules(
+        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+    )
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     heads, _, _, dim = keys.shape
     keys.view(heads, -1, dim).index_copy_(1, batch.slots, key[0].to(keys.dtype))
     values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, value[0].to(values.dtype))
     out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1])
     for segment in batch.segments:
-        part = _attend(
-            query[0], (keys, values), segment, scale, kwargs.get("sliding_window"), kwargs.get("softcap")
-        )
+        part = _attend(query[0], keys, values, segment, rules)
         out[:, segment.out_rows] = part[:, segment.out_places]
     return out.transpose(0, 1).unsqueeze(0), None
 

@@ -227,6 +227,8 @@ class AdapterBank:
         modules = {}
         for name, module in weights.lora.items():
             group, member = self._member_of[name]
+            if module.a.shape[1] != group.in_features or module.b.shape[0] != group.sizes[member]:
+                raise ValueError(f"{name}: LoRA shapes do not fit this base model")  # validated at publish, for that base
             gain = None
             if module.magnitude is not None:
                 on_device = LoraModule(

@@ -53,6 +53,7 @@ class ModelRunner:
         member = loaded.model.get_submodule(head_name)
         self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
+        self._hidden_size = loaded.head.in_features
         self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
         self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device)
         self._check_head()
@@ -63,6 +64,8 @@ class ModelRunner:
         """Cast and lay out one adapter. Touches nothing shared: meant for a worker thread beside the step loop."""
         with torch.inference_mode():
             like = torch.empty(0, dtype=self._embedding_dtype(), device=self.device)
+            if weights.streams is not None and weights.streams.bias.shape[1] != self._hidden_size:
+                raise ValueError("streams: hidden size does not fit this base model")
             streams = prepare_streams(weights.streams, like) if weights.streams is not None else None
             return PreparedAdapter(self._bank.prepare(weights), streams, weights.nbytes)
 

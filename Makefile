@@ -1,0 +1,63 @@
+# One file, no tools besides make and Python 3.11, 3.12 or 3.13. `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check fmt bench soak clean lock
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve on 127.0.0.1:8000 until Ctrl-C
+	@exec $(BIN)/slipstream serve
+
+test: $(VENV)/dev.stamp ## All tests that need no GPU: unit, contract, integration, end to end
+	$(PYTEST) -m "not gpu and not soak" $(ARGS)
+
+check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -q tests/unit $(ARGS)
+
+fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/dev.stamp ## Measure, and write benchmarks/README.md's tables
+	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
+	$(PYTEST) -m soak --timeout 3600 $(ARGS)
+
+clean: ## Remove the virtual environment and all caches; your data folder stays
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+lock: $(VENV)/dev.stamp ## Write constraints.txt from what is installed in .venv
+	$(BIN)/python -m tests.support.lock > constraints.tmp && mv constraints.tmp constraints.txt
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	  "Slipstream needs Python 3.11, 3.12 or 3.13; %s is %d.%d. Name another: make PYTHON=python3.12 …" % (sys.executable, *v))'
+	@echo "Making $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch alone and first: it is by far the largest, and a failed download is then plain to see.
+$(VENV)/torch.stamp: constraints.txt | $(VENV)/bin/python
+	@echo "Installing torch (a few minutes the first time) …"
+	@$(PIP) install --progress-bar on -c constraints.txt "torch==2.13.*"
+	@touch $@
+
+$(VENV)/serve.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+	@echo "Installing Slipstream …"
+	@$(PIP) install --progress-bar on -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+	@echo "Installing Slipstream with what its tests need …"
+	@$(PIP) install --progress-bar on -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/serve.stamp

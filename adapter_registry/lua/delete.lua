@@ -1,0 +1,35 @@
+-- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
+-- KEYS: names, versions, digests, aliases, refs, garbage. ARGV: name, version or ''.
+-- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
+local doomed = {}
+if ARGV[2] == '' then
+  doomed = redis.call('HKEYS', KEYS[2])
+elseif redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
+  local aliases = redis.call('HGETALL', KEYS[4])
+  for i = 1, #aliases, 2 do
+    if aliases[i + 1] == ARGV[2] then return {'in_use', aliases[i]} end
+  end
+  doomed = {ARGV[2]}
+end
+if #doomed == 0 then return {'missing'} end
+
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local answer = {'removed'}
+for _, number in ipairs(doomed) do
+  local stored = redis.call('HGET', KEYS[2], number)
+  local envelope = cjson.decode(stored)
+  for _, sha in ipairs(envelope.blobs) do
+    if redis.call('HINCRBY', KEYS[5], sha, -1) <= 0 then
+      redis.call('HDEL', KEYS[5], sha)
+      redis.call('ZADD', KEYS[6], now_ms, sha)
+    end
+  end
+  redis.call('HDEL', KEYS[2], number)
+  redis.call('HDEL', KEYS[3], envelope.digest)
+  answer[#answer + 1] = number
+  answer[#answer + 1] = stored
+end
+if ARGV[2] == '' then redis.call('DEL', KEYS[4]) end
+if redis.call('HLEN', KEYS[2]) == 0 then redis.call('SREM', KEYS[1], ARGV[1]) end
+return answer

@@ -1,0 +1,302 @@
+"""`RedisStore`: the registry's records in Redis. Whatever must change together changes in one Lua script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisClusterException, RedisError
+
+from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
+from adapter_registry.records import (
+    AdapterDraft,
+    AdapterSummary,
+    AdapterVersion,
+    KeyRecord,
+    VersionSelector,
+    VersionState,
+    check_alias,
+    check_name,
+    check_sha256,
+    utc_now,
+)
+from adapter_registry.scripts import SCHEMA_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, load_script, lookup_key
+from adapter_registry.store import Store
+
+SCHEMA = "1"
+SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
+_LIST_BATCH = 100  # adapters read per script, for the same reason
+_QUEUE_WAIT_S = 5.0  # for a free connection
+_CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
+
+
+class RedisStore(Store):
+    """The registry's truth. Build it with `from_url`; one instance serves one event loop."""
+
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        *,
+        max_connections: int = 64,
+        claim_wait_s: float = 10.0,
+        sweep_lease_s: float = 900.0,
+    ) -> None:
+        self._client = client
+        # One command holds one connection. The cluster client refuses rather than waits when it runs out of them.
+        self._connections = asyncio.Semaphore(max_connections)
+        self._claim_wait_s = claim_wait_s
+        # Longer than any sweep takes: a sweeper that is merely slow must not meet a publisher who thinks it died.
+        self._sweep_lease_s = sweep_lease_s
+        self._scripts = {name: client.register_script(load_script(name)) for name in SCRIPTS}
+        self._schema_checked = False
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        timeout_s: float = 2.0,
+        retries: int = 2,
+        max_connections: int = 64,
+        claim_wait_s: float = 10.0,
+        sweep_lease_s: float = 900.0,
+    ) -> RedisStore:
+        """A store at `redis://`, `rediss://`, `unix://`, or a cluster at `redis+cluster://` or `rediss+cluster://`.
+
+        Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them. Every
+        write may safely run twice, which is what a retry after a lost answer does.
+        """
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
+            "max_connections": max_connections + 8,  # the cluster client's own look at its nodes comes on top
+            "protocol": 2,  # the scripts' answers are flat arrays; nothing here needs RESP3's handshake
+        }
+        scheme, _, rest = url.partition("://")
+        client: Redis | RedisCluster
+        if scheme.endswith("+cluster"):
+            client = RedisCluster.from_url(f"{scheme.removesuffix('+cluster')}://{rest}", **options)
+        else:
+            client = Redis.from_url(url, **options)
+        return cls(client, max_connections=max_connections, claim_wait_s=claim_wait_s, sweep_lease_s=sweep_lease_s)
+
+    async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """Protect these blobs from the sweep for the grace period. Call before putting them."""
+        keys = TenantKeys(tenant)
+        shas = sorted({check_sha256(sha) for sha in sha256s})
+        # The index first: a tenant whose upload dies here still has garbage that a sweep must find.
+        await self._command("SADD", TENANTS_KEY, tenant)
+        deadline = asyncio.get_running_loop().time() + self._claim_wait_s
+        pause_s, longest_s = _CLAIM_POLL_S
+        while await self._script("claim", [keys.refs, keys.garbage, keys.deleting], shas):
+            if asyncio.get_running_loop().time() + pause_s > deadline:
+                raise StoreUnavailable("These files are being cleaned up right now; try again in a moment.")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
+
+    async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
+        """Make a version visible, atomically; returns it and whether it is new."""
+        keys = TenantKeys(draft.tenant)
+        adapter = keys.adapter(draft.name)
+        blobs = draft.blob_sha256s
+        await self._command("SADD", TENANTS_KEY, draft.tenant)  # first, as in claim_blobs
+        answer = await self._script(
+            "publish",
+            [keys.names, adapter.versions, adapter.digests, keys.numbers, keys.refs, keys.garbage],
+            [draft.name, draft.digest, _envelope(draft, blobs), *blobs],
+        )
+        if answer[0] == "unclaimed":
+            raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
+        return _version(answer[1], answer[2]), answer[0] == "new"
+
+    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
+        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
+        keys = TenantKeys(tenant).adapter(selector.name)
+        value = selector.version or selector.alias or selector.digest or ""
+        # Sharing is a later feature; until then another tenant's adapter is answered without looking.
+        if selector.tenant in (None, tenant):
+            found = await self._script("resolve", [keys.versions, keys.aliases, keys.digests], [selector.by, value])
+            if found:
+                return _version(found[0], found[1])
+        raise _not_published(selector.name)
+
+    async def get(self, tenant: str, name: str) -> AdapterSummary:
+        """One adapter with its versions and aliases. Raises `NotPublished`."""
+        found = await self._describe(tenant, [name])
+        if not found:
+            raise _not_published(name)
+        return found[0]
+
+    async def list(self, tenant: str) -> Sequence[AdapterSummary]:
+        """All of a tenant's adapters, by name."""
+        names = sorted(await self._command("SMEMBERS", TenantKeys(tenant).names))
+        batches = [names[i : i + _LIST_BATCH] for i in range(0, len(names), _LIST_BATCH)]
+        return [summary for batch in batches for summary in await self._describe(tenant, batch)]
+
+    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+        """Remove one version, or the adapter with all its versions and aliases; newest first."""
+        keys = TenantKeys(tenant)
+        adapter = keys.adapter(name)
+        answer = await self._script(
+            "delete",
+            [keys.names, adapter.versions, adapter.digests, adapter.aliases, keys.refs, keys.garbage],
+            [name, "" if version is None else version],
+        )
+        if answer[0] == "missing":
+            raise _not_published(name)
+        if answer[0] == "in_use":
+            raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
+        return _versions(answer[1:])
+
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
+        keys = TenantKeys(tenant).adapter(name)
+        if not await self._script("set_alias", [keys.versions, keys.aliases], [check_alias(alias), version]):
+            raise _not_published(name)
+
+    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+        """Remove an alias. Raises `NotPublished`."""
+        if not await self._command("HDEL", TenantKeys(tenant).adapter(name).aliases, check_alias(alias)):
+            raise _not_published(name)
+
+    async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
+        """Mark garbage blobs older than the grace period as being deleted; a bounded batch at a time."""
+        keys = TenantKeys(tenant)
+        times_ms = [round(older_than_s * 1000), round(self._sweep_lease_s * 1000)]
+        found = await self._script("begin_sweep", [keys.refs, keys.garbage, keys.deleting], [*times_ms, SWEEP_BATCH])
+        return [str(sha) for sha in found]
+
+    async def end_sweep(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """The blobs returned by `begin_sweep` are gone."""
+        shas = [check_sha256(sha) for sha in sha256s]
+        if shas:
+            await self._command("ZREM", TenantKeys(tenant).deleting, *shas)
+
+    async def tenants(self) -> Sequence[str]:
+        """Every tenant that has ever published, claimed blobs or been given a key, by name."""
+        return sorted(await self._command("SMEMBERS", TENANTS_KEY))
+
+    async def put_key(self, key: KeyRecord) -> None:
+        """Keep a key."""
+        mine = TenantKeys(key.tenant).api_keys
+        await self._command("SADD", TENANTS_KEY, key.tenant)
+        before = await self._command("HGET", mine, key.id)
+        # Two slots, so no single script. Listed first and usable last: a crash in between leaves a key that people
+        # can see and revoke but that opens nothing. The other order could leave one that opens and cannot be seen.
+        await self._command("HSET", mine, key.id, key.model_dump_json())
+        if before and (old := KeyRecord.model_validate_json(before)).sha256 != key.sha256:
+            await self._command("DEL", lookup_key(old.sha256))
+        await self._command("SET", lookup_key(key.sha256), key.model_dump_json())
+
+    async def find_key(self, sha256: str) -> KeyRecord | None:
+        """The key whose secret has this hash."""
+        found = await self._command("GET", lookup_key(check_sha256(sha256)))
+        return KeyRecord.model_validate_json(found) if found else None
+
+    async def list_keys(self, tenant: str) -> Sequence[KeyRecord]:
+        """A tenant's keys, oldest first."""
+        found = await self._command("HVALS", TenantKeys(tenant).api_keys)
+        return sorted((KeyRecord.model_validate_json(key) for key in found), key=lambda key: (key.created_at, key.id))
+
+    async def delete_key(self, tenant: str, key_id: str) -> None:
+        """Revoke. Raises `NotPublished` when there is none of this id."""
+        mine = TenantKeys(tenant).api_keys
+        found = await self._command("HGET", mine, key_id)
+        if not found:
+            raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
+        # Unusable first, unlisted last: after a crash in between, revoking again finishes the work.
+        await self._command("DEL", lookup_key(KeyRecord.model_validate_json(found).sha256))
+        await self._command("HDEL", mine, key_id)
+
+    async def ping(self) -> None:
+        """Raises `StoreUnavailable` when the store does not answer."""
+        await self._command("PING")
+
+    async def close(self) -> None:
+        """Give connections back."""
+        await self._client.aclose()
+
+    async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
+        """Those of `names` that have versions."""
+        tenant_keys = TenantKeys(tenant)
+        adapters = [tenant_keys.adapter(name) for name in names]
+        answer = await self._script("describe", [key for a in adapters for key in (a.versions, a.aliases)], [])
+        return [
+            AdapterSummary(
+                tenant=tenant,
+                name=name,
+                versions=tuple(_versions(versions)),
+                aliases={alias: int(number) for alias, number in _pairs(aliases)},
+            )
+            for name, (versions, aliases) in zip(names, answer, strict=True)
+            if versions
+        ]
+
+    async def _script(self, name: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:
+        """Run a script; redis-py sends its text again when the server has forgotten it."""
+        async with self._answering():
+            return await self._scripts[name](keys=keys, args=args)
+
+    async def _command(self, *words: str) -> Any:
+        """Run one command."""
+        async with self._answering():
+            return await self._client.execute_command(*words)
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        """The one place where Redis's errors become ours; the cause stays attached for the logs, not for clients."""
+        try:
+            async with asyncio.timeout(_QUEUE_WAIT_S):
+                await self._connections.acquire()
+            try:
+                if not self._schema_checked:
+                    await self._check_schema()
+                yield
+            finally:
+                self._connections.release()
+        except (RedisError, RedisClusterException, OSError) as error:
+            raise StoreUnavailable("The registry cannot be reached or did not answer in time; try again.") from error
+
+    async def _check_schema(self) -> None:
+        """Refuse data that another schema wrote, before a single record of it is read or changed."""
+        await self._client.execute_command("SET", SCHEMA_KEY, SCHEMA, "NX")
+        found = str(await self._client.execute_command("GET", SCHEMA_KEY))
+        if found != SCHEMA:
+            raise StoreUnavailable(
+                f"The registry's data has schema {found[:20]!r} and this Slipstream reads schema {SCHEMA}: "
+                "upgrade Slipstream to the version that wrote it."
+            )
+        self._schema_checked = True
+
+
+def _envelope(draft: AdapterDraft, blobs: Sequence[str]) -> str:
+    """What is stored for a version. Its number is the hash field, since only the script knows it."""
+    ready = {**draft.model_dump(mode="json"), "state": VersionState.READY, "created_at": utc_now().isoformat()}
+    return json.dumps({"record": ready, "digest": draft.digest, "blobs": blobs}, allow_nan=False)
+
+
+def _version(number: str, envelope: str) -> AdapterVersion:
+    return AdapterVersion.model_validate({**json.loads(envelope)["record"], "version": int(number)})
+
+
+def _versions(flat: Sequence[str]) -> Sequence[AdapterVersion]:
+    found = (_version(number, envelope) for number, envelope in _pairs(flat))
+    return sorted(found, key=lambda version: version.version, reverse=True)
+
+
+def _pairs(flat: Sequence[str]) -> Sequence[tuple[str, str]]:
+    """A Lua script's HGETALL comes as field, value, field, value…"""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _not_published(name: str) -> NotPublished:
+    # One text for every way of not being there, another tenant's adapter included.
+    return NotPublished(f"Nothing is published as {check_name(name)!r} under this name, version or alias.")

@@ -1,0 +1,54 @@
+"""Where things are in Redis: every key name, and the Lua scripts that change several keys at once.
+
+All of a tenant's keys carry `{tenant}` as cluster hash tag, so each script touches a single slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+from adapter_registry.records import check_name
+
+PREFIX = "slipstream:"
+SCHEMA_KEY = PREFIX + "schema"
+TENANTS_KEY = PREFIX + "tenants"
+SCRIPTS = ("publish", "resolve", "describe", "delete", "set_alias", "claim", "begin_sweep")
+
+
+def load_script(name: str) -> str:
+    """The text of `lua/<name>.lua`."""
+    return (resources.files("adapter_registry") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+
+
+def lookup_key(sha256: str) -> str:
+    """Where the API key with this hash is found before its tenant is known."""
+    return f"{PREFIX}keys:{{{sha256}}}"
+
+
+@dataclass(frozen=True)
+class AdapterKeys:
+    """The keys of one adapter."""
+
+    versions: str  # hash: number -> envelope {record, digest, blobs}; the record lacks its number
+    digests: str  # hash: digest -> number
+    aliases: str  # hash: alias -> number
+
+
+class TenantKeys:
+    """The keys of one tenant; a tenant name that breaks the rules never becomes part of a key."""
+
+    def __init__(self, tenant: str) -> None:
+        base = f"{PREFIX}{{{check_name(tenant, 'tenant')}}}:"
+        self._base = base
+        self.names = base + "names"  # set: adapters that have a version
+        self.numbers = base + "numbers"  # hash: name -> last version number given, kept after deletes
+        self.refs = base + "refs"  # hash: sha256 -> versions that name it; never 0
+        self.garbage = base + "garbage"  # zset: sha256 without refs -> ms since when (claimed or released)
+        self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
+        self.api_keys = base + "keys"  # hash: key id -> record
+
+    def adapter(self, name: str) -> AdapterKeys:
+        """The keys of one of this tenant's adapters."""
+        base = f"{self._base}adapter:{check_name(name)}:"
+        return AdapterKeys(versions=base + "versions", digests=base + "digests", aliases=base + "aliases")

@@ -1,0 +1,1 @@
+"""How Slipstream runs on Ray Serve. The only package that imports Ray."""

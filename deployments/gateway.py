@@ -1,0 +1,50 @@
+"""The Serve deployment that answers HTTP: `slipstream.api` with its parts plugged in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+from pydantic import SecretStr
+from ray.serve.handle import DeploymentHandle
+
+from adapter_registry.blobs import ObstoreBlobs
+from adapter_registry.redis_store import RedisStore
+from deployments.engine_client import RayEngineClient
+from slipstream.api.app import create_app
+from slipstream.api.services import ApiServices
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayPlan:
+    """What a gateway is built from: plain data, so that it travels to any node."""
+
+    redis_url: SecretStr
+    blob_url: str
+    admin_key_sha256: str
+    upload_dir: Path
+    max_upload_bytes: int
+
+
+class Gateway:
+    """Holds no state of its own. Connections are made here, in the replica, never pickled into it."""
+
+    def __init__(self, plan: GatewayPlan, engines: Mapping[str, DeploymentHandle]) -> None:
+        self._plan = plan
+        self._engines = engines
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this in the replica's own event loop, after the constructor."""
+        plan = self._plan
+        self._store = RedisStore.from_url(plan.redis_url.get_secret_value())
+        services = ApiServices(
+            engines={model_id: RayEngineClient(handle) for model_id, handle in self._engines.items()},
+            store=self._store,
+            blobs=ObstoreBlobs.from_url(plan.blob_url),
+            admin_key_sha256=plan.admin_key_sha256,
+            upload_dir=plan.upload_dir,
+            max_upload_bytes=plan.max_upload_bytes,
+        )
+        return create_app(services)

@@ -1,0 +1,125 @@
+"""A private, quiet Ray on this machine: loopback only, its own token, its own temporary folder, all gone afterwards."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from deployments.home import Home
+from slipstream.config import Settings
+from slipstream.process_env import prepare_environment
+
+_OBJECT_STORE_BYTES = 256 << 20  # our messages are small and travel inline
+
+
+def prepare_ray_environment() -> None:
+    """Must run before Ray is imported in this process: it reads its switches then."""
+    prepare_environment(
+        {
+            # Explicit: Ray otherwise turns it on by itself and writes a token into the user's home folder.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        },
+        defaults={
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_enable_metrics_collection": "0",
+        },
+    )
+
+
+@contextmanager
+def local_ray(settings: Settings, home: Home) -> Iterator[None]:
+    """Run Ray and Serve while the body runs."""
+    import ray  # not at the top: `prepare_ray_environment` comes first
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.schema import LoggingConfig
+
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with _scratch_folder(home) as scratch, _ray_talk(home):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, _cpus_needed(settings)),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=str(scratch),
+                _node_ip_address="127.0.0.1",
+            )
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=HTTPOptions(host=settings.host, port=settings.port),
+                logging_config=LoggingConfig(
+                    logs_dir=str(home.logs / "serve"), enable_access_log=False, log_level="WARNING"
+                ),
+            )
+            yield
+        finally:
+            try:
+                serve.shutdown()
+            finally:
+                ray.shutdown()
+                _keep_logs(scratch, home.logs / "ray")
+
+
+def sweep_leftovers(home: Home) -> None:
+    """Remove what an earlier run that was killed could not. The caller owns the home."""
+    try:
+        noted = Path(home.scratch_note.read_text(encoding="utf-8").strip())
+    except OSError:
+        noted = None
+    if noted is not None and noted.name.startswith("slipstream-"):
+        shutil.rmtree(noted, ignore_errors=True)
+    home.scratch_note.unlink(missing_ok=True)
+    shutil.rmtree(home.uploads, ignore_errors=True)
+    for left in home.adapter_cache.glob(".scratch-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _ray_talk(home: Home) -> Iterator[None]:
+    """A thread of Ray's prints the raylet's messages to `sys.stdout`, even with `log_to_driver` off: give it a file.
+
+    What we say goes to the console that was made before.
+    """
+    home.logs.mkdir(parents=True, exist_ok=True)
+    with (home.logs / "ray-driver.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        yield
+
+
+@contextmanager
+def _scratch_folder(home: Home) -> Iterator[Path]:
+    # In the system's temporary folder rather than in the home: Ray's socket paths must stay under 107 characters.
+    scratch = Path(tempfile.mkdtemp(prefix="slipstream-"))
+    home.scratch_note.write_text(str(scratch), encoding="utf-8")
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        home.scratch_note.unlink(missing_ok=True)
+
+
+def _cpus_needed(settings: Settings) -> int:
+    """Ray's CPUs are only its own book-keeping: on a small machine count enough of them for everything to be placed."""
+    engines = sum(model.engine_replicas * model.engine_cpus for model in settings.models)
+    return math.ceil(settings.gateway_replicas * settings.gateway_cpus + engines)
+
+
+def _keep_logs(scratch: Path, kept: Path) -> None:
+    """Replace the previous run's Ray logs by this run's."""
+    for logs in scratch.glob("session_2*/logs"):
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(logs, kept, ignore=shutil.ignore_patterns("events"), dirs_exist_ok=True)

@@ -1,0 +1,49 @@
+"""The `slipstream` command: the client's commands, and `serve`, which only this package can offer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from slipstream.cli import app
+from slipstream.errors import ServerError
+
+
+@app.command()
+def serve(
+    port: Annotated[int | None, typer.Option(help="Port to listen on (variable PORT).", min=1, max=65535)] = None,
+    home: Annotated[Path | None, typer.Option(help="Data folder (variable SLIPSTREAM_HOME).")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hugging Face id or folder (variable SLIPSTREAM_BASE_MODEL).")
+    ] = None,
+) -> None:
+    """Serve on this machine: base model, registry, engine and HTTP, until Ctrl-C."""
+    # Imported here: `slipstream adapters list` should not wait for them.
+    from deployments.serve_local import serve_local
+    from slipstream.config import load_settings
+
+    given = {
+        name: value for name, value in (("port", port), ("home", home), ("base_model", base_model)) if value is not None
+    }
+    try:
+        serve_local(load_settings(**given), Console(file=sys.stdout))
+    except ServerError as error:
+        typer.echo(f"slipstream serve: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def config() -> None:
+    """List every setting: its variable, its name in the configuration file, its default and its meaning."""
+    from slipstream.config import settings_table
+
+    typer.echo(settings_table(), nl=False)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,222 @@
+"""`slipstream serve`: everything on this machine, started in order and stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+import httpx
+from pydantic import SecretStr
+from rich.console import Console
+
+from adapter_registry.errors import StoreUnavailable
+from adapter_registry.keys import hash_key, new_key
+from adapter_registry.redis_store import RedisStore
+from deployments.embedded_redis import embedded_redis
+from deployments.home import Home, kept_secret, open_home, write_secret
+from deployments.local_ray import local_ray, prepare_ray_environment, sweep_leftovers
+from deployments.terminal import TerminalProgress
+from slipstream.base_models import prepare_base_model
+from slipstream.config import ModelSettings, Settings
+from slipstream.errors import ConfigError, Unavailable
+
+DEMO_TENANT = "demo"
+_READY_TIMEOUT_S = 300.0
+_DRAIN_S = 10.0
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. Not an `Exception`: nothing on the way out may mistake it for a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a person needs to know."""
+
+    url: str
+    demo_key: str
+    model_id: str
+
+
+def serve_local(settings: Settings, console: Console, engine: str | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, then stop all of it. Raises `ConfigError` or `Unavailable` when it cannot
+    start."""
+    began = time.monotonic()
+    with stop_signals(), ExitStack() as stack:
+        try:
+            started = start(settings, console, stack, engine)
+            _announce(started, time.monotonic() - began, console)
+            while True:
+                time.sleep(3600)
+        except Stopped:
+            console.print("\nStopping …")
+        finally:
+            ignore_stop_signals()  # a second Ctrl-C must not cut the way out short
+            stack.close()
+
+
+def start(settings: Settings, console: Console, stack: ExitStack, engine: str | None) -> Started:
+    """Start every part; what must be stopped goes on `stack`."""
+    progress = TerminalProgress(console)
+    check_port(settings.host, settings.port)
+    home = stack.enter_context(open_home(settings.home))
+    sweep_leftovers(home)
+    models = tuple(_ready_model(model, home, progress) for model in settings.models)
+    resolved = settings.model_copy(update={"models": models, "admin_key": _admin_key(settings, home)})
+    with progress.phase("Starting the registry"):
+        redis_url = settings.redis_url or SecretStr(
+            stack.enter_context(embedded_redis(home.redis, home.logs / "redis.log")).url
+        )
+        resolved = resolved.model_copy(update={"redis_url": redis_url})
+        demo_key = asyncio.run(_demo_key(redis_url.get_secret_value(), home))
+    with progress.phase("Starting Ray Serve"):
+        prepare_ray_environment()
+        stack.enter_context(local_ray(settings, home))
+        install_stop_signals()  # ray.init puts its own SIGTERM handler in place
+    url = f"http://{_shown_host(settings.host)}:{settings.port}"
+    with progress.phase("Loading the model"):
+        _run_application(resolved, engine, home)
+        _wait_until_ready(url)
+    model_id = models[0].id
+    assert model_id is not None
+    return Started(url, demo_key, model_id)
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a taken port before anything starts."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the real listener: TIME_WAIT is no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Port {port} on {host} cannot be used ({error.strerror}). Stop what listens there, or choose another
+                with PORT=…" ) from error
+
+
+def _ready_model(model: ModelSettings, home: Home, progress: TerminalProgress) -> ModelSettings:
+    prepared = prepare_base_model(model.base_model, home.root, progress)
+    return model.model_copy(update={"base_model": str(prepared.path), "id": model.id or prepared.id})
+
+
+def _admin_key(settings: Settings, home: Home) -> SecretStr:
+    return settings.admin_key or SecretStr(kept_secret(home.root / "admin.key"))
+
+
+async def _demo_key(redis_url: str, home: Home) -> str:
+    """The demo tenant's key: the one from last time while the registry still knows it, else a new one."""
+    path = home.root / "demo.key"
+    store = RedisStore.from_url(redis_url)
+    try:
+        if path.is_file():
+            kept = path.read_text(encoding="utf-8").strip()
+            if await store.find_key(hash_key(kept)) is not None:
+                return kept
+        secret, record = new_key(DEMO_TENANT, "made by slipstream serve")
+        await store.put_key(record)
+    except StoreUnavailable as error:
+        raise Unavailable("The registry's Redis does not answer. Check SLIPSTREAM_REDIS_URL.") from error
+    finally:
+        await store.close()
+    write_secret(path, secret)
+    return secret
+
+
+def _run_application(settings: Settings, engine: str | None, home: Home) -> None:
+    from ray import serve  # after prepare_ray_environment
+
+    from deployments.app import APP_NAME, build_application
+    from deployments.engine_replica import REAL_ENGINE
+
+    try:
+        serve.run(
+            build_application(settings, engine=engine or REAL_ENGINE, drain_s=_DRAIN_S), name=APP_NAME, route_prefix="/"
+        )
+    except RuntimeError as error:
+        raise ConfigError(_why_not(APP_NAME, home)) from error
+
+
+def _why_not(app_name: str, home: Home) -> str:
+    """The reason a replica gave, out of Serve's status text."""
+    from ray import serve
+
+    application = serve.status().applications.get(app_name)
+    text = (
+        "\n".join([application.message, *(d.message for d in application.deployments.values())]) if application else ""
+    )
+    ours = re.findall(
+        r"^(?:slipstream\.errors\.|[\w.]*\.)?(?:ConfigError|ModelUnsupported|Unavailable): (.+)$", text, re.MULTILINE
+    )
+    return ours[-1] if ours else f"The application did not start. The reason is in {home.logs}."
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                if client.get("/readyz").status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.1)
+    raise Unavailable(f"{url}/readyz did not become ready within {_READY_TIMEOUT_S:.0f} s.")
+
+
+def _shown_host(host: str) -> str:
+    if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _announce(started: Started, took_s: float, console: Console) -> None:
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": started.model_id, "messages": [question], "max_tokens": 32, "temperature": 0})
+    lines = (
+        "",
+        f"Slipstream is ready at {started.url} ({took_s:.0f} s). Documentation: {started.url}/docs",
+        f"Key of the tenant {DEMO_TENANT!r}: {started.demo_key}",
+        "Try:",
+        f"  curl {started.url}/v1/chat/completions -H 'Authorization: Bearer {started.demo_key}' \\",
+        f"    -H 'Content-Type: application/json' -d '{body}'",
+        "",
+        "Ctrl-C stops it.",
+    )
+    for line in lines:
+        # No wrapping: the curl line is there to be copied.
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Stopped` while the body runs."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    install_stop_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def install_stop_signals() -> None:
+    """The first signal raises `Stopped`; further ones are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_stopped)
+
+
+def ignore_stop_signals() -> None:
+    """From here on we are leaving already."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    ignore_stop_signals()
+    raise Stopped

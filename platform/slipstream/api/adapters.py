@@ -1,0 +1,155 @@
+"""/v1/adapters: publish, look at and remove a tenant's adapters, their versions and aliases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapter_registry.errors import NotPublished
+from adapter_registry.records import AdapterSummary, AdapterVersion, check_alias, check_name
+from slipstream.api.auth import CallerDep
+from slipstream.api.connection import while_connected
+from slipstream.api.runtime import RuntimeDep
+from slipstream.api.sse import Json
+from slipstream.api.uploads import receive_upload
+from slipstream.errors import Conflict, InvalidRequest
+from slipstream.publishing import publish_folder
+
+router = APIRouter(tags=["Adapters"])
+VersionNumber = Annotated[int, Path(ge=1, le=10**9)]
+_UPLOAD_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "files"],
+                    "properties": {
+                        "name": {"type": "string", "description": "The adapter's name."},
+                        "files": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "The files of the adapter's folder, each under its own name.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class AliasTarget(BaseModel):
+    """The body of PUT …/aliases/{alias}."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[int, Field(ge=1, le=10**9)]
+
+
+@router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
+async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> Response:
+    """Publish an adapter: 201 with its new version, or 200 with the one that has the same content already."""
+    tenant = caller.acting_tenant()
+    services = runtime.services
+    async with receive_upload(request, services.upload_dir) as upload:
+        name = check_name(upload.fields["name"])
+        if runtime.catalog.is_base_name(name):
+            raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
+        bases = await runtime.catalog.bases()
+        if len(bases) != 1:
+            raise InvalidRequest(
+                "This server has several base models; publishing needs to know which. Not supported yet."
+            )
+        publishing = publish_folder(
+            upload.folder,
+            name,
+            tenant,
+            bases[0].spec,
+            store=services.store,
+            blobs=services.blobs,
+            created_by=caller.key_id,
+        )
+        version, is_new = await while_connected(request.receive, publishing)
+    return JSONResponse(_version_body(version), 201 if is_new else 200)
+
+
+@router.get("/v1/adapters")
+async def list_adapters(caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """The tenant's adapters."""
+    summaries = await runtime.services.store.list(caller.acting_tenant())
+    return {"object": "list", "data": [_summary_body(summary) for summary in summaries]}
+
+
+@router.get("/v1/adapters/{name}")
+async def get_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """One adapter, its versions (newest first) and its aliases."""
+    return _summary_body(await runtime.services.store.get(caller.acting_tenant(), check_name(name)))
+
+
+@router.delete("/v1/adapters/{name}")
+async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Remove an adapter with all its versions and aliases. Requests that run already go on to their end."""
+    return await _delete(runtime, caller.acting_tenant(), check_name(name), None)
+
+
+@router.get("/v1/adapters/{name}/versions/{version}")
+async def get_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """One version."""
+    summary = await runtime.services.store.get(caller.acting_tenant(), check_name(name))
+    found = next((each for each in summary.versions if each.version == version), None)
+    if found is None:
+        raise NotPublished(f"There is no version {version} of '{name}'.")
+    return _version_body(found)
+
+
+@router.delete("/v1/adapters/{name}/versions/{version}")
+async def delete_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Remove one version; 409 while an alias points at it."""
+    return await _delete(runtime, caller.acting_tenant(), check_name(name), version)
+
+
+@router.put("/v1/adapters/{name}/aliases/{alias}")
+async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Point an alias at a version; `prod` is what the plain name means."""
+    await runtime.services.store.set_alias(caller.acting_tenant(), check_name(name), check_alias(alias), body.version)
+    return {"object": "adapter.alias", "name": name, "alias": alias, "version": body.version}
+
+
+@router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)
+async def delete_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
+    """Remove an alias."""
+    await runtime.services.store.delete_alias(caller.acting_tenant(), check_name(name), check_alias(alias))
+    return Response(status_code=204)
+
+
+async def _delete(runtime: RuntimeDep, tenant: str, name: str, version: int | None) -> Json:
+    removed = await runtime.services.store.delete(tenant, name, version)
+    runtime.catalog.forget(tenant, name)
+    return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
+
+
+def _version_body(version: AdapterVersion) -> Json:
+    return {
+        "object": "adapter.version",
+        "ref": version.ref,
+        "digest": version.digest,
+        "size_bytes": version.size_bytes,
+        **version.model_dump(mode="json"),
+    }
+
+
+def _summary_body(summary: AdapterSummary) -> Json:
+    current = summary.current
+    return {
+        "object": "adapter",
+        "tenant": summary.tenant,
+        "name": summary.name,
+        "current": current.version if current else None,
+        "aliases": summary.aliases,
+        "versions": [_version_body(version) for version in summary.versions],
+    }

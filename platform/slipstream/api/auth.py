@@ -1,0 +1,75 @@
+"""Who is calling: the admin, or a tenant through one of its keys."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from adapter_registry.keys import hash_key
+from adapter_registry.records import check_name
+from slipstream.api.runtime import Runtime, RuntimeDep
+from slipstream.errors import Forbidden, InvalidRequest, Unauthorized
+
+_bearer = HTTPBearer(auto_error=False, description="A tenant's key, or the admin key.")
+_TENANT_HEADER = "X-Slipstream-Tenant"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated caller and the tenant it acts for (the admin may have named none)."""
+
+    tenant: str | None
+    key_id: str
+    is_admin: bool
+
+    def acting_tenant(self) -> str:
+        """The tenant; the admin must have named one."""
+        if self.tenant is None:
+            raise InvalidRequest(
+                f"The admin key belongs to no tenant. Send the header '{_TENANT_HEADER}: <tenant>' to act for one.",
+                code="tenant_required",
+                param=_TENANT_HEADER,
+            )
+        return self.tenant
+
+    def require_admin(self) -> None:
+        """Raise `Forbidden` for everybody else."""
+        if not self.is_admin:
+            raise Forbidden("Only the admin key may manage keys.")
+
+
+async def _authenticate(
+    runtime: RuntimeDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    acting_for: Annotated[str | None, Header(alias=_TENANT_HEADER, max_length=64)] = None,
+) -> Caller:
+    if credentials is None or not credentials.credentials:
+        raise Unauthorized(
+            "No API key was sent. Send the header 'Authorization: Bearer <key>'.", code="missing_api_key"
+        )
+    caller = await _identify(runtime, hash_key(credentials.credentials))
+    if acting_for is None:
+        return caller
+    check_name(acting_for, "tenant")
+    if caller.is_admin:
+        return Caller(acting_for, caller.key_id, is_admin=True)
+    if caller.tenant != acting_for:
+        raise Forbidden(f"This key may not act for another tenant. Leave the header '{_TENANT_HEADER}' out.")
+    return caller
+
+
+async def _identify(runtime: Runtime, sha256: str) -> Caller:
+    # Hashes are compared, so the admin key's length stays unknown; constant-time, so its hash does too.
+    if hmac.compare_digest(sha256, runtime.services.admin_key_sha256):
+        return Caller(None, "admin", is_admin=True)
+    record = await runtime.keys.ask(sha256, lambda: runtime.services.store.find_key(sha256))
+    if record is None:
+        raise Unauthorized("This API key is unknown or has been revoked.")
+    return Caller(record.tenant, record.id, is_admin=False)
+
+
+CallerDep = Annotated[Caller, Depends(_authenticate)]

@@ -1,0 +1,126 @@
+"""What a request's `model` means: a base model's own id first, then a name in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapter_registry.errors import InvalidName, NotPublished
+from adapter_registry.records import AdapterVersion, PromptFormat, parse_reference
+from adapter_registry.store import Store
+from slipstream.api.recent import RecentAnswers
+from slipstream.errors import InvalidRequest, NotFound
+from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An engine, and the adapter to run on it."""
+
+    base_id: str
+    engine: EngineClient
+    spec: BaseModelSpec
+    version: AdapterVersion | None = None
+
+    @property
+    def served_as(self) -> str:
+        """What the response says answered: the base's id or `name@version`."""
+        return self.version.ref if self.version else self.base_id
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """What travels below the gateway."""
+        return AdapterRef(self.version.tenant, self.version.digest) if self.version else None
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes exactly when the weights do."""
+        digest = self.version.digest if self.version else self.spec.base_digest
+        return "fp_" + digest.removeprefix("sha256:")[:12]
+
+    def check_chat(self) -> None:
+        """Raise `InvalidRequest` when chat messages cannot be turned into a prompt for this model."""
+        if self.version and self.version.prompt_format is PromptFormat.RAW:
+            raise InvalidRequest(
+                f"'{self.version.ref}' was trained on raw prompts, without a chat template, so chat messages would not "
+                "reach it as it learned them. Send the prompt to /v1/completions.",
+                code="raw_prompt_format",
+                param="model",
+            )
+        if not self.spec.has_chat_template:
+            raise InvalidRequest(
+                f"'{self.base_id}' has no chat template. Send the prompt to /v1/completions.",
+                code="no_chat_template",
+                param="model",
+            )
+
+
+class Catalog:
+    """The base models served here and the way from a name to an engine."""
+
+    def __init__(
+        self, engines: Mapping[str, EngineClient], store: Store, names: RecentAnswers[tuple[str, str], AdapterVersion]
+    ) -> None:
+        self._engines = engines
+        self._store = store
+        self._names = names
+        self._specs: dict[str, BaseModelSpec] = {}  # an engine's base never changes while it lives
+
+    async def bases(self) -> list[Target]:
+        """Every base model."""
+        return [Target(base, engine, await self._spec(base)) for base, engine in self._engines.items()]
+
+    def is_base_name(self, name: str) -> bool:
+        """Whether `name` would be answered by a base model, so that no adapter can be reached under it."""
+        return self._base_of(name) is not None
+
+    async def resolve(self, tenant: str, model: str) -> Target:
+        """The target of `model`. Raises `NotFound`, the same for unknown names and other tenants'."""
+        base = self._base_of(model)
+        if base is not None:
+            return Target(base, self._engines[base], await self._spec(base))
+        unknown = NotFound(
+            f"The model '{model[:200]}' does not exist, or you do not have access to it. GET /v1/models lists yours.",
+            code="model_not_found",
+            param="model",
+        )
+        try:
+            selector = parse_reference(model)
+            version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector))
+        except (InvalidName, NotPublished):
+            raise unknown from None
+        assert version is not None  # `resolve` raises instead
+        return await self._on_its_base(version)
+
+    def forget(self, tenant: str, name: str) -> None:
+        """Versions of this adapter were removed: an outage must not bring them back."""
+        self._names.forget(lambda version: version.tenant == tenant and version.name == name)
+
+    async def _on_its_base(self, version: AdapterVersion) -> Target:
+        bases = await self.bases()
+        for target in bases:
+            if version.base_digest == target.spec.base_digest:
+                return Target(target.base_id, target.engine, target.spec, version)
+        # A version without a digest was accepted against some base here by its name alone.
+        named = [t for t in bases if version.base_model in (t.base_id, _basename(t.base_id))] or bases
+        if version.base_digest is None and len(named) == 1:
+            return Target(named[0].base_id, named[0].engine, named[0].spec, version)
+        raise NotFound(
+            f"'{version.ref}' was made for the base model '{version.base_model}', which is not served here.",
+            code="model_not_found",
+            param="model",
+        )
+
+    def _base_of(self, model: str) -> str | None:
+        if model in self._engines:
+            return model
+        return next((base for base in self._engines if _basename(base) == model), None)
+
+    async def _spec(self, base: str) -> BaseModelSpec:
+        if base not in self._specs:
+            self._specs[base] = await self._engines[base].describe()
+        return self._specs[base]
+
+
+def _basename(model: str) -> str:
+    return model.rpartition("/")[2]

@@ -1,0 +1,114 @@
+"""The life of a connection: its id, its body cap, its metrics, its last resort; and noticing that the client is gone.
+
+Pure ASGI: Starlette's `BaseHTTPMiddleware` puts a queue between handler and client, which hides disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Coroutine
+from time import perf_counter
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slipstream.api.errors import CLIENT_CLOSED_REQUEST, ClientGone, problem_of
+from slipstream.api.metrics import HttpMetrics
+from slipstream.errors import PayloadTooLarge
+
+T = TypeVar("T")
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, cancelled as soon as the client goes away (then `ClientGone`). The body has been read already."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        # Not `gather`: the work must have let go of its engine before the connection is reported as over.
+        await asyncio.wait({working, watching})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Connection:
+    """Outermost layer: every response leaves through it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, body_limit: Callable[[str, str], int]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._body_limit = body_limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await _Exchange(self._app, scope, receive, send).run(self._metrics, self._body_limit)
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._scope, self._receive, self._send = app, scope, receive, send
+        self._headers = Headers(scope=scope)
+        offered = self._headers.get("x-request-id", "")
+        self._id = offered if _SANE_ID.fullmatch(offered) else f"req-{secrets.token_hex(12)}"
+        self._status: int | None = None
+        self._received = 0
+        self._limit = 0
+
+    async def run(self, metrics: HttpMetrics, body_limit: Callable[[str, str], int]) -> None:
+        started = perf_counter()
+        self._scope.setdefault("state", {})["request_id"] = self._id
+        self._limit = body_limit(self._scope["method"], self._scope["path"])
+        try:
+            await self._guarded()
+        finally:
+            route = getattr(self._scope.get("route"), "path", "") or "unmatched"
+            status = self._status or CLIENT_CLOSED_REQUEST
+            metrics.answered(route, self._scope["method"], status, perf_counter() - started)
+
+    async def _guarded(self) -> None:
+        try:
+            if self._announced() > self._limit:
+                raise self._too_large()  # at once, without reading: the client may have gigabytes to send
+            await self._app(self._scope, self._count_in, self._stamp_out)
+        except Exception as error:  # the connection's top loop: whatever got here must not leak
+            if self._status is not None:
+                raise  # too late for a status: the server cuts the connection, so nobody takes the rest for an answer
+            await problem_of(error, self._id).response()(self._scope, self._receive, self._stamp_out)
+
+    def _announced(self) -> int:
+        length = self._headers.get("content-length", "")
+        return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"The body is larger than the {self._limit} bytes that are taken here.")
+
+    async def _count_in(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit:
+            raise self._too_large()
+        return message
+
+    async def _stamp_out(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._id
+        await self._send(message)

@@ -1,0 +1,149 @@
+"""One call's engine streams, merged into one; the same for chat and text, streamed or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Protocol, runtime_checkable
+
+from slipstream.api.catalog import Target
+from slipstream.api.metrics import HttpMetrics
+from slipstream.errors import EngineFailed, Unavailable
+from slipstream.protocol import FinishReason, GenerateEvent, GenerateRequest, TokenLogprob, Usage
+
+Batch = list[GenerateEvent]
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Choice:
+    """One complete answer."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Generation:
+    """The streams of one call: one per prompt. Choices are numbered prompt x n + choice.
+
+    `start` raises what the engine refuses, while the status can still be chosen; `aclose` cancels everything.
+    """
+
+    def __init__(
+        self, target: Target, requests: Sequence[GenerateRequest], timeout_s: float, metrics: HttpMetrics
+    ) -> None:
+        self._target = target
+        self._n = requests[0].params.n
+        self._streamed = requests[0].stream
+        self._streams: list[AsyncIterator[Batch]] = [target.engine.generate(request) for request in requests]
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._pulls: dict[asyncio.Task[Batch | None], int] = {}
+        self._open = set(range(len(requests) * self._n))
+        self.usages: dict[int, Usage] = {}
+
+    async def start(self) -> None:
+        """Wait for the first step of every prompt."""
+        started = perf_counter()
+        for number in range(len(self._streams)):
+            self._pull(number)
+        try:
+            for task in await self._wait(asyncio.FIRST_EXCEPTION):
+                task.result()
+        except BaseException:  # whatever it was, cancellation included: nothing may go on running
+            await self.aclose()
+            raise
+        if self._streamed:  # otherwise a remote engine sends everything at the end
+            self._metrics.first_token(self._target.base_id, perf_counter() - started)
+
+    async def events(self) -> AsyncGenerator[Batch]:
+        """What each step added, until every choice has finished."""
+        while self._pulls:
+            done = await self._wait(asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=self._pulls.__getitem__):
+                number = self._pulls.pop(task)
+                batch = task.result()
+                if batch is None:
+                    continue
+                self._pull(number)
+                yield [self._note(replace(event, index=number * self._n + event.index)) for event in batch]
+        if self._open:
+            raise EngineFailed("The engine ended before the answer did.")
+        self._count_prompts()
+
+    async def aclose(self) -> None:
+        """Cancel what still runs; the engine has let go of it when this returns."""
+        pulls, self._pulls = list(self._pulls), {}
+        for task in pulls:
+            task.cancel()
+        # Results are of no use any more; a generator must not be closed while a task is inside it.
+        await asyncio.gather(*pulls, return_exceptions=True)
+        for stream in self._streams:
+            if isinstance(stream, _Closable):
+                await stream.aclose()
+
+    async def collect(self) -> list[Choice]:
+        """Run to the end and return the choices in order."""
+        choices = {index: Choice() for index in sorted(self._open)}
+        try:
+            async for batch in self.events():
+                for event in batch:
+                    choice = choices[event.index]
+                    choice.text.append(event.text)
+                    choice.logprobs.extend(event.logprobs or ())
+                    choice.finish_reason = event.finish_reason or choice.finish_reason
+        finally:
+            await self.aclose()
+        return list(choices.values())
+
+    def by_prompt(self) -> Iterable[list[Usage]]:
+        """The usages of each prompt's choices."""
+        for first in range(0, len(self._streams) * self._n, self._n):
+            yield [self.usages[index] for index in range(first, first + self._n)]
+
+    def _pull(self, number: int) -> None:
+        self._pulls[asyncio.ensure_future(_next(self._streams[number]))] = number
+
+    async def _wait(self, until: str) -> set[asyncio.Task[Batch | None]]:
+        left = self._deadline - asyncio.get_running_loop().time()
+        done, _ = await asyncio.wait(self._pulls, timeout=max(0.0, left), return_when=until)
+        late = not done or (until == asyncio.FIRST_EXCEPTION and len(done) < len(self._pulls) and not _failed(done))
+        if late:
+            raise Unavailable(f"The answer took longer than {self._timeout_s:g} seconds.", code="timeout")
+        return done
+
+    def _note(self, event: GenerateEvent) -> GenerateEvent:
+        if event.finish_reason is FinishReason.ABORTED:
+            raise Unavailable("The engine stopped this request before it was finished. Try again.")
+        if event.finish_reason is not None:
+            if event.usage is None:
+                raise EngineFailed("A choice ended without its usage.")
+            self._open.discard(event.index)
+            self.usages[event.index] = event.usage
+            self._metrics.generated(self._target.base_id, event.usage)
+        return event
+
+    def _count_prompts(self) -> None:
+        for usages in self.by_prompt():
+            self._metrics.prompted(self._target.base_id, usages[0].prompt_tokens, cached_tokens(usages))
+
+
+def cached_tokens(usages: Sequence[Usage]) -> int:
+    """Prompt tokens that were not computed for this call: later choices share the first one's, which is no saving."""
+    return min(usage.cached_prompt_tokens for usage in usages)
+
+
+async def _next(stream: AsyncIterator[Batch]) -> Batch | None:
+    return await anext(stream, None)
+
+
+def _failed(tasks: Iterable[asyncio.Task[Batch | None]]) -> bool:
+    return any(task.exception() is not None for task in tasks)

@@ -1,0 +1,49 @@
+"""What one application keeps while it lives: its services and the little state that belongs to it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from adapter_registry.records import AdapterVersion, KeyRecord
+from slipstream.api.catalog import Catalog
+from slipstream.api.metrics import HttpMetrics
+from slipstream.api.recent import RecentAnswers
+from slipstream.api.services import ApiServices
+
+_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Built once by `create_app`, reached by the routes through `RuntimeDep`."""
+
+    services: ApiServices
+    metrics: HttpMetrics
+    catalog: Catalog
+    keys: RecentAnswers[str, KeyRecord]
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+
+def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
+    """Wire the caches to the services."""
+    stale_s, clock = services.outage_cache_s, services.clock
+    names: RecentAnswers[tuple[str, str], AdapterVersion] = RecentAnswers(
+        fresh_s=0.0, stale_s=stale_s, limit=_KEPT, clock=clock
+    )
+    keys: RecentAnswers[str, KeyRecord] = RecentAnswers(
+        fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
+    )
+    return Runtime(services, metrics, Catalog(services.engines, services.store, names), keys)
+
+
+def _runtime_of(request: Request) -> Runtime:
+    runtime = request.app.state.runtime
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
+RuntimeDep = Annotated[Runtime, Depends(_runtime_of)]

@@ -1,0 +1,31 @@
+"""What the HTTP side is given: everything it talks to and every limit it keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_registry.store import BlobStore, Store
+from slipstream.protocol import EngineClient
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServices:
+    """The parts behind the routes. Whoever builds them owns and closes them."""
+
+    engines: Mapping[str, EngineClient]  # base model id -> its engine
+    store: Store
+    blobs: BlobStore
+    admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
+    upload_dir: Path  # on the disk that has room for uploads; made when missing
+    max_upload_bytes: int = 4096 * MIB  # the whole multipart body
+    max_body_bytes: int = 8 * MIB  # every other body
+    request_timeout_s: float = 600.0  # from arrival to the last token
+    probe_timeout_s: float = 2.0  # /readyz and /metrics wait no longer than this for a part
+    key_cache_s: float = 5.0  # how long a revoked key may still work at another gateway
+    outage_cache_s: float = 300.0  # how long known keys and names go on working while the registry is away
+    clock: Callable[[], float] = time.monotonic

@@ -1,0 +1,170 @@
+"""`slipstream adapters …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from slipstream.cli.session import (
+    DEFAULT_URL,
+    JsonOption,
+    KeyOption,
+    TenantOption,
+    UrlOption,
+    end,
+    session,
+    show_json,
+    show_table,
+)
+from slipstream.client import SlipstreamClient, to_reference
+from slipstream.errors import InvalidRequest
+
+app = typer.Typer(no_args_is_help=True, help="Publish, look at and remove adapters.", rich_markup_mode="markdown")
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
+
+
+@app.command()
+def push(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.", show_default=False)],
+    *,
+    name: Annotated[str, typer.Option("--name", help="The name that requests use as `model`.", show_default=False)],
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a folder as the next version of an adapter.
+
+    It answers requests as soon as this returns. Pushing the same content again gives the version that has it.
+
+    Example: slipstream adapters push ./my-lora --name sql
+    """
+
+    async def work(client: SlipstreamClient) -> tuple[dict[str, Any], bool]:
+        with _upload_bar() as bar:
+            task = bar.add_task(name, total=None)
+            return await client.push(folder, name, lambda sent, total: bar.update(task, completed=sent, total=total))
+
+    version, is_new = session(context, url, api_key, tenant).run(work)
+    if as_json:
+        show_json({**version, "new": is_new})
+        return
+    typer.echo(f"{'Published' if is_new else 'Already published as'} {version['ref']}  ({_kind(version)})")
+    for warning in version["warnings"]:
+        typer.echo(f"Warning: {warning}", err=True)
+
+
+@app.command("list")
+def list_adapters(
+    context: typer.Context,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the tenant's adapters.
+
+    Example: slipstream adapters list --json
+    """
+    found = session(context, url, api_key, tenant).run(lambda client: client.list_adapters())
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        [a["name"], str(a["current"] or "-"), str(len(a["versions"])), _aliases(a), _kind(a["versions"][0])]
+        for a in found
+    ]
+    show_table(
+        ["NAME", "CURRENT", "VERSIONS", "ALIASES", "NEWEST"],
+        rows,
+        "No adapters yet. Publish one: slipstream adapters push FOLDER --name NAME",
+    )
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    name: NameArgument,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show an adapter's versions and aliases.
+
+    Example: slipstream adapters show sql
+    """
+    adapter = session(context, url, api_key, tenant).run(lambda client: client.get_adapter(name))
+    if as_json:
+        show_json(adapter)
+        return
+    typer.echo(
+        f"{adapter['name']}  tenant {adapter['tenant']}  current {adapter['current'] or '-'}  {_aliases(adapter)}"
+    )
+    rows = [
+        [
+            v["ref"],
+            v["state"],
+            _kind(v),
+            v["base_model"],
+            f"{v['size_bytes'] / 1e6:.1f} MB",
+            v["created_at"][:19],
+            v["digest"][:19],
+        ]
+        for v in adapter["versions"]
+    ]
+    show_table(["VERSION", "STATE", "KIND", "BASE", "SIZE", "CREATED", "DIGEST"], rows, "No versions.")
+    for version in adapter["versions"]:
+        for warning in version["warnings"]:
+            typer.echo(f"Warning: {version['ref']}: {warning}", err=True)
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    reference: Annotated[str, typer.Argument(help="`sql`, or one version: `sql@3`.", show_default=False)],
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove an adapter with all its versions, or one version.
+
+    Example: slipstream adapters rm sql@3
+    """
+    name, at, tag = to_reference(reference).partition("@")
+    if at and not (tag.isascii() and tag.isdigit()):
+        end(InvalidRequest(f"Give a version's number, as in {name}@3: '{tag}' is none."))
+    version = int(tag) if at else None
+    removed = session(context, url, api_key, tenant).run(lambda client: client.delete_adapter(name, version))
+    if as_json:
+        show_json(removed)
+        return
+    typer.echo("Removed " + ", ".join(f"{name}@{number}" for number in removed["versions"]))
+
+
+def _upload_bar() -> Progress:
+    # On stderr, so that --json on stdout stays clean; rich draws nothing when it is not a terminal.
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _kind(version: dict[str, Any]) -> str:
+    parts = [str(version["kind"])]
+    if version["rank"]:
+        parts.append(f"rank {version['rank']}")
+    if version["num_streams"]:
+        parts.append(f"{version['num_streams']} streams")
+    return ", ".join(parts)
+
+
+def _aliases(adapter: dict[str, Any]) -> str:
+    return " ".join(f"{alias}={number}" for alias, number in sorted(adapter["aliases"].items()))

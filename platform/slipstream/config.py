@@ -1,0 +1,247 @@
+"""Settings: read once, frozen, nothing unknown accepted.
+
+Sources, the later ones win: the defaults below; the YAML file `SLIPSTREAM_CONFIG` (default
+`$SLIPSTREAM_HOME/slipstream.yaml`); `SLIPSTREAM_*` variables (and `PORT`); what the caller of `load_settings` passes.
+Model settings given flat are defaults for every entry of `models`. `load_settings` is the only place of the platform
+that reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from slipstream.errors import ConfigError
+
+ENV_PREFIX = "SLIPSTREAM_"
+DEFAULT_HOME = Path("~/.slipstream")
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+# SLIPSTREAM_ variables that belong to others: the command line client, this file's own source, and the tests.
+_FOREIGN = {"SLIPSTREAM_CONFIG", "SLIPSTREAM_URL", "SLIPSTREAM_API_KEY", "SLIPSTREAM_TEST_HOME"}
+
+GIB = 1 << 30
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelDefaults(BaseModel):
+    """What every base model has; given flat it holds for all of `models`."""
+
+    base_model: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        description="Base model: a Hugging Face id, a local folder, or the built-in default.",
+    )
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="Number format of weights and KV cache."
+    )
+    device: str = Field("auto", description="Torch device; `auto` takes a GPU when there is one.")
+    engine_replicas: Count = Field(1, description="Engine replicas of each model.")
+    engine_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each engine replica.")
+    engine_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each engine replica.")
+    engine_threads: Count | None = Field(
+        None, description="Torch threads of an engine replica; empty = all cores of the machine."
+    )
+    max_batched_tokens: Count = Field(512, description="Tokens of one engine step: decodes, drafts and prefill chunks.")
+    max_num_seqs: Count = Field(64, description="Sequences that run at once in a replica.")
+    max_waiting: Count = Field(256, description="Requests that wait in a replica; more are answered 429.")
+    kv_cache_bytes: int = Field(GIB, ge=1 << 20, description="Bytes of a replica's KV cache.")
+    block_size: Count = Field(16, description="Tokens of one KV block.")
+    adapter_slots: Count = Field(32, description="Adapters held on the device at once.")
+    host_adapter_bytes: int = Field(2 * GIB, ge=1 << 20, description="Bytes of adapters held in host memory.")
+    adapter_cache_bytes: int = Field(8 * GIB, ge=1 << 20, description="Bytes of downloaded adapters kept on disk.")
+
+
+class ModelSettings(ModelDefaults):
+    """One base model that is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str | None = Field(
+        None, min_length=1, description="Name in the `model` field of requests; empty = the model's own."
+    )
+
+    @property
+    def slug(self) -> str:
+        """The model's name as part of a deployment name."""
+        name = self.id or Path(self.base_model).name
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "model"
+
+
+class Settings(ModelDefaults, BaseSettings):
+    """All settings of one Slipstream process tree."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    home: Path = Field(DEFAULT_HOME, description="Data folder: models, embedded Redis, blobs, keys, logs.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=1, le=65535, validation_alias="port", description="Port to listen on (variable `PORT`).")
+    admin_key: SecretStr | None = Field(
+        None, description="Admin key; empty = generated once and kept in the data folder."
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="`redis://` address of the registry; empty = an embedded server."
+    )
+    blob_url: str | None = Field(
+        None,
+        description="Where adapter files are kept (`file://`, `s3://`, `gs://`, `az://`); empty = the data folder.",
+    )
+    max_upload_bytes: int = Field(2 * GIB, ge=1, description="Largest adapter upload.")
+    gateway_replicas: Count = Field(1, description="Gateway replicas.")
+    gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")
+    models: tuple[ModelSettings, ...] = Field(
+        (), description="Models served, each with the fields above; empty = one, from the flat settings."
+    )
+
+    yaml_path: ClassVar[Path | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat_fields_are_defaults(cls, data: Any) -> Any:
+        """Give every model the flat settings that it does not override."""
+        if not isinstance(data, dict):
+            return data
+        models = data.get("models") or [{}]
+        if not isinstance(models, (list, tuple)) or not all(isinstance(entry, dict) for entry in models):
+            return data  # validation of `models` itself names what is wrong
+        flat = {name: data[name] for name in ModelDefaults.model_fields if name in data}
+        return {**data, "models": [{**flat, **entry} for entry in models]}
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("admin_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and len(key.get_secret_value()) < 16:
+            raise ValueError("an admin key must have at least 16 characters")
+        return key
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: tuple[ModelSettings, ...], info: ValidationInfo) -> tuple[ModelSettings, ...]:
+        slugs = [model.slug for model in models]
+        twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+        if twice:
+            raise ValueError(f"two models are named {twice[0]!r}: give each an `id` of its own")
+        return models
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Caller, then environment, then the YAML file."""
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=cls.yaml_path))
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read file and environment. Raises `ConfigError`, which names the field or variable and says what to do."""
+    _check_variable_names(os.environ)
+    path = _config_path(overrides)
+    bound = type("Settings", (Settings,), {"yaml_path": path, "__module__": __name__})
+    try:
+        loaded: Settings = bound(**overrides)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, path)) from error
+    except SettingsError as error:
+        raise ConfigError(
+            f"A setting could not be read: {error}. Lists such as SLIPSTREAM_MODELS are written as JSON."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+
+
+def _config_path(overrides: dict[str, Any]) -> Path | None:
+    named = os.environ.get("SLIPSTREAM_CONFIG")
+    if named:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"SLIPSTREAM_CONFIG names {named!r}, which is not a file. Correct it or unset it.")
+        return path
+    home = Path(overrides.get("home") or os.environ.get("SLIPSTREAM_HOME") or DEFAULT_HOME).expanduser()
+    path = home / "slipstream.yaml"
+    return path if path.is_file() else None
+
+
+def _check_variable_names(names: Iterable[str]) -> None:
+    """Refuse a misspelt variable. Others are left alone: Kubernetes adds SLIPSTREAM_SERVICE_HOST and its like by
+    itself."""
+    known = {variable_name(field) for field in Settings.model_fields} | _FOREIGN
+    for name in names:
+        if name.startswith(ENV_PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            if close:
+                raise ConfigError(f"{name} is not a setting. Did you mean {close[0]}?")
+
+
+def variable_name(field: str) -> str:
+    """The environment variable of a field of `Settings`."""
+    return "PORT" if field == "port" else ENV_PREFIX + field.upper()
+
+
+def _sentence(error: ValidationError, path: Path | None) -> str:
+    """The first thing that is wrong, where it may have been said, and the rule it breaks."""
+    problems = error.errors(include_url=False)
+    # A flat setting is copied into every model: report it under its own name rather than as models.0.
+    first = next((p for p in problems if p["loc"][:1] != ("models",)), problems[0])
+    loc = first["loc"]
+    if (
+        len(loc) == 3
+        and loc[0] == "models"
+        and loc[2] in ModelDefaults.model_fields
+        and (loc[2],) in {p["loc"] for p in problems}
+    ):
+        loc = (loc[2],)
+    field = ".".join(str(part) for part in loc) or "settings"
+    file = str(path) if path else "the configuration file"
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(loc[-1]), [*Settings.model_fields, "id"], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{field!r} in {file} is not a setting.{hint}"
+    shown = "" if loc[0] in {"admin_key", "redis_url"} else f" (got {first['input']!r})"
+    top = str(loc[0]) if loc else ""
+    where = f"{variable_name(top)}, or {field!r} in {file}," if top in Settings.model_fields else f"{field!r}"
+    return f"{where} is wrong{shown}: {first['msg'].removeprefix('Value error, ')}."
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table; the README carries it and a test compares."""
+    rows = ["| variable | in the file | default | meaning |", "|---|---|---|---|"]
+    names = [
+        *(n for n in Settings.model_fields if n not in ModelDefaults.model_fields and n != "models"),
+        *ModelDefaults.model_fields,
+        "models",
+    ]
+    for name in names:
+        field = Settings.model_fields[name]
+        rows.append(f"| `{variable_name(name)}` | `{name}` | {_default_text(field.default)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default_text(value: object) -> str:
+    return "" if value is None or value == () else f"`{value}`"

@@ -1,0 +1,151 @@
+"""The engine's single-threaded heart: whoever calls it owns it. `service.py` runs it in a thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from slipstream.adapters.weights import AdapterWeights
+from slipstream.engine.blocks import BlockPool
+from slipstream.engine.plan import Emission, StepPlan, StepResult
+from slipstream.engine.residency import ResidencyManager
+from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.sequence import Sequence
+from slipstream.protocol import EngineStats
+
+
+class Prepared(Protocol):
+    """An adapter ready for a slot (`slipstream.engine.runner.PreparedAdapter`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """For the host budget."""
+        ...
+
+    @property
+    def num_streams(self) -> int:
+        """K."""
+        ...
+
+
+class Runner(Protocol):
+    """What the core needs of `slipstream.engine.runner.ModelRunner`; tests drive it with a scripted one."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step."""
+        ...
+
+    def prepare_adapter(self, weights: AdapterWeights) -> Prepared:
+        """Lay an adapter out (any thread)."""
+        ...
+
+    def load_adapter(self, slot: int, adapter: Prepared) -> None:
+        """Host → device."""
+        ...
+
+    def unload_adapter(self, slot: int) -> None:
+        """Free a slot."""
+        ...
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What one step changed for the outside."""
+
+    emissions: list[Emission] = field(default_factory=list)
+    fetch: list[str] = field(default_factory=list)  # digests to download now
+    ran: bool = False
+
+
+class EngineCore:
+    """Scheduler, residency and runner, stepped together."""
+
+    def __init__(self, scheduler: Scheduler, residency: ResidencyManager, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.residency = residency
+        self.runner = runner
+        self.sequences: dict[int, Sequence] = {}
+        self._on_host: dict[str, Prepared] = {}
+        self._steps = 0
+        self._totals = [0, 0, 0, 0]  # prompt, completion, drafted, accepted tokens of finished sequences
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return self.scheduler.has_work
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        self.sequences[seq.seq_id] = seq
+        self.scheduler.add(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a sequence; its blocks are free when this returns."""
+        seq = self.sequences.pop(seq_id, None)
+        if seq is not None:
+            self.scheduler.abort(seq_id)
+            self._count(seq)
+
+    def adapter_ready(self, digest: str, adapter: Prepared) -> None:
+        """A fetch asked for by `step` is complete."""
+        self._on_host[digest] = adapter
+        self.residency.fetched(digest, adapter.nbytes, adapter.num_streams)
+
+    def adapter_failed(self, digest: str) -> list[int]:
+        """A fetch did not work out: its waiting sequences are dropped; returns their ids."""
+        self.residency.failed(digest)
+        victims = [s.seq_id for s in self.scheduler.sequences_of(digest)]
+        for seq_id in victims:
+            self.abort(seq_id)
+        return victims
+
+    def step(self) -> StepOutcome:
+        """Move adapters, then: schedule → run → commit."""
+        outcome = StepOutcome(fetch=self._move_adapters())
+        plan = self.scheduler.schedule()
+        if plan.sequences:
+            result = self.runner.run(plan)
+            outcome.emissions = self.scheduler.commit(plan, result)
+            outcome.ran = True
+            self._steps += 1
+        for emission in outcome.emissions:
+            if emission.finished:
+                self._count(self.sequences.pop(emission.seq_id))
+        return outcome
+
+    def _move_adapters(self) -> list[str]:
+        plan = self.residency.plan(self.scheduler.waiting_adapters())
+        for _, slot in plan.unload:
+            self.runner.unload_adapter(slot)
+        for digest, slot in plan.load:
+            self.runner.load_adapter(slot, self._on_host[digest])
+        for digest in plan.drop:
+            del self._on_host[digest]
+        return plan.fetch
+
+    def _count(self, seq: Sequence) -> None:
+        counts = (seq.prompt_len, seq.num_answer, seq.drafted, seq.accepted)
+        self._totals = [total + n for total, n in zip(self._totals, counts, strict=True)]
+
+    def stats(self) -> EngineStats:
+        """A snapshot; running sequences' tokens are counted when they finish."""
+        pool: BlockPool = self.scheduler.pool
+        return EngineStats(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_free=pool.num_free,
+            steps=self._steps,
+            prompt_tokens=self._totals[0],
+            completion_tokens=self._totals[1],
+            drafted_tokens=self._totals[2],
+            accepted_tokens=self._totals[3],
+            preemptions=self.scheduler.counters.preemptions,
+            prefix_hit_tokens=self.scheduler.counters.prefix_hit_tokens,
+            adapters=self.residency.snapshot(),
+        )
+
+    def check_integrity(self) -> None:
+        """Every manager's own check."""
+        self.scheduler.check_integrity()
+        self.residency.check_integrity()

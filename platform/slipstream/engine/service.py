@@ -1,0 +1,321 @@
+"""The engine as an `EngineClient`: a step loop in its own thread, requests and events on the caller's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from slipstream.adapters.load import load_adapter
+from slipstream.engine import loader
+from slipstream.engine.admission import Admission, Admitted
+from slipstream.engine.blocks import BlockPool
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.core import EngineCore, StepOutcome
+from slipstream.engine.plan import Emission, Logprob
+from slipstream.engine.residency import ResidencyManager
+from slipstream.engine.runner import ModelRunner
+from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.sequence import Sequence
+from slipstream.engine.text import ChoiceText, token_bytes
+from slipstream.errors import AdapterUnavailable, ConfigError, EngineFailed, Overloaded, SlipstreamError
+from slipstream.protocol import (
+    AdapterRef,
+    BaseModelSpec,
+    EngineStats,
+    GenerateEvent,
+    GenerateRequest,
+    TokenLogprob,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+
+class AdapterSource(Protocol):
+    """Where adapters come from."""
+
+    async def fetch(self, ref: AdapterRef, destination: Path) -> None:
+        """Put the version's files into `destination`. Raises `SlipstreamError` when it cannot."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """One sequence of one call, as the service sees it."""
+
+    index: int
+    seq: Sequence
+    text: ChoiceText
+    call: _Call
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One `generate` call. `queue` lives on the event loop."""
+
+    queue: asyncio.Queue[list[GenerateEvent] | SlipstreamError]
+    choices: list[_Choice]
+
+
+class EngineService:
+    """One engine on one event loop. `start` before use, `close` after."""
+
+    def __init__(self, config: EngineConfig, source: AdapterSource) -> None:
+        self.config = config
+        self._source = source
+        self._ids = itertools.count(1)
+        self._open = 0  # choices not finished
+        self._choices: dict[int, _Choice] = {}  # step thread's
+        self._refs: dict[str, AdapterRef] = {}  # step thread's: whose blobs hold a digest
+        self._inbox: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._ran = False  # whether the last step computed anything
+        self._failure: BaseException | None = None
+        self._fetches: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._run, name="slipstream-step", daemon=True)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model (seconds) and start stepping."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._load)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Stop stepping; open calls end with `EngineFailed`."""
+        for task in self._fetches:
+            task.cancel()
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _load(self) -> None:
+        config = self.config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        loaded = loader.load_model(config.model_path, config.dtype, config.device)
+        tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+        self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._spec = loader.describe(loaded, config.model_id, config.model_path, tokenizer)
+        self._eos = loader.eos_ids(loaded, tokenizer)
+        length = min(config.max_model_len or self._spec.context_length, self._spec.context_length)
+        shapes = loader.cache_shapes(loaded)
+        block_bytes = sum(2 * h * d for h, d in shapes) * config.block_size * loaded.dtype.itemsize
+        num_blocks = config.kv_cache_bytes // block_bytes
+        if num_blocks * config.block_size < length:
+            raise ConfigError(
+                f"kv_cache_bytes holds {num_blocks * config.block_size} tokens, fewer than the context of {length}; "
+                f"give it at least {-(-length // config.block_size) * block_bytes} bytes, or lower max_model_len."
+            )
+        runner = ModelRunner(loaded, num_blocks, config.block_size, config.adapter_slots, self._eos)
+        residency = ResidencyManager(config.adapter_slots, config.host_adapter_bytes)
+        pool = BlockPool(num_blocks, config.block_size)
+        scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
+        scheduler.prefix_caching = config.prefix_caching
+        self._runner = runner
+        self._core = EngineCore(scheduler, residency, runner)
+        self._admission = Admission(tokenizer, self._spec.vocab_size, length, config.max_draft)
+        self._stats = self._core.stats()
+
+    def check_health(self) -> None:
+        """Raises `EngineFailed` when the step loop has died."""
+        if self._failure is not None or not self._thread.is_alive():
+            raise EngineFailed("The engine's step loop has stopped; this replica must be replaced.")
+
+    # -- EngineClient ---------------------------------------------------------------------------------------------
+
+    async def describe(self) -> BaseModelSpec:
+        """The base model behind this engine."""
+        return self._spec
+
+    async def stats(self) -> EngineStats:
+        """The counters as of the last step."""
+        return self._stats
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent]]:
+        """See `EngineClient.generate`."""
+        self.check_health()
+        admitted = self._admission.admit(request)
+        limit = self.config.max_num_seqs + self.config.max_waiting
+        if self._open + len(admitted.choices) > limit:
+            raise Overloaded(f"{self._open} sequences are queued or running, which is this replica's limit. Try again.")
+        call = self._make_call(request, admitted)
+        unfinished = len(call.choices)
+        self._open += unfinished
+        self._post(lambda: self._submit(call, request.adapter))
+        try:
+            while unfinished:
+                item = await call.queue.get()
+                if isinstance(item, SlipstreamError):
+                    raise item
+                done = sum(event.finish_reason is not None for event in item)
+                unfinished -= done
+                self._open -= done
+                yield item
+        finally:
+            if unfinished:
+                self._open -= unfinished
+                self._post(lambda: self._cancel(call))
+
+    def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
+        call = _Call(asyncio.Queue(), [])
+        for index, params in enumerate(admitted.choices):
+            text = ChoiceText(self._tokenizer, admitted.prompt, params)
+            seq = Sequence(
+                seq_id=next(self._ids),
+                tenant=request.tenant,
+                params=params,
+                tokens=list(admitted.prompt),
+                prompt_len=len(admitted.prompt),
+                max_total=admitted.max_total,
+                eos_ids=self._eos,
+                adapter=request.adapter.digest if request.adapter else None,
+                draft_cap=admitted.draft_cap,
+                on_token=text.push,
+            )
+            call.choices.append(_Choice(index, seq, text, call))
+        return call
+
+    # -- the step thread ------------------------------------------------------------------------------------------
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Have the step thread run something between two steps."""
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                outcome = self._core.step()
+                self._ran = outcome.ran
+                self._deliver(outcome)
+                self._stats = self._core.stats()
+        except Exception as error:  # the top loop: whatever it is, callers must hear of it
+            log.exception("step loop failed")
+            self._failure = error
+        finally:
+            self._fail_all()
+
+    def _take_commands(self) -> bool:
+        """Run posted commands; sleeps while there is nothing to do. False = stop."""
+        with self._wake:
+            if not self._core.has_work and not self._inbox:
+                self._core.check_integrity()
+            # Sequences that wait for an adapter are woken by its arrival; the timeout guards against a lost wake-up.
+            while not self._inbox and not self._stopping and not (self._core.has_work and self._ran):
+                if not self._wake.wait(timeout=1.0) and self._core.has_work:
+                    break
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()
+        return not self._stopping
+
+    def _submit(self, call: _Call, ref: AdapterRef | None) -> None:
+        if ref is not None:
+            self._refs[ref.digest] = ref
+        for choice in call.choices:
+            self._choices[choice.seq.seq_id] = choice
+            self._core.add(choice.seq)
+
+    def _cancel(self, call: _Call) -> None:
+        for choice in call.choices:
+            self._choices.pop(choice.seq.seq_id, None)
+            self._core.abort(choice.seq.seq_id)
+
+    def _deliver(self, outcome: StepOutcome) -> None:
+        for digest in outcome.fetch:
+            ref = self._refs[digest]
+            self._loop.call_soon_threadsafe(self._start_fetch, ref)
+        batches: dict[int, tuple[_Call, list[GenerateEvent]]] = {}
+        for emission in outcome.emissions:
+            choice = self._choices[emission.seq_id]
+            if emission.finished:
+                del self._choices[emission.seq_id]
+            batches.setdefault(id(choice.call), (choice.call, []))[1].append(self._event(choice, emission))
+        if batches:
+            self._loop.call_soon_threadsafe(_put_all, list(batches.values()))
+
+    def _event(self, choice: _Choice, emission: Emission) -> GenerateEvent:
+        seq = choice.seq
+        usage = None
+        if emission.finished:
+            usage = Usage(
+                seq.prompt_len, seq.num_answer, seq.decode_steps, seq.drafted, seq.accepted, seq.cached_prompt
+            )
+        logprobs = None
+        if seq.params.logprobs is not None:
+            pairs = zip(emission.tokens, emission.logprobs, strict=True)
+            logprobs = tuple(self._token_logprob(token, lp) for token, lp in pairs)
+        return GenerateEvent(
+            choice.index, choice.text.take(emission.finished), emission.tokens, logprobs, seq.finish_reason, usage
+        )
+
+    def _token_logprob(self, token: int, lp: Logprob) -> TokenLogprob:
+        def piece(token_id: int, value: float) -> TokenLogprob:
+            raw = token_bytes(self._tokenizer, token_id)
+            return TokenLogprob(raw.decode("utf-8", "replace"), token_id, value, raw)
+
+        chosen = piece(token, lp.logprob)
+        return TokenLogprob(
+            chosen.token, token, lp.logprob, chosen.utf8, tuple(piece(i, v) for i, v in lp.top)
+        )
+
+    def _fail_all(self) -> None:
+        with self._wake:
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()  # so that calls posted too late are answered as well
+        error = EngineFailed("The engine stopped while this request was open. Try again.")
+        calls = {id(c.call): c.call for c in self._choices.values()}
+        for call in calls.values():
+            self._loop.call_soon_threadsafe(call.queue.put_nowait, error)
+
+    # -- adapters (event loop) ------------------------------------------------------------------------------------
+
+    def _start_fetch(self, ref: AdapterRef) -> None:
+        task = self._loop.create_task(self._fetch(ref))
+        self._fetches.add(task)
+        task.add_done_callback(self._fetches.discard)
+
+    async def _fetch(self, ref: AdapterRef) -> None:
+        """Download, read and lay out one adapter; the step loop goes on meanwhile."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="slipstream-adapter-") as folder:
+                async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
+                    await self._source.fetch(ref, Path(folder))
+                    weights = await asyncio.to_thread(load_adapter, Path(folder))
+                    prepared = await asyncio.to_thread(self._runner.prepare_adapter, weights)
+        except (SlipstreamError, OSError, ValueError, KeyError, RuntimeError, TimeoutError) as error:
+            log.exception("adapter %s could not be loaded", ref.digest)
+            self._post(lambda: self._adapter_failed(ref.digest, error))
+        else:
+            self._post(lambda: self._core.adapter_ready(ref.digest, prepared))
+
+    def _adapter_failed(self, digest: str, error: Exception) -> None:
+        why = "took too long to load" if isinstance(error, TimeoutError) else "could not be loaded"
+        failure = AdapterUnavailable(f"The adapter {why} on this replica. Try again; if it stays, publish it anew.")
+        for call in {id(c.call): c.call for c in self._take_victims(digest)}.values():
+            self._loop.call_soon_threadsafe(call.queue.put_nowait, failure)
+
+    def _take_victims(self, digest: str) -> list[_Choice]:
+        return [self._choices.pop(seq_id) for seq_id in self._core.adapter_failed(digest)]
+
+
+def _put_all(batches: list[tuple[_Call, list[GenerateEvent]]]) -> None:
+    for call, events in batches:
+        call.queue.put_nowait(events)

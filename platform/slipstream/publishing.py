@@ -1,0 +1,73 @@
+"""From a folder of files to a published version: inspect, store the content, make it visible with one atomic step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from adapter_registry.records import AdapterDraft, AdapterVersion, canonical_manifest, check_name
+from adapter_registry.store import BlobStore, Store
+from slipstream.adapters.validate import InspectedAdapter, inspect_adapter
+from slipstream.errors import Conflict
+from slipstream.protocol import BaseModelSpec
+
+T = TypeVar("T")
+
+
+async def run_to_end(work: Callable[[], T]) -> T:
+    """Run blocking work in the loop's executor. A thread cannot be cancelled, so cancellation waits for it to end:
+    whoever cleans up afterwards must find nobody still at work on the same files."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
+
+
+async def publish_folder(
+    folder: Path,
+    name: str,
+    tenant: str,
+    base: BaseModelSpec,
+    *,
+    store: Store,
+    blobs: BlobStore,
+    created_by: str,
+) -> tuple[AdapterVersion, bool]:
+    """Publish the adapter in `folder`; returns its version and whether it is new.
+
+    Raises `AdapterRejected` with the rule that its files break. Nothing is visible before the last line; blobs that a
+    failure or cancellation leaves behind are garbage of the registry's sweep.
+    """
+    check_name(name)
+    check_name(tenant, "tenant")
+    if name in (base.id, base.id.rpartition("/")[2]):
+        raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
+    found = await run_to_end(lambda: inspect_adapter(folder, base))
+    draft = _draft(found, name, tenant, created_by)
+    await store.claim_blobs(tenant, draft.blob_sha256s)
+    for entry in (*draft.files, *draft.attachments):
+        await blobs.put_file(tenant, entry.sha256, folder / entry.path)
+    await blobs.put_bytes(tenant, draft.digest.removeprefix("sha256:"), canonical_manifest(draft.files))
+    return await store.publish(draft)
+
+
+def _draft(found: InspectedAdapter, name: str, tenant: str, created_by: str) -> AdapterDraft:
+    return AdapterDraft(
+        tenant=tenant,
+        name=name,
+        kind=found.kind,
+        base_model=found.base_model,
+        base_digest=found.base_digest,
+        rank=found.rank,
+        num_streams=found.num_streams,
+        acceptance=tuple(found.acceptance),
+        prompt_format=found.prompt_format,
+        files=found.files,
+        attachments=found.attachments,
+        warnings=tuple(found.warnings),
+        created_by=created_by,
+    )

@@ -1,0 +1,219 @@
+"""`MemoryStore`: the registry's `Store` without Redis. It passes the same contract tests as `RedisStore`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
+from adapter_registry.records import (
+    AdapterDraft,
+    AdapterSummary,
+    AdapterVersion,
+    KeyRecord,
+    VersionSelector,
+    VersionState,
+    check_alias,
+    check_name,
+    check_sha256,
+    utc_now,
+)
+from adapter_registry.store import Store
+
+_CLAIM_POLL_S = 0.01
+
+
+@dataclass
+class _Adapter:
+    versions: dict[int, AdapterVersion] = field(default_factory=dict)
+    aliases: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Tenant:
+    adapters: dict[str, _Adapter] = field(default_factory=dict)
+    numbers: Counter[str] = field(default_factory=Counter)  # last version given, kept after deletes
+    refs: Counter[str] = field(default_factory=Counter)
+    garbage: dict[str, float] = field(default_factory=dict)  # sha256 without refs -> since when
+    deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
+    keys: dict[str, KeyRecord] = field(default_factory=dict)
+
+
+class MemoryStore(Store):
+    """Records in dictionaries; between two awaits nothing else runs, so every method is atomic."""
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, claim_wait_s: float = 10.0, sweep_lease_s: float = 900.0
+    ) -> None:
+        self._clock = clock
+        self._claim_wait_s = claim_wait_s
+        self._sweep_lease_s = sweep_lease_s
+        self._tenants: dict[str, _Tenant] = {}
+
+    async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """Protect these blobs from the sweep for the grace period. Call before putting them."""
+        shas = {check_sha256(sha) for sha in sha256s}
+        mine = self._enter(tenant)
+        deadline = asyncio.get_running_loop().time() + self._claim_wait_s
+        while not shas.isdisjoint(mine.deleting):
+            if asyncio.get_running_loop().time() + _CLAIM_POLL_S > deadline:
+                raise StoreUnavailable("These files are being cleaned up right now; try again in a moment.")
+            await asyncio.sleep(_CLAIM_POLL_S)
+        for sha in shas:
+            if sha not in mine.refs:
+                mine.garbage[sha] = self._clock()
+
+    async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
+        """Make a version visible, atomically; returns it and whether it is new."""
+        mine = self._enter(draft.tenant)
+        adapter = mine.adapters.get(draft.name, _Adapter())
+        known = next((v for v in adapter.versions.values() if v.digest == draft.digest), None)
+        if known:
+            return known, False
+        for sha in draft.blob_sha256s:
+            if sha not in mine.refs and sha not in mine.garbage:  # a blob being deleted is in neither
+                raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
+        mine.numbers[draft.name] += 1
+        version = AdapterVersion.model_validate(
+            {
+                **draft.model_dump(),
+                "version": mine.numbers[draft.name],
+                "state": VersionState.READY,
+                "created_at": utc_now(),
+            }
+        )
+        adapter.versions[version.version] = version
+        mine.adapters[draft.name] = adapter
+        for sha in draft.blob_sha256s:
+            mine.refs[sha] += 1
+            mine.garbage.pop(sha, None)
+        return version, True
+
+    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
+        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
+        adapter = self._look(tenant).adapters.get(selector.name, _Adapter())
+        found: AdapterVersion | None = None
+        if selector.by == "default":
+            found = _summary(tenant, selector.name, adapter).current
+        elif selector.by == "version":
+            found = adapter.versions.get(selector.version or 0)
+        elif selector.by == "alias":
+            found = adapter.versions.get(adapter.aliases.get(selector.alias or "", 0))
+        else:
+            found = next((v for v in adapter.versions.values() if v.digest == selector.digest), None)
+        if found is None or found.state is not VersionState.READY or selector.tenant not in (None, tenant):
+            raise _not_published(selector.name)
+        return found
+
+    async def get(self, tenant: str, name: str) -> AdapterSummary:
+        """One adapter with its versions and aliases. Raises `NotPublished`."""
+        return _summary(tenant, name, self._adapter(tenant, name))
+
+    async def list(self, tenant: str) -> Sequence[AdapterSummary]:
+        """All of a tenant's adapters, by name."""
+        return [_summary(tenant, name, adapter) for name, adapter in sorted(self._look(tenant).adapters.items())]
+
+    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+        """Remove one version, or the adapter with all its versions and aliases; newest first."""
+        mine, adapter = self._look(tenant), self._adapter(tenant, name)
+        doomed = sorted(adapter.versions if version is None else {version} & set(adapter.versions), reverse=True)
+        if not doomed:
+            raise _not_published(name)
+        alias = next((alias for alias, number in adapter.aliases.items() if number == version), None)
+        if alias is not None:
+            raise InUse(f"The alias {alias!r} points at {name}@{version}: move or delete the alias first.")
+        removed = [adapter.versions.pop(number) for number in doomed]
+        if not adapter.versions:
+            del mine.adapters[name]
+        for sha in (sha for gone in removed for sha in gone.blob_sha256s):
+            mine.refs[sha] -= 1
+            if not mine.refs[sha]:
+                del mine.refs[sha]
+                mine.garbage[sha] = self._clock()
+        return removed
+
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
+        check_alias(alias)
+        adapter = self._adapter(tenant, name)
+        target = adapter.versions.get(version)
+        if target is None or target.state is not VersionState.READY:
+            raise _not_published(name)
+        adapter.aliases[alias] = version
+
+    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+        """Remove an alias. Raises `NotPublished`."""
+        if self._adapter(tenant, name).aliases.pop(check_alias(alias), None) is None:
+            raise _not_published(name)
+
+    async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
+        """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
+        mine, now = self._look(tenant), self._clock()
+        left_behind = [sha for sha, since in mine.deleting.items() if now - since >= self._sweep_lease_s]
+        old = [sha for sha, since in mine.garbage.items() if now - since >= older_than_s]
+        for sha in old:
+            del mine.garbage[sha]
+        found = left_behind + old
+        mine.deleting.update(dict.fromkeys(found, now))
+        return found
+
+    async def end_sweep(self, tenant: str, sha256s: Iterable[str]) -> None:
+        """The blobs returned by `begin_sweep` are gone."""
+        for sha in sha256s:
+            self._look(tenant).deleting.pop(check_sha256(sha), None)
+
+    async def tenants(self) -> Sequence[str]:
+        """Every tenant that has ever published, claimed blobs or been given a key, by name."""
+        return sorted(self._tenants)
+
+    async def put_key(self, key: KeyRecord) -> None:
+        """Keep a key."""
+        self._enter(key.tenant).keys[key.id] = key
+
+    async def find_key(self, sha256: str) -> KeyRecord | None:
+        """The key whose secret has this hash."""
+        check_sha256(sha256)
+        keys = (key for tenant in self._tenants.values() for key in tenant.keys.values())
+        return next((key for key in keys if key.sha256 == sha256), None)
+
+    async def list_keys(self, tenant: str) -> Sequence[KeyRecord]:
+        """A tenant's keys, oldest first."""
+        return sorted(self._look(tenant).keys.values(), key=lambda key: (key.created_at, key.id))
+
+    async def delete_key(self, tenant: str, key_id: str) -> None:
+        """Revoke. Raises `NotPublished` when there is none of this id."""
+        if self._look(tenant).keys.pop(key_id, None) is None:
+            raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
+
+    async def ping(self) -> None:
+        """A dictionary always answers."""
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    def _enter(self, tenant: str) -> _Tenant:
+        """The tenant's state, made on the first write."""
+        return self._tenants.setdefault(check_name(tenant, "tenant"), _Tenant())
+
+    def _look(self, tenant: str) -> _Tenant:
+        """The tenant's state; reading does not make a tenant."""
+        return self._tenants.get(check_name(tenant, "tenant"), _Tenant())
+
+    def _adapter(self, tenant: str, name: str) -> _Adapter:
+        adapter = self._look(tenant).adapters.get(check_name(name))
+        if adapter is None:
+            raise _not_published(name)
+        return adapter
+
+
+def _summary(tenant: str, name: str, adapter: _Adapter) -> AdapterSummary:
+    newest_first = tuple(adapter.versions[number] for number in sorted(adapter.versions, reverse=True))
+    return AdapterSummary(tenant=tenant, name=name, versions=newest_first, aliases=dict(adapter.aliases))
+
+
+def _not_published(name: str) -> NotPublished:
+    # One text for every way of not being there, another tenant's adapter included.
+    return NotPublished(f"Nothing is published as {name!r} under this name, version or alias.")

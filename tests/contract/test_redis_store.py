@@ -1,0 +1,192 @@
+"""What only a store on a server can get wrong: the server goes away, forgets scripts, or holds a newer schema."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+from support.drafts import draft, publish
+from support.redis_server import RedisServer, free_port, running_redis
+
+from adapter_registry.errors import StoreUnavailable
+from adapter_registry.keys import new_key
+from adapter_registry.records import parse_reference
+from adapter_registry.redis_store import RedisStore
+from adapter_registry.scripts import SCHEMA_KEY
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with running_redis() as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+    made = RedisStore.from_url(server.url, timeout_s=0.5)
+    yield made
+    await made.close()
+
+
+@pytest_asyncio.fixture
+async def raw(server: RedisServer) -> AsyncIterator[Redis]:
+    async with Redis.from_url(server.url, decode_responses=True, protocol=2) as client:
+        yield client
+
+
+async def test_data_scripts_and_connections_survive_a_crash_of_redis(server: RedisServer, store: RedisStore) -> None:
+    first = await publish(store, draft("a"))
+    await store.set_alias("acme", "sql", "prod", 1)
+    _, key = new_key("acme")
+    await store.put_key(key)
+    server.stop(kill=True)
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        await store.resolve("acme", parse_reference("sql"))
+    assert time.monotonic() - started < 5
+    server.start()
+    assert await store.resolve("acme", parse_reference("sql@prod")) == first
+    assert await store.find_key(key.sha256) == key
+    assert (await publish(store, draft("b"))).version == 2
+
+
+async def test_scripts_survive_a_flush(store: RedisStore, raw: Redis) -> None:
+    await publish(store, draft("a"))
+    await raw.script_flush()
+    assert (await publish(store, draft("b"))).version == 2
+    await raw.script_flush()
+    assert len(await store.delete("acme", "sql")) == 2
+
+
+async def test_every_key_is_ours_and_a_tenant_is_one_slot(store: RedisStore, raw: Redis) -> None:
+    await publish(store, draft("a"))
+    await publish(store, draft("b"))
+    await store.set_alias("acme", "sql", "prod", 1)
+    await store.delete("acme", "sql", 2)
+    await store.begin_sweep("acme", 0)
+    _, key = new_key("acme")
+    await store.put_key(key)
+    await store.claim_blobs("acme", ["0" * 64])
+    keys = {str(name) for name in await raw.keys("*")}
+    shared = {SCHEMA_KEY, "slipstream:tenants", f"slipstream:keys:{{{key.sha256}}}"}
+    assert shared < keys
+    assert all(name.startswith("slipstream:{acme}:") for name in keys - shared)
+    assert len(keys - shared) == 9
+
+
+async def test_a_blob_is_in_use_or_garbage_or_being_deleted_and_never_two_of_them(
+    store: RedisStore, raw: Redis
+) -> None:
+    async def held() -> list[int]:
+        prefix = "slipstream:{acme}:"
+        return [
+            await raw.hlen(prefix + "refs"),
+            await raw.zcard(prefix + "garbage"),
+            await raw.zcard(prefix + "deleting"),
+        ]
+
+    made = draft("a")
+    await store.claim_blobs("acme", made.blob_sha256s)
+    assert await held() == [0, 3, 0]
+    await store.publish(made)
+    assert await held() == [3, 0, 0]
+    await store.claim_blobs("acme", made.blob_sha256s)
+    assert await held() == [3, 0, 0]
+    await store.delete("acme", "sql")
+    assert await held() == [0, 3, 0]
+    swept = await store.begin_sweep("acme", 0)
+    assert await held() == [0, 0, 3]
+    await store.end_sweep("acme", swept)
+    assert await held() == [0, 0, 0]
+
+
+async def test_nothing_of_an_adapter_is_left_but_its_number(store: RedisStore, raw: Redis) -> None:
+    await publish(store, draft("a"))
+    await store.set_alias("acme", "sql", "prod", 1)
+    await store.delete("acme", "sql")
+    await store.end_sweep("acme", await store.begin_sweep("acme", 0))
+    assert set(await raw.keys("*")) == {SCHEMA_KEY, "slipstream:tenants", "slipstream:{acme}:numbers"}
+
+
+@pytest.mark.parametrize("order", ["put", "delete"])
+async def test_a_crash_between_two_slots_leaves_no_usable_key(
+    store: RedisStore, raw: Redis, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, key = new_key("acme")
+    if order == "delete":
+        await store.put_key(key)
+    real = RedisStore._command
+
+    async def crashing(self: RedisStore, *words: str) -> object:
+        if words[0] == ("SET" if order == "put" else "HDEL"):
+            raise StoreUnavailable("crash")
+        return await real(self, *words)
+
+    monkeypatch.setattr(RedisStore, "_command", crashing)
+    with pytest.raises(StoreUnavailable):
+        await (store.put_key(key) if order == "put" else store.delete_key("acme", key.id))
+    monkeypatch.undo()
+    assert await store.find_key(key.sha256) is None
+    assert await store.list_keys("acme") == [key]  # people see it, and can finish the work
+    await store.delete_key("acme", key.id)
+    assert await store.list_keys("acme") == []
+
+
+async def test_data_of_a_newer_schema_is_not_touched(server: RedisServer, raw: Redis) -> None:
+    await raw.set(SCHEMA_KEY, "2")
+    store = RedisStore.from_url(server.url)
+    for _ in range(2):  # a refusal is not forgotten by the second call
+        with pytest.raises(StoreUnavailable, match="schema '2'"):
+            await store.claim_blobs("acme", [])
+    await store.close()
+    assert await raw.keys("*") == [SCHEMA_KEY]
+
+
+async def test_a_wrong_password_is_told_without_telling_any(server: RedisServer) -> None:
+    store = RedisStore.from_url(f"redis://:hunter2@127.0.0.1:{server.port}/0")
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.ping()
+    await store.close()
+    for secret in ("hunter2", server.password, str(server.port), "127.0.0.1"):
+        assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+async def test_nobody_there_is_noticed_quickly(scheme: str) -> None:
+    store = RedisStore.from_url(f"{scheme}://:hunter2@127.0.0.1:{free_port()}/0", timeout_s=0.5)
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
+        await store.ping()
+    assert time.monotonic() - started < 3
+    assert "hunter2" not in str(caught.value)
+    await store.close()
+
+
+async def test_a_server_that_never_answers_is_given_up() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the client hangs up
+        writer.close()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    store = RedisStore.from_url(f"redis://127.0.0.1:{port}/0", timeout_s=0.1, retries=1)
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        await store.ping()
+    assert time.monotonic() - started < 3
+    await store.close()
+    listener.close()
+    await listener.wait_closed()
+
+
+async def test_a_full_pool_is_waited_for_not_overrun(server: RedisServer) -> None:
+    store = RedisStore.from_url(server.url, max_connections=2)
+    versions = await asyncio.gather(*(publish(store, draft(f"content {i}")) for i in range(30)))
+    assert sorted(v.version for v in versions) == list(range(1, 31))
+    await store.close()

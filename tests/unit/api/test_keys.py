@@ -1,0 +1,149 @@
+"""Who may call what."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from support.api_app import ADMIN_KEY, BASE, ApiWorld
+
+from adapter_registry.errors import StoreUnavailable
+
+OPEN = ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"]
+LOCKED = [
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/x"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("GET", "/v1/adapters"),
+    ("POST", "/v1/adapters"),
+    ("GET", "/v1/adapters/x"),
+    ("DELETE", "/v1/adapters/x"),
+    ("GET", "/v1/adapters/x/versions/1"),
+    ("DELETE", "/v1/adapters/x/versions/1"),
+    ("PUT", "/v1/adapters/x/aliases/prod"),
+    ("DELETE", "/v1/adapters/x/aliases/prod"),
+    ("POST", "/v1/keys"),
+    ("GET", "/v1/keys?tenant=x"),
+    ("DELETE", "/v1/keys/k?tenant=x"),
+]
+
+
+@pytest.mark.parametrize("path", OPEN)
+async def test_open_routes_need_no_key(world: ApiWorld, path: str) -> None:
+    async with world.client(None) as client:
+        assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), LOCKED)
+@pytest.mark.parametrize("key", [None, "sk-slip-wrong", "", "é"])
+async def test_everything_else_needs_one(world: ApiWorld, method: str, path: str, key: str | None) -> None:
+    async with world.client(None) as client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+        response = await client.request(method, path, headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
+
+
+def test_the_lists_above_are_complete(world: ApiWorld) -> None:
+    paths = set(world.app.openapi()["paths"])
+    tested = {path.split("?")[0] for _, path in LOCKED} | set(OPEN)
+    assert len(paths) == len({p for p in tested if p not in ("/openapi.json", "/docs")})
+
+
+async def test_keys_are_made_listed_and_revoked(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    made = await admin.post("/v1/keys", json={"tenant": "acme", "label": "ci"})
+    assert made.status_code == 201
+    secret, key_id = made.json()["secret"], made.json()["id"]
+    listed = await admin.get("/v1/keys", params={"tenant": "acme"})
+    assert [key["id"] for key in listed.json()["data"]] == [key_id]
+    assert secret not in listed.text
+    assert "sha256" not in listed.text
+    async with world.client(secret) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        gone = await admin.delete(f"/v1/keys/{key_id}", params={"tenant": "acme"})
+        assert gone.status_code == 204
+        assert (await client.get("/v1/models")).status_code == 401
+    again = await admin.delete(f"/v1/keys/{key_id}", params={"tenant": "acme"})
+    assert again.status_code == 404
+
+
+async def test_only_the_admin_manages_keys(http: httpx.AsyncClient) -> None:
+    for response in (
+        await http.post("/v1/keys", json={"tenant": "demo"}),
+        await http.get("/v1/keys", params={"tenant": "demo"}),
+        await http.delete("/v1/keys/x", params={"tenant": "demo"}),
+    ):
+        assert response.status_code == 403
+        assert response.json()["error"]["code"] == "forbidden"
+
+
+@pytest.mark.parametrize("tenant", ["", "UPPER", "../x", "a" * 64, "é"])
+async def test_bad_tenants_are_refused(admin: httpx.AsyncClient, tenant: str) -> None:
+    assert (await admin.post("/v1/keys", json={"tenant": tenant})).status_code == 400
+    assert (await admin.get("/v1/keys", params={"tenant": tenant})).status_code == 400
+    headers = {"X-Slipstream-Tenant": tenant.encode()}
+    assert (await admin.get("/v1/adapters", headers=headers)).status_code == 400  # type: ignore[arg-type]
+
+
+async def test_the_admin_acts_for_a_tenant(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    await world.publish("sql", tenant="acme")
+    bare = await admin.get("/v1/adapters")
+    assert bare.status_code == 400
+    assert "X-Slipstream-Tenant" in bare.json()["error"]["message"]
+    assert [model["id"] for model in (await admin.get("/v1/models")).json()["data"]] == [BASE]
+    headers = {"X-Slipstream-Tenant": "acme"}
+    assert (await admin.get("/v1/adapters", headers=headers)).json()["data"][0]["name"] == "sql"
+    assert len((await admin.get("/v1/models", headers=headers)).json()["data"]) == 2
+
+
+async def test_a_tenant_acts_only_for_itself(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/v1/adapters", headers={"X-Slipstream-Tenant": "demo"})).status_code == 200
+    assert (await http.get("/v1/adapters", headers={"X-Slipstream-Tenant": "acme"})).status_code == 403
+
+
+async def test_known_keys_and_names_outlive_a_short_outage(world: ApiWorld) -> None:
+    await world.publish("sql")
+    known, fresh = await world.key(), await world.key()
+    body = {"model": "sql", "prompt": "x"}
+    async with world.client(known) as client, world.client(fresh) as stranger:
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        world.store.outage = StoreUnavailable("redis at 10.0.0.7:6379 is away")
+        world.clock.advance(60)
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        refused = await stranger.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert "10.0.0.7" not in refused.text
+        unseen = await client.post("/v1/completions", json=body | {"model": "sql@1"})
+        assert unseen.status_code == 503
+        world.clock.advance(600)
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+        world.store.outage = None
+        assert (await stranger.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_an_outage_does_not_bring_removed_things_back(world: ApiWorld) -> None:
+    await world.publish("sql")
+    body = {"model": "sql", "prompt": "x"}
+    async with world.client(await world.key()) as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert (await client.delete("/v1/adapters/sql")).status_code == 200
+        world.store.outage = StoreUnavailable("away")
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+
+
+async def test_a_revoked_key_is_forgotten_in_seconds_elsewhere(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    made = (await admin.post("/v1/keys", json={"tenant": "acme"})).json()
+    async with world.client(made["secret"]) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        await world.store.delete_key("acme", made["id"])  # at another gateway
+        world.clock.advance(6)
+        assert (await client.get("/v1/models")).status_code == 401
+
+
+async def test_admin_key_is_not_a_tenants(world: ApiWorld) -> None:
+    async with world.client(ADMIN_KEY) as client:
+        response = await client.post("/v1/completions", json={"model": BASE, "prompt": "x"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "tenant_required"

@@ -1,0 +1,84 @@
+"""Health, readiness, metrics, request ids."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from support.api_app import BASE, ApiWorld
+
+from adapter_registry.errors import StoreUnavailable
+from slipstream.errors import Unavailable
+
+
+async def test_ready_when_everything_answers(http: httpx.AsyncClient) -> None:
+    response = await http.get("/readyz")
+    assert response.json() == {"status": "ready", "missing": []}
+
+
+async def test_not_ready_says_what_is_missing(world: ApiWorld, http: httpx.AsyncClient) -> None:
+    world.store.outage = StoreUnavailable("away")
+    world.engine.outage = Unavailable("starting")
+    response = await http.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["missing"] == ["registry", BASE]
+    assert (await http.get("/healthz")).status_code == 200
+
+
+async def test_not_ready_does_not_wait_for_ever(world: ApiWorld) -> None:
+    class Stuck(type(world.engine)):  # type: ignore[misc]
+        async def describe(self) -> None:
+            await asyncio.Event().wait()
+
+    world.engine = Stuck()
+    world.rebuild(probe_timeout_s=0.02)
+    async with world.client(None) as client:
+        assert (await client.get("/readyz")).json()["missing"] == [BASE]
+
+
+async def test_metrics_count_requests_and_tokens(world: ApiWorld, http: httpx.AsyncClient) -> None:
+    await http.post("/v1/completions", json={"model": BASE, "prompt": "a b c", "max_tokens": 5, "stream": True})
+    await http.post("/v1/completions", json={"model": BASE})
+    await http.get("/v1/adapters/some-name-nobody-has")
+    await http.get("/nothing/here")
+    await http.request("BREW", "/healthz")
+    page = (await http.get("/metrics")).text
+    counted = 'slipstream_http_requests_total{method="POST",route="/v1/completions",status="%s"} 1.0'
+    assert counted % 200 in page
+    assert counted % 400 in page
+    assert 'route="/v1/adapters/{name}",status="404"' in page
+    assert "some-name-nobody-has" not in page
+    assert 'route="unmatched",status="404"' in page
+    assert "BREW" not in page
+    assert f'slipstream_tokens_total{{kind="prompt",model="{BASE}"}} 3.0' in page
+    assert f'slipstream_tokens_total{{kind="completion",model="{BASE}"}} 5.0' in page
+    assert f'slipstream_tokens_total{{kind="accepted",model="{BASE}"}} 2.0' in page
+    assert f'slipstream_engine_steps{{model="{BASE}"}} 3.0' in page
+    assert f'slipstream_engine_up{{model="{BASE}"}} 1.0' in page
+    assert f'slipstream_time_to_first_token_seconds_count{{model="{BASE}"}} 1.0' in page
+
+
+async def test_metrics_answer_without_the_engine(world: ApiWorld, http: httpx.AsyncClient) -> None:
+    world.engine.outage = Unavailable("away")
+    page = (await http.get("/metrics")).text
+    assert f'slipstream_engine_up{{model="{BASE}"}} 0.0' in page
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/nowhere"])
+async def test_every_response_has_a_request_id(world: ApiWorld, path: str) -> None:
+    async with world.client(None) as client:
+        ids = {(await client.get(path)).headers["x-request-id"] for _ in range(3)}
+        assert len(ids) == 3
+        assert (await client.get(path, headers={"x-request-id": "abc-123"})).headers["x-request-id"] == "abc-123"
+        for insane in (b"x" * 129, b"two words", b"\xff", b""):
+            headers = {"x-request-id": insane}
+            assert (await client.get(path, headers=headers)).headers["x-request-id"].startswith("req-")  # type: ignore[arg-type]
+
+
+async def test_two_requests_with_one_id_stay_apart(world: ApiWorld, http: httpx.AsyncClient) -> None:
+    headers = {"x-request-id": "same"}
+    body = {"model": BASE, "prompt": "x"}
+    await asyncio.gather(*(http.post("/v1/completions", json=body, headers=headers) for _ in range(2)))
+    first, second = (request.request_id for request in world.engine.requests)
+    assert first != second
