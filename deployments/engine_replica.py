@@ -21,6 +21,17 @@ from slipstream.errors import SlipstreamError
 from slipstream.protocol import BaseModelSpec, EngineClient, EngineStats, GenerateEvent, GenerateRequest
 
 REAL_ENGINE = "slipstream.engine.service:EngineService"
+_ENGINE_FIELDS = (
+    "dtype",
+    "device",
+    "max_batched_tokens",
+    "max_num_seqs",
+    "max_waiting",
+    "kv_cache_bytes",
+    "block_size",
+    "adapter_slots",
+    "host_adapter_bytes",
+)
 
 
 class Engine(EngineClient, Protocol):
@@ -57,8 +68,7 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An error as the last message of a stream: Ray would log a raised one as a crash and wrap it beyond
-    recognition."""
+    """An error as a stream's last message: Ray would log a raised one as a crash and wrap it beyond recognition."""
 
     error: SlipstreamError
 
@@ -66,7 +76,7 @@ class Refusal:
 class EngineReplica:
     """One engine behind a Serve handle. `deployments.engine_client.RayEngineClient` is its other end."""
 
-    async def __init__(self, plan: ReplicaPlan) -> None:
+    async def __init__(self, plan: ReplicaPlan) -> None:  # type: ignore[misc]  # Serve awaits it
         prepared = await asyncio.to_thread(prepare_base_model, plan.model.base_model, plan.home)
         source = BlobAdapterSource(
             ObstoreBlobs.from_url(plan.blob_url), plan.home / "cache" / "adapters", plan.model.adapter_cache_bytes
@@ -116,10 +126,6 @@ class EngineReplica:
 def engine_config(plan: ReplicaPlan, path: Path) -> EngineConfig:
     """The engine's part of a model's settings. Threads are explicit: Ray sets OMP_NUM_THREADS to the reserved CPUs."""
     model = plan.model
-    shared: dict[str, Any] = {
-        name: getattr(model, name)
-        for name in (
-            "dtype", "device", "max_batched_tokens", "max_num_seqs", "max_waiting", "kv_cache_bytes", "block_size",
-            "adapter_slots", "host_adapter_bytes" ) }  # fmt: skip threads = model.engine_threads or
-            len(os.sched_getaffinity(0)) return EngineConfig(model_path=str(path), model_id=plan.model_id,
-            num_threads=threads, **shared)
+    shared: dict[str, Any] = {name: getattr(model, name) for name in _ENGINE_FIELDS}
+    threads = model.engine_threads or len(os.sched_getaffinity(0))
+    return EngineConfig(model_path=str(path), model_id=plan.model_id, num_threads=threads, **shared)

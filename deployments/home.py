@@ -55,8 +55,7 @@ class Home:
 
 @contextmanager
 def open_home(root: Path) -> Iterator[Home]:
-    """Make the folder if need be and own it: two servers on one data folder would corrupt it, so the second is
-    refused."""
+    """Make the folder and own it: two servers on one data folder would corrupt it, so the second is refused."""
     try:
         root.mkdir(parents=True, exist_ok=True, mode=_PRIVATE_FOLDER)
         # Python opens it non-inheritable: a child that outlives us does not keep the lock.
@@ -72,9 +71,13 @@ def open_home(root: Path) -> Iterator[Home]:
             stream.seek(0)
             owner = stream.read(20).strip()
             raise ConfigError(
-                f"Slipstream is already running on {root}{f' (process {owner})' if owner else ''}. Stop it first, or set
-                SLIPSTREAM_HOME to another folder." ) from error stream.truncate(0) stream.write(f"{os.getpid()}\n")
-                stream.flush() yield Home(root)
+                f"Slipstream is already running on {root}{f' (process {owner})' if owner else ''}. "
+                "Stop it first, or set SLIPSTREAM_HOME to another folder."
+            ) from error
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield Home(root)
 
 
 def kept_secret(path: Path, make: Callable[[], str] = lambda: secrets.token_urlsafe(32)) -> str:

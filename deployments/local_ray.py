@@ -40,10 +40,10 @@ def prepare_ray_environment() -> None:
 @contextmanager
 def local_ray(settings: Settings, home: Home) -> Iterator[None]:
     """Run Ray and Serve while the body runs."""
-    import ray  # not at the top: `prepare_ray_environment` comes first
-    from ray import serve
-    from ray.serve.config import HTTPOptions, ProxyLocation
-    from ray.serve.schema import LoggingConfig
+    import ray  # noqa: PLC0415 - not at the top: `prepare_ray_environment` comes first
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: PLC0415
+    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -23,8 +23,8 @@ def serve(
 ) -> None:
     """Serve on this machine: base model, registry, engine and HTTP, until Ctrl-C."""
     # Imported here: `slipstream adapters list` should not wait for them.
-    from deployments.serve_local import serve_local
-    from slipstream.config import load_settings
+    from deployments.serve_local import serve_local  # noqa: PLC0415
+    from slipstream.config import load_settings  # noqa: PLC0415
 
     given = {
         name: value for name, value in (("port", port), ("home", home), ("base_model", base_model)) if value is not None
@@ -39,7 +39,7 @@ def serve(
 @app.command()
 def config() -> None:
     """List every setting: its variable, its name in the configuration file, its default and its meaning."""
-    from slipstream.config import settings_table
+    from slipstream.config import settings_table  # noqa: PLC0415
 
     typer.echo(settings_table(), nl=False)
 

@@ -98,8 +98,9 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"Port {port} on {host} cannot be used ({error.strerror}). Stop what listens there, or choose another
-                with PORT=…" ) from error
+                f"Port {port} on {host} cannot be used ({error.strerror}). "
+                "Stop what listens there, or choose another with PORT=…"
+            ) from error
 
 
 def _ready_model(model: ModelSettings, home: Home, progress: TerminalProgress) -> ModelSettings:
@@ -131,10 +132,10 @@ async def _demo_key(redis_url: str, home: Home) -> str:
 
 
 def _run_application(settings: Settings, engine: str | None, home: Home) -> None:
-    from ray import serve  # after prepare_ray_environment
+    from ray import serve  # noqa: PLC0415 - after prepare_ray_environment
 
-    from deployments.app import APP_NAME, build_application
-    from deployments.engine_replica import REAL_ENGINE
+    from deployments.app import APP_NAME, build_application  # noqa: PLC0415
+    from deployments.engine_replica import REAL_ENGINE  # noqa: PLC0415
 
     try:
         serve.run(
@@ -146,7 +147,7 @@ def _run_application(settings: Settings, engine: str | None, home: Home) -> None
 
 def _why_not(app_name: str, home: Home) -> str:
     """The reason a replica gave, out of Serve's status text."""
-    from ray import serve
+    from ray import serve  # noqa: PLC0415
 
     application = serve.status().applications.get(app_name)
     text = (

@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from slipstream.errors import ConfigError
@@ -110,7 +110,7 @@ class Settings(ModelDefaults, BaseSettings):
         (), description="Models served, each with the fields above; empty = one, from the flat settings."
     )
 
-    yaml_path: ClassVar[Path | None] = None
+    from_file: ClassVar[dict[str, Any]] = {}  # what `load_settings` found in the YAML file
 
     @model_validator(mode="before")
     @classmethod
@@ -118,7 +118,8 @@ class Settings(ModelDefaults, BaseSettings):
         """Give every model the flat settings that it does not override."""
         if not isinstance(data, dict):
             return data
-        models = data.get("models") or [{}]
+        models = data.get("models")
+        models = [{}] if models is None or models in ((), []) else models
         if not isinstance(models, (list, tuple)) or not all(isinstance(entry, dict) for entry in models):
             return data  # validation of `models` itself names what is wrong
         flat = {name: data[name] for name in ModelDefaults.model_fields if name in data}
@@ -155,14 +156,14 @@ class Settings(ModelDefaults, BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Caller, then environment, then the YAML file."""
-        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=cls.yaml_path))
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, cls.from_file))
 
 
 def load_settings(**overrides: Any) -> Settings:
     """Read file and environment. Raises `ConfigError`, which names the field or variable and says what to do."""
     _check_variable_names(os.environ)
     path = _config_path(overrides)
-    bound = type("Settings", (Settings,), {"yaml_path": path, "__module__": __name__})
+    bound = type("Settings", (Settings,), {"from_file": _read_file(path) if path else {}, "__module__": __name__})
     try:
         loaded: Settings = bound(**overrides)
     except ValidationError as error:
@@ -171,8 +172,6 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigError(
             f"A setting could not be read: {error}. Lists such as SLIPSTREAM_MODELS are written as JSON."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
 
 
@@ -186,6 +185,20 @@ def _config_path(overrides: dict[str, Any]) -> Path | None:
     home = Path(overrides.get("home") or os.environ.get("SLIPSTREAM_HOME") or DEFAULT_HOME).expanduser()
     path = home / "slipstream.yaml"
     return path if path.is_file() else None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise ConfigError(f"{path} must hold `setting: value` lines.")
+    return data
 
 
 def _check_variable_names(names: Iterable[str]) -> None:

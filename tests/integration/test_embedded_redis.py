@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import redis
 
 from deployments.embedded_redis import EmbeddedRedis, embedded_redis
+from support.processes import alive, eventually
 
 pytestmark = pytest.mark.redis
 
@@ -31,19 +31,8 @@ def connect(server: EmbeddedRedis) -> redis.Redis:
     return redis.Redis.from_url(server.url, decode_responses=True)
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_gone(pid: int, timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
+def wait_gone(pid: int) -> bool:
+    return eventually(lambda: not alive(pid), 10.0)
 
 
 def test_data_and_password_outlive_a_restart(tmp_path: Path) -> None:
@@ -102,11 +91,13 @@ def test_dies_with_a_killed_parent_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_an_orphan_of_the_same_folder_is_stopped_first(tmp_path: Path) -> None:
-    with embedded_redis(tmp_path / "redis", tmp_path / "redis.log") as orphan:
-        # As if its parent had crashed on a system without the parent-death signal: the state file is still there.
-        with embedded_redis(tmp_path / "redis", tmp_path / "redis.log") as server:
-            assert wait_gone(orphan.pid)
-            assert server.pid != orphan.pid
+    # As if its parent had crashed on a system without the parent-death signal: the state file is still there.
+    with (
+        embedded_redis(tmp_path / "redis", tmp_path / "redis.log") as orphan,
+        embedded_redis(tmp_path / "redis", tmp_path / "redis.log") as server,
+    ):
+        assert wait_gone(orphan.pid)
+        assert server.pid != orphan.pid
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ async def serving(world: ApiWorld) -> AsyncIterator[int]:
         config = uvicorn.Config(world.app, log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.started)
         yield listener.getsockname()[1]
         server.should_exit = True
         await task
@@ -40,7 +39,7 @@ async def world(tmp_path: Path) -> ApiWorld:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event to give
             await asyncio.sleep(0.01)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-_HEADER = "# Every package that 'pip install -e .[dev]' brings in, at the version the test suite passed with. Made by 'make lock'."
+_HEADER = "# What 'pip install -e .[dev]' brings in, at the versions the test suite passed with. Made by 'make lock'."
 
 
 def installed_closure(requirements: list[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # what stands before the base model's own module path in a tensor name
 MAX_RANK = 512
+MAX_TARGETS = 4096  # every entry is compared with every module
 
 # Options that change the forward pass in a way this platform does not compute: ignoring one would serve a wrong model.
 _REFUSED: Mapping[str, str] = {
@@ -198,6 +199,8 @@ def _targets(raw: Mapping[str, object]) -> tuple[str, ...] | None:
         return None
     if not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         _bad("target_modules", value, "a list of module names or a string")
+    if len(value) > MAX_TARGETS:
+        _bad("target_modules", f"{len(value)} names", f"at most {MAX_TARGETS} names")
     return tuple(sorted(str(v) for v in value))
 
 

@@ -154,17 +154,23 @@ def _last_part(model_id: str) -> str:
 
 
 def _lora_warnings(modules: dict[str, int], peft: PeftConfig) -> tuple[str, ...]:
-    found = [
-        f"target_modules names {show(n)}, but no tensor adapts such a module." for n in missing_targets(modules, peft)
-    ]
+    found: list[str] = []
+    missing = missing_targets(modules, peft)
+    if missing:
+        found.append(f"target_modules names {_some(missing)}, but no tensor adapts such a module.")
     ambiguous = next((path for path in modules if peft.has_ambiguous_alpha(path)), None)
     if ambiguous is not None:
         message = f"Alpha patterns disagree about {ambiguous}, and PEFT sorts them when it saves: the first one counts."
         found.append(f"{message} Write one pattern per module to be sure of the scale.")
     if peft.unknown_keys:
-        keys = ", ".join(map(show, peft.unknown_keys[:8]))
-        found.append(f"{PEFT_CONFIG} sets options that this release does not know and leaves aside: {keys}.")
+        found.append(
+            f"{PEFT_CONFIG} sets options that this release does not know and leaves aside: {_some(peft.unknown_keys)}."
+        )
     return tuple(found)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join([*map(show, names[:8]), *(["…"] if len(names) > 8 else [])])
 
 
 def _merge(files: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:

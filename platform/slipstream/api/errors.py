@@ -144,7 +144,8 @@ async def _http(request: Request, error: Exception) -> Response:
         404: f"There is no route {path}. See /docs for the list.",
         405: f"{request.method[:16]} is not possible on {path}. See /docs for the list.",
     }
-    response = Problem(error.status_code, sentences.get(error.status_code, str(error.detail)), None).response()
+    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
+    response = Problem(error.status_code, sentences.get(error.status_code, str(error.detail)), code).response()
     if error.headers and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response

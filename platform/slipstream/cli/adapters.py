@@ -152,9 +152,10 @@ def rm(
 
 
 def _upload_bar() -> Progress:
-    # On stderr, so that --json on stdout stays clean; rich draws nothing when it is not a terminal.
+    # On stderr, so that --json on stdout stays clean; and for people only.
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _kind(version: dict[str, Any]) -> str:

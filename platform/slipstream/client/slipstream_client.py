@@ -34,7 +34,7 @@ class SlipstreamClient:
         headers = {"Authorization": f"Bearer {api_key}"}
         if tenant is not None:  # only the admin key may name one
             headers["X-Slipstream-Tenant"] = tenant
-        self._url = url
+        self._url = _checked_url(url)
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport)
 
     async def __aenter__(self) -> Self:
@@ -104,12 +104,6 @@ class SlipstreamClient:
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **content)
-        except httpx.InvalidURL as error:
-            raise InvalidRequest(f"{self._url!r} is not a URL.", param="url") from error
-        except httpx.UnsupportedProtocol as error:
-            raise InvalidRequest(
-                f"{self._url!r} is not a URL: it starts with http:// or https://.", param="url"
-            ) from error
         except httpx.TransportError as error:
             raise Unavailable(f"Cannot reach {self._url}: is the server running, and is this its address?") from error
         if response.is_error:
@@ -127,6 +121,16 @@ def adapter_files(folder: Path) -> list[Path]:
             f"{folder} holds no files: give the folder that PEFT's save_pretrained wrote.", param="folder"
         )
     return files
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidRequest(f"{url!r} is not a URL of a server, such as http://127.0.0.1:8000.", param="url")
+    return url
 
 
 def _part(text: str) -> str:

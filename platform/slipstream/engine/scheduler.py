@@ -58,7 +58,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.prefix_caching = True
         self.counters = SchedulerCounters()
-        self._align = min(CHUNK_ALIGN, max_batched_tokens)
+        self._align = CHUNK_ALIGN
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
         self._leases: dict[int, AdapterLease | None] = {}  # seq_id -> lease of a running sequence
@@ -157,7 +157,7 @@ class Scheduler:
         """The next piece of a prompt (or of a recomputed sequence)."""
         size = self._chunk(self._missing(seq), budget)
         end = seq.num_computed + size
-        if size == 0 or not self._reserve(seq, end, planned):
+        if size < 1 or not self._reserve(seq, end, planned):
             return 0
         planned[seq.seq_id] = self._part(seq, end, [])
         return size
@@ -165,7 +165,7 @@ class Scheduler:
     def _chunk(self, missing: int, budget: int) -> int:
         if missing <= budget:
             return missing
-        return budget // self._align * self._align
+        return budget // self._align * self._align or budget  # unaligned rather than starved by the decodes
 
     def _part(self, seq: Sequence, end: int, drafts: list[int]) -> PlannedSequence:
         lease = self._leases[seq.seq_id]
@@ -236,11 +236,11 @@ class Scheduler:
     def _start(
         self, seq: Sequence, lease: AdapterLease | None, budget: int, planned: dict[int, PlannedSequence]
     ) -> int | None:
-        """Blocks for all known tokens plus one, prefix hits first; None (nothing held) when they are not free."""
+        """Blocks for all known tokens, prefix hits first; None (nothing held) when they are not free."""
         cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
         size = self._chunk(len(seq.tokens) - known, budget)
-        rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else None
+        rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached))
         if rest is None:
             self.pool.release(cached)
             return None

@@ -234,6 +234,7 @@ CASES: list[tuple[Rule, str, Change, str]] = [
     (Rule.BAD_CONFIG_VALUE, "peft", config(PEFT, base_model_name_or_path="x\n/tiny-llama"), "model id"),
     (Rule.BAD_CONFIG_VALUE, "peft", config(PEFT, rank_pattern=["q_proj"]), "rank_pattern"),
     (Rule.BAD_CONFIG_VALUE, "peft", config(PEFT, target_modules=[1]), "target_modules"),
+    (Rule.BAD_CONFIG_VALUE, "peft", config(PEFT, target_modules=["q_proj"] * 5000), "4096"),
     (Rule.BAD_CONFIG_VALUE, "peft", config(PEFT, layers_to_transform="0"), "layers_to_transform"),
     (Rule.BAD_CONFIG_VALUE, "own", config(TURBO, stream_rank=0), "stream_rank"),
     (Rule.BAD_CONFIG_VALUE, "own", config(TURBO, stream_rank=DROP), "stream_rank"),

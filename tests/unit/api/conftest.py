@@ -37,6 +37,9 @@ async def openai(world: ApiWorld) -> AsyncIterator[AsyncOpenAI]:
     """OpenAI's own client, with a key of `demo`."""
     inner = world.client(None)
     async with AsyncOpenAI(
-        api_key=await world.key(), base_url="http://test/v1", http_client=inner, max_retries=0
+        api_key=await world.key(),
+        base_url="http://test/v1",
+        http_client=inner,  # type: ignore[arg-type]
+        max_retries=0,
     ) as client:
         yield client

@@ -236,6 +236,8 @@ async def test_bodies_over_the_cap(http: httpx.AsyncClient, world: ApiWorld) -> 
         problem(await client.post(TEXT, content=unannounced(), headers=headers), 413)
 
 
+@pytest.mark.parametrize("model", UNKNOWN)
+@pytest.mark.parametrize("route", [CHAT, TEXT])
 async def test_unknown_and_foreign_models_look_the_same(
     http: httpx.AsyncClient, world: ApiWorld, route: str, model: str
 ) -> None:
@@ -315,8 +317,7 @@ async def test_a_slow_answer_times_out(http: httpx.AsyncClient, world: ApiWorld)
 
 
 async def test_unknown_routes_and_methods(http: httpx.AsyncClient) -> None:
-    assert (await http.get("/v2/nothing")).json()["error"]["message"].startswith("There is no route /v2/nothing")
+    assert problem(await http.get("/v2/nothing"), 404)["message"].startswith("There is no route /v2/nothing")
     response = await http.get(CHAT)
-    assert response.status_code == 405
+    assert problem(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
-    assert response.json()["error"]["message"]

@@ -1,0 +1,226 @@
+"""`slipstream serve` as a person runs it: a process of its own, a data folder of its own, real everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.processes import alive, descendants, eventually, free_port
+from support.real_model import smollm2_path
+from support.shared import shared_path
+
+pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+_COMMAND = [sys.executable, "-c", "from deployments.main import main; main()"]
+_START_S = 60.0  # the promise for every start but the first
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass
+class Running:
+    """A started server and what it printed."""
+
+    process: subprocess.Popen[str]
+    output: str
+    scratch: Path
+    children: set[int]
+    started_in_s: float
+
+    @property
+    def url(self) -> str:
+        return self._printed(r"ready at (http://\S+)")
+
+    @property
+    def key(self) -> str:
+        return self._printed(r"Key of the tenant 'demo': (\S+)")
+
+    @property
+    def curl(self) -> str:
+        return self._printed(r"(curl .*\\\n.*)")
+
+    def client(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+    def _printed(self, pattern: str) -> str:
+        found = re.search(pattern, self.output)
+        assert found, self.output
+        return found.group(1)
+
+
+def environment(home: Path, port: int, **more: str) -> dict[str, str]:
+    """Of a user who has set nothing but these."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLIPSTREAM_", "RAY_", "PYTEST_"))
+    }
+    return kept | {
+        "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}",
+        "SLIPSTREAM_HOME": str(home),
+        "SLIPSTREAM_BASE_MODEL": str(smollm2_path()),
+        "SLIPSTREAM_KV_CACHE_BYTES": str(400 << 20),
+        "PORT": str(port),
+        **more,
+    }
+
+
+@contextmanager
+def serving(home: Path, port: int) -> Iterator[Running]:
+    """Start a server and wait until it says that it is ready; killed at the end if it still runs."""
+    began = time.monotonic()
+    with subprocess.Popen(
+        [*_COMMAND, "serve"],
+        cwd=home.parent,
+        env=environment(home, port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a terminal's process group: Ctrl-C reaches everything in it
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if "Ctrl-C stops it" in line:
+                    break
+            output = "".join(lines)
+            assert "ready at" in output, output
+            took_s = time.monotonic() - began
+            scratch = Path((home / "scratch").read_text())
+            yield Running(process, output, scratch, descendants(process.pid), took_s)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def stop(running: Running, number: signal.Signals) -> int:
+    """As a terminal does it: the signal goes to the whole process group."""
+    os.killpg(running.process.pid, number)
+    return running.process.wait(60)
+
+
+def assert_nothing_left(running: Running, home: Path) -> None:
+    assert len(running.children) > 5
+    assert not [pid for pid in running.children if alive(pid)]
+    assert not running.scratch.exists()
+    assert not (home / "scratch").exists()
+    assert not (home / "redis" / "server.json").exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{running.url}/healthz", trust_env=False)
+
+
+def slipstream(home: Path, port: int, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a `slipstream` command to its end."""
+    return subprocess.run(
+        [*_COMMAND, *words],
+        env=environment(home, port, **more),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def complete(running: Running, model: str, prompt: str) -> str:
+    body = {"model": model, "prompt": prompt, "max_tokens": 64, "temperature": 0}
+    with running.client() as client:
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Not pytest's own: its paths are long, and a person's home is where sockets and locks must work."""
+    with tempfile.TemporaryDirectory(prefix="slip-e2e-") as folder:
+        yield Path(folder) / "home"
+
+
+def test_three_lives_of_one_data_folder(home: Path) -> None:
+    adapter, port = shared_path("adapters", "snips-turbo"), free_port()
+    prompt = "Extract the intent and the slots of the voice command as a JSON object.\nCommand: Rate this book 3 points.\nJSON:"
+
+    with serving(home, port) as first:
+        key = first.key
+        answered = subprocess.run(
+            ["bash", "-c", f"{first.curl} -s"], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "Paris" in answered.stdout
+        pushed = slipstream(
+            home,
+            port,
+            "adapters",
+            "push",
+            str(adapter),
+            "--name",
+            "snips",
+            SLIPSTREAM_URL=first.url,
+            SLIPSTREAM_API_KEY=key,
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        answer = complete(first, "snips", prompt)
+        assert '"intent"' in answer
+        refused = slipstream(home, free_port(), "serve")
+        assert refused.returncode == 1
+        assert "already running" in refused.stderr
+        assert stop(first, signal.SIGINT) == 0
+    assert_nothing_left(first, home)
+
+    with serving(home, port) as second:
+        assert second.started_in_s < _START_S
+        assert second.key == key
+        assert complete(second, "snips", prompt) == answer
+        second.process.kill()  # a crash: no chance to clean up
+        second.process.wait()
+    assert eventually(lambda: not [pid for pid in second.children if alive(pid)], 60)
+
+    with serving(home, port) as third:
+        assert not second.scratch.exists()
+        assert third.key == key
+        assert complete(third, "snips", prompt) == answer
+        assert stop(third, signal.SIGTERM) == 0
+    assert_nothing_left(third, home)
+    assert not {path.name for path in home.iterdir()} & {"scratch"}
+
+
+def test_a_taken_port_is_refused_before_anything_starts(home: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = slipstream(home, other.getsockname()[1], "serve")
+    assert done.returncode == 1
+    assert re.fullmatch(r"slipstream serve: Port \d+ on 127\.0\.0\.1 cannot be used .*\n", done.stderr)
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SLIPSTREAM_DTYPE", "int3", "SLIPSTREAM_DTYPE"),
+        ("SLIPSTREAM_BASE_MODEL", "/there/is/none", "neither a folder"),
+        ("SLIPSTREAM_KV_CACHE_BYTES", str(1 << 20), "kv_cache_bytes"),
+        ("SLIPSTREAM_REDIS_URL", "redis://127.0.0.1:1/0", "SLIPSTREAM_REDIS_URL"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_and_leaves_nothing(home: Path, variable: str, value: str, said: str) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("slipstream-*"))
+    done = slipstream(home, free_port(), "serve", **{variable: value})
+    assert done.returncode == 1, done.stdout
+    assert said in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert set(Path(tempfile.gettempdir()).glob("slipstream-*")) <= before

@@ -1,0 +1,174 @@
+"""Adapters of every kind, mixed in one batch, against transformers + PEFT; and speculation that never changes a token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.adapters import random_peft_adapter, random_streams, tiny_llama, write_lorax_streams, write_own_streams
+from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+
+from slipstream.protocol import SamplingParams
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
+    "rslora": {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "up_proj"]},
+    "patterns": {
+        "r": 4,
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 10, "model.layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"k_proj": 32},
+    },
+    "some-layers": {"r": 3, "target_modules": ["gate_proj"], "layers_to_transform": [0, 2]},
+    "lm-head": {"r": 4, "target_modules": ["v_proj", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path], dict[str, Any]]:
+    """A base model, a folder per kind (with streams of its own shape), and PEFT's model of each."""
+    model = tiny_llama()
+    folders, oracles = {}, {}
+    for i, (kind, kwargs) in enumerate(KINDS.items()):
+        folder = tmp_path_factory.mktemp(kind)
+        oracles[kind] = random_peft_adapter(model, folder, seed=i, **kwargs)
+        folders[kind] = folder
+    hidden = model.config.hidden_size
+    write_own_streams(folders["all-linear"], random_streams(hidden, 3, rank=4, seed=1))
+    write_own_streams(folders["dora"], random_streams(hidden, 5, rank=6, conditioned=True, seed=2))
+    write_lorax_streams(folders["patterns"], random_streams(hidden, 2, rank=None, seed=3))
+    only_streams = tmp_path_factory.mktemp("streams-only")
+    write_own_streams(only_streams, random_streams(hidden, 4, rank=4, seed=4))
+    folders["streams-only"] = only_streams
+    oracles["streams-only"] = model
+    return model, folders, oracles
+
+
+def prompts(count: int, vocab: int = 128) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(3, vocab, (5 + 9 * i,), generator=generator).tolist() for i in range(count)]
+
+
+def greedy(max_tokens: int = 20) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+
+
+def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    model, folders, oracles = zoo
+    kinds = [*folders, None]
+    texts = prompts(len(kinds))
+    harness = Harness(model, folders, num_blocks=40, block_size=8, max_batched_tokens=48, eos=frozenset())
+    jobs = [
+        Job(text, greedy(), adapter=kind, draft_cap=8, start_step=i % 3)
+        for i, (kind, text) in enumerate(zip(kinds, texts, strict=True))
+    ]
+    mixed = harness.run(jobs)
+    alone = Harness(model, folders, eos=frozenset())
+    for kind, text, answer in zip(kinds, texts, mixed, strict=True):
+        expected, gaps = oracle_greedy(oracles[kind] if kind else model, text, 20)
+        assert_same_tokens(answer, expected, gaps)
+        assert_same_tokens(alone.answer(text, greedy(), adapter=kind), expected, gaps)
+    drafted = {j.adapter: j.sequence.drafted for j in jobs if j.sequence is not None}
+    assert {k for k, n in drafted.items() if n} == {"all-linear", "dora", "patterns", "streams-only"}
+
+
+SAMPLING = {
+    "greedy": SamplingParams(temperature=0.0),
+    "cold": SamplingParams(temperature=0.2),
+    "warm-top-p": SamplingParams(temperature=0.8, top_p=0.9),
+    "hot": SamplingParams(temperature=1.3, top_k=40, min_p=0.01),
+    "penalties": SamplingParams(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.4),
+    "greedy-penalties": SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=1.0),
+    "bias": SamplingParams(temperature=0.8, logit_bias={5: 4.0, 9: -100.0, 17: 2.5}, min_tokens=4),
+}
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+def test_speculation_and_company_never_change_a_token(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]], mode: str
+) -> None:
+    """Off, on with every k, alone and mixed, chunked and preempted: the same seed gives the same tokens."""
+    model, folders, _ = zoo
+    kinds = ["all-linear", "dora", "patterns", "streams-only", None]
+    texts = prompts(len(kinds))
+    params = [replace(SAMPLING[mode], seed=100 + i, max_tokens=20) for i in range(len(kinds))]
+
+    def run(harness: Harness, cap: int) -> list[list[int]]:
+        jobs = [
+            Job(t, p, adapter=k, draft_cap=cap, start_step=i)
+            for i, (t, p, k) in enumerate(zip(texts, params, kinds, strict=True))
+        ]
+        return harness.run(jobs)
+
+    eos = frozenset({2}) if mode == "bias" else frozenset[int]()
+    plain = Harness(model, folders, eos=eos)
+    expected = [plain.answer(t, p, adapter=k) for t, p, k in zip(texts, params, kinds, strict=True)]
+    assert expected == run(plain, 0)
+    for cap in (1, 2, 3, 8):
+        cramped = Harness(
+            model, folders, num_blocks=17, block_size=4, max_batched_tokens=16, max_num_seqs=5, eos=eos
+        )
+        assert expected == run(cramped, cap)
+        assert eos or cramped.scheduler.counters.preemptions > 0
+
+
+def test_different_seeds_differ_and_noise_is_not_shared_between_positions(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]],
+) -> None:
+    model, _, _ = zoo
+    harness = Harness(model, eos=frozenset())
+    text = prompts(1)[0]
+    answers = {tuple(harness.answer(text, SamplingParams(temperature=1.0, seed=s, max_tokens=12))) for s in range(8)}
+    assert len(answers) == 8
+    assert all(len(set(a)) > 1 for a in answers)
+
+
+def test_logprobs_are_the_models_own(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    model, folders, oracles = zoo
+    text = prompts(1)[0]
+    job = Job(text, SamplingParams(temperature=0.7, seed=3, max_tokens=8, logprobs=3), adapter="all-linear", draft_cap=8)
+    harness = Harness(model, folders, eos=frozenset())
+    harness.run([job])
+    with torch.inference_mode():
+        logits = oracles["all-linear"](input_ids=torch.tensor([text + job.answer])).logits[0].log_softmax(-1)
+    assert len(job.logprobs) == 8
+    for i, (token, got) in enumerate(zip(job.answer, job.logprobs, strict=True)):
+        row = logits[len(text) + i - 1]
+        assert got.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert [t for t, _ in got.top] == row.topk(3).indices.tolist()
+
+
+def test_slots_are_reused_under_pressure(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    """Two slots, eight adapters, all at once: each waits its turn and answers as it does alone."""
+    model, folders, _ = zoo
+    texts = prompts(len(folders))
+    roomy = Harness(model, folders, eos=frozenset())
+    expected = [roomy.answer(t, greedy(6), adapter=k) for t, k in zip(texts, folders, strict=True)]
+    tight = Harness(model, folders, slots=2, eos=frozenset())
+    jobs = [Job(t, greedy(6), adapter=k) for t, k in zip(texts, folders, strict=True)]
+    assert tight.run(jobs) == expected
+
+
+def test_prefix_cache_never_crosses_tenants_or_adapters(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    model, folders, _ = zoo
+    text = prompts(8)[-1]
+    harness = Harness(model, folders, eos=frozenset())
+
+    def cached(adapter: str | None, tenant: str) -> int:
+        job = Job(text, greedy(4), adapter=adapter, tenant=tenant)
+        harness.run([job])
+        assert job.sequence is not None
+        return job.sequence.cached_prompt
+
+    assert cached(None, "a") == 0
+    assert cached(None, "a") == len(text) // 16 * 16
+    assert cached(None, "b") == 0
+    assert cached("plain", "a") == 0
+    assert cached("plain", "a") > 0
+    assert cached("rslora", "a") == 0

@@ -1,0 +1,76 @@
+"""Every model family the README names, as a tiny random model: paged, chunked, preempted and batched = transformers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+from slipstream.engine.loader import adopt_model
+from slipstream.errors import ModelUnsupported
+from slipstream.protocol import SamplingParams
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW: dict[str, Any] = {"sliding_window": 24}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, **WINDOW, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, **WINDOW, "query_pre_attn_scalar": 16},
+    "phi": {},
+    "phi3": {},
+}
+
+
+def tiny(family: str) -> Any:
+    torch.manual_seed(7)
+    config = CONFIG_MAPPING[family](**SHAPE, **FAMILIES[family])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(family: str) -> None:
+    model = tiny(family)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in (1, 5, 16, 33, 70, 100)]
+    # 32 tokens a step chunks the long prompts; 18 blocks of 8 cannot hold all sequences, so some are preempted
+    harness = Harness(model, num_blocks=18, block_size=8, max_batched_tokens=32, max_num_seqs=6, eos=frozenset())
+    jobs = [Job(p, SamplingParams(temperature=0.0, max_tokens=40), start_step=i) for i, p in enumerate(prompts)]
+    answers = harness.run(jobs)
+    assert harness.scheduler.counters.preemptions > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected, gaps = oracle_greedy(model, prompt, 40)
+        assert_same_tokens(answer, expected, gaps)
+
+
+def test_a_model_outside_the_attention_interface_is_refused_by_name() -> None:
+    config = CONFIG_MAPPING["falcon"](
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, alibi=False
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelUnsupported, match="Falcon"):
+        adopt_model(model)
+
+
+def test_recurrent_layers_are_refused_by_name() -> None:
+    model = tiny("llama")
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ModelUnsupported, match="linear_attention"):
+        adopt_model(model)

@@ -1,0 +1,162 @@
+"""The command line against the application itself, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from support.api_app import ADMIN_KEY, ApiWorld, write_adapter
+from typer.testing import CliRunner, Result
+
+from slipstream.cli import app
+
+
+class Shell:
+    """Runs commands with a key in the environment."""
+
+    def __init__(self, world: ApiWorld) -> None:
+        self.world = world
+        self.key = asyncio.run(world.key())
+
+    def __call__(self, *arguments: str, key: str | None = None) -> Result:
+        transport = httpx.ASGITransport(self.world.app)
+        environment = {
+            "SLIPSTREAM_URL": "http://test",
+            "SLIPSTREAM_API_KEY": self.key if key is None else key,
+            "COLUMNS": "200",
+            "NO_COLOR": "1",
+        }
+        result = CliRunner().invoke(app, list(arguments), env=environment, obj=transport)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+        assert "Traceback" not in result.output
+        return result
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(ApiWorld(tmp_path / "uploads"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "lora")
+
+
+def test_push_list_show_rm(shell: Shell, folder: Path) -> None:
+    assert "No adapters yet" in shell("adapters", "list").stdout
+    pushed = shell("adapters", "push", str(folder), "--name", "sql")
+    assert pushed.exit_code == 0, pushed.output
+    assert pushed.stdout == "Published sql@1  (lora, rank 2)\n"
+    assert "Already published as sql@1" in shell("adapters", "push", str(folder), "--name", "sql").stdout
+    assert "sql" in shell("adapters", "list").stdout
+    assert "sql@1" in shell("adapters", "show", "sql").stdout
+    assert shell("adapters", "rm", "sql/1").stdout == "Removed sql@1\n"
+    assert shell("adapters", "show", "sql").exit_code == 1
+
+
+def test_json_for_scripts(shell: Shell, folder: Path) -> None:
+    pushed = json.loads(shell("adapters", "push", str(folder), "--name", "sql", "--json").stdout)
+    assert (pushed["version"], pushed["new"]) == (1, True)
+    assert json.loads(shell("adapters", "list", "--json").stdout)[0]["name"] == "sql"
+    assert json.loads(shell("adapters", "show", "sql", "--json").stdout)["current"] == 1
+    assert json.loads(shell("adapters", "rm", "sql", "--json").stdout)["versions"] == [1]
+
+
+def test_hidden_files_and_folders_stay_here(shell: Shell, folder: Path) -> None:
+    (folder / ".gitattributes").write_text("x")
+    (folder / "checkpoint-10").mkdir()
+    assert shell("adapters", "push", str(folder), "--name", "sql").exit_code == 0
+
+
+def test_the_admin_acts_for_a_tenant(shell: Shell, folder: Path) -> None:
+    bare = shell("adapters", "list", key=ADMIN_KEY)
+    assert bare.exit_code == 1
+    assert "X-Slipstream-Tenant" in bare.stderr
+    arguments = ("adapters", "push", str(folder), "--name", "sql", "--as-tenant", "acme")
+    assert shell(*arguments, key=ADMIN_KEY).exit_code == 0
+    assert "sql" not in shell("adapters", "list").stdout
+
+
+def test_keys(shell: Shell) -> None:
+    made = shell("keys", "create", "--tenant", "acme", "--label", "ci", key=ADMIN_KEY)
+    assert made.exit_code == 0
+    secret = made.stdout.strip()
+    assert shell("adapters", "list", key=secret).exit_code == 0
+    listed = shell("keys", "list", "--tenant", "acme", key=ADMIN_KEY)
+    assert "ci" in listed.stdout
+    assert secret not in listed.output
+    key_id = json.loads(shell("keys", "list", "--tenant", "acme", "--json", key=ADMIN_KEY).stdout)[0]["id"]
+    assert shell("keys", "revoke", key_id, "--tenant", "acme", key=ADMIN_KEY).exit_code == 0
+    assert shell("adapters", "list", key=secret).exit_code == 1
+    assert json.loads(shell("keys", "create", "--tenant", "b", "--json", key=ADMIN_KEY).stdout)["secret"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("adapters", "push", "/nowhere/at/all", "--name", "x"), "is not a folder"),
+        (("adapters", "show", "nobody"), "'nobody'"),
+        (("adapters", "show", ".."), "not a valid adapter name"),
+        (("adapters", "rm", "sql@prod"), "version's number"),
+        (("keys", "create", "--tenant", "x"), "admin key"),
+        (("adapters", "list", "--api-key", "wrong"), "unknown or has been revoked"),
+        (("adapters", "list", "--api-key", ""), "No key"),
+    ],
+)
+def test_refusals_are_a_sentence_and_exit_1(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    result = shell(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert says in result.stderr
+
+
+def test_a_broken_adapter_says_which_rule(shell: Shell, tmp_path: Path) -> None:
+    result = shell("adapters", "push", str(write_adapter(tmp_path / "nan", nan=True)), "--name", "sql")
+    assert result.exit_code == 1
+    assert "finite" in result.stderr.lower() or "nan" in result.stderr.lower()
+
+
+def test_an_empty_folder_is_refused(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no files" in shell("adapters", "push", str(tmp_path / "empty"), "--name", "x").stderr
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "https://no-such-host.invalid"])
+def test_no_server_is_exit_3(url: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", "list", "--url", url, "--api-key", "x"])
+    assert result.exit_code == 3
+    assert f"Cannot reach {url}" in result.stderr
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://"])
+def test_a_bad_url_is_exit_1(url: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", "list", "--url", url, "--api-key", "x"])
+    assert result.exit_code == 1, result.output
+    assert "is not a URL" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("adapters", "--help"), ("adapters", "push", "--help"), ("keys", "create", "--help")]
+)
+def test_help_teaches(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    if len(arguments) == 3:
+        assert "Example" in result.output
+        assert "SLIPSTREAM_API_KEY" in result.output
+
+
+def test_wrong_usage_is_exit_2() -> None:
+    assert CliRunner().invoke(app, ["adapters", "push"]).exit_code == 2
+    assert CliRunner().invoke(app, ["nonsense"]).exit_code == 2
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("slipstream ")

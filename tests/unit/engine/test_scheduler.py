@@ -1,0 +1,226 @@
+"""The scheduler against a runner that reads its KV through the block tables: text must not depend on the schedule."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.scripted import ScriptedRunner, next_token
+
+from slipstream.engine.blocks import BlockPool
+from slipstream.engine.residency import ResidencyManager
+from slipstream.engine.scheduler import AdapterLease, Scheduler
+from slipstream.engine.sequence import Sequence, SequenceState
+from slipstream.protocol import FinishReason, SamplingParams
+
+BLOCK = 4
+FUZZ_EXAMPLES = int(os.environ.get("SLIPSTREAM_FUZZ_EXAMPLES", "150"))
+
+
+class AlwaysThere:
+    """Every adapter is resident, with three streams."""
+
+    def __init__(self) -> None:
+        self.pins = 0
+
+    def try_pin(self, digest: str) -> AdapterLease | None:
+        self.pins += 1
+        return AdapterLease(0, 3)
+
+    def unpin(self, digest: str) -> None:
+        self.pins -= 1
+
+
+def make_scheduler(num_blocks: int = 32, budget: int = 32, seqs: int = 8) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, BLOCK), AlwaysThere(), budget, seqs)
+
+
+def make_seq(seq_id: int, prompt: list[int], max_tokens: int = 8, **kwargs: object) -> Sequence:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    seq = Sequence(seq_id, "t", params, list(prompt), len(prompt), len(prompt) + max_tokens, frozenset({0}))
+    for name, value in kwargs.items():
+        setattr(seq, name, value)
+    return seq
+
+
+def run(scheduler: Scheduler, runner: ScriptedRunner, limit: int = 2000) -> None:
+    for _ in range(limit):
+        if not scheduler.has_work:
+            return
+        plan = scheduler.schedule()
+        scheduler.commit(plan, runner.run(plan))
+        scheduler.check_integrity()
+    raise AssertionError("no progress")
+
+
+def expected_answer(prompt: list[int], max_tokens: int, vocab: int = 50, eos: int = 0) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tokens, vocab))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_one_step_holds_decodes_then_chunks_within_the_budget() -> None:
+    scheduler, runner = make_scheduler(budget=10), ScriptedRunner(BLOCK)
+    scheduler.add(make_seq(1, [5, 6]))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, runner.run(plan))
+    scheduler.add(make_seq(2, list(range(1, 31))))
+    plan = scheduler.schedule()
+    assert [(s.seq_id, len(s.tokens), s.samples) for s in plan.sequences] == [(1, 1, True), (2, 9, False)]
+
+
+def test_drafts_never_take_another_decodes_token() -> None:
+    scheduler, runner = make_scheduler(budget=4, seqs=4), ScriptedRunner(BLOCK, accept=1.0)
+    for i in range(1, 5):
+        scheduler.add(make_seq(i, [i], max_tokens=20, adapter="a", draft_cap=3))
+    run(scheduler, runner)
+    assert max(runner.tokens_per_step) <= 4
+
+
+def test_the_newest_is_preempted_and_its_text_stays() -> None:
+    scheduler, runner = make_scheduler(num_blocks=6), ScriptedRunner(BLOCK)
+    seqs = [make_seq(i, [10 + i, 20 + i, 30 + i], max_tokens=16) for i in range(3)]
+    for seq in seqs:
+        scheduler.add(seq)
+    run(scheduler, runner)
+    assert seqs[0].preemptions == 0
+    assert sum(s.preemptions for s in seqs) > 0
+    for seq in seqs:
+        assert seq.tokens[3:] == expected_answer(seq.tokens[:3], 16)
+
+
+def test_an_abort_frees_blocks_and_pins_at_once_in_every_state() -> None:
+    scheduler, runner = make_scheduler(num_blocks=8, seqs=1), ScriptedRunner(BLOCK)
+    pins = scheduler.adapters
+    assert isinstance(pins, AlwaysThere)
+    scheduler.add(make_seq(1, [1, 2, 3, 4, 5], adapter="a"))
+    scheduler.add(make_seq(2, [1, 2], adapter="a"))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, runner.run(plan))
+    scheduler.abort(2)
+    scheduler.abort(1)
+    scheduler.abort(99)
+    assert scheduler.pool.num_free == 8
+    assert pins.pins == 0
+    assert not scheduler.has_work
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK)
+    prompt = list(range(1, 18))
+    first, second = make_seq(1, prompt), make_seq(2, prompt)
+    scheduler.add(first)
+    run(scheduler, runner)
+    scheduler.add(second)
+    run(scheduler, runner)
+    assert second.cached_prompt == 16
+    assert first.tokens == second.tokens
+
+
+def test_stops_drop_the_accepted_tail() -> None:
+    scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK, accept=1.0)
+    prompt = [7, 8, 9]
+    answer = expected_answer(prompt, 30)
+    stop = answer[4]
+    seq = make_seq(1, prompt, max_tokens=30, adapter="a", draft_cap=3)
+    seq.params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
+    scheduler.add(seq)
+    run(scheduler, runner)
+    assert seq.tokens[3:] == answer[: answer.index(stop) + 1]
+    assert seq.finish_reason is FinishReason.STOP
+    assert seq.decode_steps < len(answer)
+    assert seq.accepted <= seq.drafted
+
+
+def test_tokens_per_step_counts_the_step_that_ends_prefill() -> None:
+    scheduler, runner = make_scheduler(budget=8), ScriptedRunner(BLOCK, vocab=10_000)
+    seq = make_seq(1, list(range(1, 21)), max_tokens=5)
+    scheduler.add(seq)
+    run(scheduler, runner)
+    assert (seq.num_answer, seq.decode_steps) == (5, 5)
+
+
+@dataclass
+class Arrival:
+    prompt: list[int]
+    max_tokens: int
+    at: int
+    adapter: str | None
+    draft_cap: int
+    abort_after: int | None
+
+
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        prompt=st.lists(st.integers(1, 5), min_size=1, max_size=30),
+        max_tokens=st.integers(1, 24),
+        at=st.integers(0, 30),
+        adapter=st.sampled_from([None, "a", "b", "c"]),
+        draft_cap=st.integers(0, 5),
+        abort_after=st.none() | st.integers(0, 25),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@dataclass
+class World:
+    """A scheduler with real residency, two slots and adapters that take three steps to arrive."""
+
+    scheduler: Scheduler
+    residency: ResidencyManager
+    arriving: dict[str, int] = field(default_factory=dict)
+
+    def tick(self, now: int) -> None:
+        plan = self.residency.plan(self.scheduler.waiting_adapters())
+        for digest in plan.fetch:
+            self.arriving[digest] = now + 3
+        for digest in [d for d, at in self.arriving.items() if at <= now]:
+            del self.arriving[digest]
+            self.residency.fetched(digest, 10, {"a": 3, "b": 0, "c": 5}[digest])
+
+
+@settings(max_examples=FUZZ_EXAMPLES)
+@given(ARRIVALS, st.integers(14, 40), st.integers(4, 40), st.integers(1, 4), st.floats(0, 1), st.booleans())
+def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
+    arrivals: list[Arrival], blocks: int, budget: int, seqs: int, accept: float, prefix: bool
+) -> None:
+    residency = ResidencyManager(2, 25, drain_after_ticks=5)
+    scheduler = Scheduler(BlockPool(blocks, BLOCK), residency, budget, min(seqs, budget))
+    scheduler.prefix_caching = prefix
+    world = World(scheduler, residency)
+    runner = ScriptedRunner(BLOCK, accept=accept)
+    made: list[tuple[Arrival, Sequence]] = []
+    for now in range(4000):
+        for i, arrival in enumerate(arrivals):
+            if arrival.at == now:
+                seq = make_seq(i, arrival.prompt, arrival.max_tokens, adapter=arrival.adapter, draft_cap=arrival.draft_cap)
+                made.append((arrival, seq))
+                scheduler.add(seq)
+            if arrival.abort_after is not None and arrival.at + arrival.abort_after == now:
+                scheduler.abort(i)
+        world.tick(now)
+        plan = scheduler.schedule()
+        assert plan.num_tokens <= budget
+        scheduler.commit(plan, runner.run(plan))
+        scheduler.check_integrity()
+        residency.check_integrity()
+        if now > 60 and not scheduler.has_work:
+            break
+    assert not scheduler.has_work, "somebody starved"
+    assert scheduler.pool.num_free == blocks
+    for arrival, seq in made:
+        expected = expected_answer(arrival.prompt, arrival.max_tokens)
+        answer = seq.tokens[len(arrival.prompt) :]
+        assert seq.state is SequenceState.FINISHED
+        assert answer == expected[: len(answer)]
+        assert seq.finish_reason is FinishReason.ABORTED or answer == expected
+
+
