@@ -111,9 +111,7 @@ def test_speculation_and_company_never_change_a_token(
     expected = [plain.answer(t, p, adapter=k) for t, p, k in zip(texts, params, kinds, strict=True)]
     assert expected == run(plain, 0)
     for cap in (1, 2, 3, 8):
-        cramped = Harness(
-            model, folders, num_blocks=17, block_size=4, max_batched_tokens=16, max_num_seqs=5, eos=eos
-        )
+        cramped = Harness(model, folders, num_blocks=17, block_size=4, max_batched_tokens=16, max_num_seqs=5, eos=eos)
         assert expected == run(cramped, cap)
         assert eos or cramped.scheduler.counters.preemptions > 0
 
@@ -132,7 +130,9 @@ def test_different_seeds_differ_and_noise_is_not_shared_between_positions(
 def test_logprobs_are_the_models_own(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
     model, folders, oracles = zoo
     text = prompts(1)[0]
-    job = Job(text, SamplingParams(temperature=0.7, seed=3, max_tokens=8, logprobs=3), adapter="all-linear", draft_cap=8)
+    job = Job(
+        text, SamplingParams(temperature=0.7, seed=3, max_tokens=8, logprobs=3), adapter="all-linear", draft_cap=8
+    )
     harness = Harness(model, folders, eos=frozenset())
     harness.run([job])
     with torch.inference_mode():

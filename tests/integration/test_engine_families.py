@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.engine.loader import adopt_model
 from slipstream.errors import ModelUnsupported

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence as Rows
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ class Harness:
 
 
 @torch.inference_mode()
-def oracle_greedy(model: Any, prompt: Rows[int], max_new_tokens: int, eos: int | None = None) -> tuple[list[int], list[float]]:
+def oracle_greedy(
+    model: Any, prompt: Rows[int], max_new_tokens: int, eos: int | None = None
+) -> tuple[list[int], list[float]]:
     """transformers' own greedy answer (the end token included) and the top-2 gap at each position."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(

@@ -1,4 +1,4 @@
-"""A runner without a model: each sequence's text is a pure function of its tokens, drafts are right as often as asked."""
+"""A runner without a model: the next token is a pure function of the tokens, drafts are right as often as asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def next_token(tokens: Rows[int], vocab: int) -> int:
 
 
 class ScriptedRunner:
-    """Keeps every sequence's tokens as a KV cache would, block by block, and fails loudly when the scheduler lets one go stale."""
+    """Keeps tokens as a KV cache would, block by block; fails loudly when the scheduler lets a cell go stale."""
 
     def __init__(self, block_size: int, vocab: int = 50, accept: float = 0.6, seed: int = 0) -> None:
         self.block_size = block_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from slipstream.engine.noise import choice_seed
@@ -59,7 +60,9 @@ class Admission:
         if speculation is None or speculation is True:
             return self._max_draft
         if speculation < 0:
-            raise InvalidRequest("speculation must be true, false, \"auto\" or a draft length of 0 or more.", param="speculation")
+            raise InvalidRequest(
+                'speculation must be true, false, "auto" or a draft length of 0 or more.', param="speculation"
+            )
         return min(speculation, self._max_draft)
 
     def _prompt_ids(self, request: GenerateRequest) -> list[int]:
@@ -87,8 +90,10 @@ class Admission:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TypeError, _template_error()) as error:
-            raise InvalidRequest(f"The model's chat template refuses these messages: {error}", param="messages") from error
+        except (ValueError, TypeError, TemplateError) as error:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_length(self, chars: int, param: str) -> None:
@@ -97,12 +102,6 @@ class Admission:
                 f"The prompt has {chars} characters, which cannot fit the model's context of {self._max_model_len} tokens.",
                 param=param,
             )
-
-
-def _template_error() -> type[Exception]:
-    from jinja2.exceptions import TemplateError
-
-    return TemplateError
 
 
 def check_params(p: SamplingParams, vocab_size: int) -> None:

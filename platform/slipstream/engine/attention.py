@@ -79,7 +79,9 @@ class _Rules:
     softcap: float | None
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, rules: _Rules) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, rules: _Rules
+) -> torch.Tensor:
     """query: [heads, n, D]; keys, values: one layer's cache → [heads, B * Q, D]. Query heads of a KV group are folded into
     query rows, so that each key is read once a group.
 

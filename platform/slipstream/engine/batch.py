@@ -125,4 +125,6 @@ def _segment(group: list[_Member], block_size: int, device: torch.device) -> Seg
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return Segment(tensor(rows), tensor(positions), tensor(tables), width * block_size, tensor(out_rows), tensor(out_places))
+    return Segment(
+        tensor(rows), tensor(positions), tensor(tables), width * block_size, tensor(out_rows), tensor(out_places)
+    )

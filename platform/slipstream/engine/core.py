@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
@@ -28,18 +28,21 @@ class Prepared(Protocol):
         ...
 
 
-class Runner(Protocol):
+P = TypeVar("P", bound=Prepared)
+
+
+class Runner(Protocol[P]):
     """What the core needs of `slipstream.engine.runner.ModelRunner`; tests drive it with a scripted one."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
         ...
 
-    def prepare_adapter(self, weights: AdapterWeights) -> Prepared:
+    def prepare_adapter(self, weights: AdapterWeights) -> P:
         """Lay an adapter out (any thread)."""
         ...
 
-    def load_adapter(self, slot: int, adapter: Prepared) -> None:
+    def load_adapter(self, slot: int, adapter: P) -> None:
         """Host → device."""
         ...
 
@@ -57,15 +60,15 @@ class StepOutcome:
     ran: bool = False
 
 
-class EngineCore:
+class EngineCore(Generic[P]):
     """Scheduler, residency and runner, stepped together."""
 
-    def __init__(self, scheduler: Scheduler, residency: ResidencyManager, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, residency: ResidencyManager, runner: Runner[P]) -> None:
         self.scheduler = scheduler
         self.residency = residency
         self.runner = runner
         self.sequences: dict[int, Sequence] = {}
-        self._on_host: dict[str, Prepared] = {}
+        self._on_host: dict[str, P] = {}
         self._steps = 0
         self._totals = [0, 0, 0, 0]  # prompt, completion, drafted, accepted tokens of finished sequences
 
@@ -86,7 +89,7 @@ class EngineCore:
             self.scheduler.abort(seq_id)
             self._count(seq)
 
-    def adapter_ready(self, digest: str, adapter: Prepared) -> None:
+    def adapter_ready(self, digest: str, adapter: P) -> None:
         """A fetch asked for by `step` is complete."""
         self._on_host[digest] = adapter
         self.residency.fetched(digest, adapter.nbytes, adapter.num_streams)

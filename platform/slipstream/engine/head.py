@@ -47,5 +47,3 @@ class Head:
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
-
-

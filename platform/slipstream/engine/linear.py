@@ -42,7 +42,7 @@ def can_prepack(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
@@ -136,9 +136,9 @@ class LinearGroup:
         stack = self._rows.stack
         part = stack.groups.get(self.key) if stack is not None else None
         if stack is None or part is None:
-            return list(self.base(x).split(self.sizes, dim=-1))
+            return list(torch.split(self.base(x), self.sizes, dim=-1))
         dora = any(g is not None for g in part.gains)
-        outs = list(self.base(x, with_bias=not dora).split(self.sizes, dim=-1))
+        outs = list(torch.split(self.base(x, with_bias=not dora), self.sizes, dim=-1))
         shrunk = F.linear(x, part.shrink).view(x.shape[0], len(self.names), stack.rank)
         if self._rows.mask is not None:
             shrunk = shrunk * self._rows.mask.unsqueeze(1)
@@ -150,7 +150,7 @@ class LinearGroup:
     def _finish_dora(self, outs: list[torch.Tensor], part: _GroupStack) -> list[torch.Tensor]:
         """DoRA (arXiv 2402.09353): y = g * (W x + s B A x) + bias, with g of the row's adapter."""
         assert self._rows.place is not None
-        biases = self.base.bias.split(self.sizes) if self.base.bias is not None else [None] * len(outs)
+        biases = torch.split(self.base.bias, self.sizes) if self.base.bias is not None else [None] * len(outs)
         done = []
         for out, gains, bias in zip(outs, part.gains, biases, strict=True):
             if gains is not None:
@@ -228,12 +228,12 @@ class AdapterBank:
         for name, module in weights.lora.items():
             group, member = self._member_of[name]
             if module.a.shape[1] != group.in_features or module.b.shape[0] != group.sizes[member]:
-                raise ValueError(f"{name}: LoRA shapes do not fit this base model")  # validated at publish, for that base
+                raise ValueError(
+                    f"{name}: LoRA shapes do not fit this base model"
+                )  # validated at publish, for that base
             gain = None
             if module.magnitude is not None:
-                on_device = LoraModule(
-                    module.a.to(self._like), module.b.to(self._like), module.scale, module.magnitude
-                )
+                on_device = LoraModule(module.a.to(self._like), module.b.to(self._like), module.scale, module.magnitude)
                 gain = module.magnitude.float().to(self._like.device) / group.member_norms(member, on_device)
             scaled = (module.b.float() * module.scale).to(self._like)
             modules[name] = PreparedModule(module.a.to(self._like), scaled, gain)
@@ -258,7 +258,7 @@ class AdapterBank:
 
     def use(self, slots: torch.Tensor) -> None:
         """Set the rows' adapters for the next calls. slots: int64 [n], -1 = base."""
-        active = [s for s in slots.unique().tolist() if s >= 0 and self._loras[s].rank > 0]
+        active = [s for s in torch.unique(slots).tolist() if s >= 0 and self._loras[s].rank > 0]
         if not active:
             self._rows.stack = None
             return

@@ -36,7 +36,7 @@ class LoadedModel:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """"auto" is CUDA when there is one."""
+    """ "auto" is CUDA when there is one."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
@@ -103,9 +103,7 @@ def eos_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase | None = Non
 def describe(loaded: LoadedModel, model_id: str, path: str, tokenizer: PreTrainedTokenizerBase) -> BaseModelSpec:
     """What adapters are checked against."""
     config = loaded.config
-    linears = {
-        n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if type(m) is nn.Linear
-    }
+    linears = {n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if type(m) is nn.Linear}
     return BaseModelSpec(
         id=model_id,
         base_digest=base_digest(Path(path)),

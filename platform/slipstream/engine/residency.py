@@ -163,7 +163,9 @@ class ResidencyManager:
     def _evict_idle(self, keep: set[str], plan: ResidencyPlan) -> bool:
         """Free the slot of the least recently used adapter that nobody pins and nobody waits for."""
         idle = [
-            (e.used, d) for d, e in self._entries.items() if e.state is Residency.ON_DEVICE and not e.pins and d not in keep
+            (e.used, d)
+            for d, e in self._entries.items()
+            if e.state is Residency.ON_DEVICE and not e.pins and d not in keep
         ]
         if not idle:
             return False
@@ -189,7 +191,9 @@ class ResidencyManager:
     def _trim_host(self, plan: ResidencyPlan) -> None:
         """Forget least recently used host copies over the budget; what is on the device or wanted now stays."""
         held = sum(e.nbytes for e in self._entries.values() if e.state in _HELD)
-        idle = sorted((e.used, d) for d, e in self._entries.items() if e.state is Residency.ON_HOST and e.used < self._tick)
+        idle = sorted(
+            (e.used, d) for d, e in self._entries.items() if e.state is Residency.ON_HOST and e.used < self._tick
+        )
         for _, digest in idle:
             if held <= self.host_bytes:
                 return

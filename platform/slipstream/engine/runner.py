@@ -188,4 +188,6 @@ class ModelRunner:
             paged=batch.paged,
         ).logits[0]
         if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
-            raise ModelUnsupported(f"{type(self._model).__name__} changes logits after its LM head in a way unknown here.")
+            raise ModelUnsupported(
+                f"{type(self._model).__name__} changes logits after its LM head in a way unknown here."
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -67,7 +68,7 @@ class Sampler:
                 tokens[i] = token
         for i, row in enumerate(rows):
             if tokens[i] < 0:
-                tokens[i] = self._pick_row(logits[i], row, (lambda ids, i=i: exact(i, ids)) if exact else None)
+                tokens[i] = self._pick_row(logits[i], row, partial(exact, i) if exact else None)
         return tokens
 
     @staticmethod
@@ -124,12 +125,12 @@ def _penalise_(logits: torch.Tensor, row: RowRequest) -> None:
     penalties over the answer, as OpenAI defines them. In place on float32 [V]."""
     p = row.params
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(list(row.history), device=logits.device).unique()
+        seen = torch.unique(torch.tensor(list(row.history), device=logits.device))
         z = logits[seen]
         logits[seen] = torch.where(z > 0, z / p.repetition_penalty, z * p.repetition_penalty)
     answer = list(row.history[row.prompt_len :])
     if answer and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(answer, device=logits.device), return_counts=True)
         logits[ids] -= p.presence_penalty + p.frequency_penalty * counts.float()
 
 

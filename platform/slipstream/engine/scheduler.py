@@ -269,7 +269,9 @@ class Scheduler:
             if reason is not None:
                 break  # the accepted tail after a stop is dropped
         emitted = len(seq.tokens) - before
-        seq.num_computed = min(part.start + len(part.tokens) - part.num_drafts + len(result.tokens) - 1, len(seq.tokens))
+        seq.num_computed = min(
+            part.start + len(part.tokens) - part.num_drafts + len(result.tokens) - 1, len(seq.tokens)
+        )
         seq.decode_steps += 1
         seq.drafted += part.num_drafts
         seq.accepted += min(len(result.tokens) - 1, emitted)
@@ -345,5 +347,3 @@ class Scheduler:
         for s in self._waiting:
             assert s.state is SequenceState.WAITING
             assert not s.blocks
-
-

@@ -271,9 +271,7 @@ class EngineService:
             return TokenLogprob(raw.decode("utf-8", "replace"), token_id, value, raw)
 
         chosen = piece(token, lp.logprob)
-        return TokenLogprob(
-            chosen.token, token, lp.logprob, chosen.utf8, tuple(piece(i, v) for i, v in lp.top)
-        )
+        return TokenLogprob(chosen.token, token, lp.logprob, chosen.utf8, tuple(piece(i, v) for i, v in lp.top))
 
     def _fail_all(self) -> None:
         with self._wake:
@@ -300,14 +298,15 @@ class EngineService:
                     await self._source.fetch(ref, Path(folder))
                     weights = await asyncio.to_thread(load_adapter, Path(folder))
                     prepared = await asyncio.to_thread(self._runner.prepare_adapter, weights)
-        except (SlipstreamError, OSError, ValueError, KeyError, RuntimeError, TimeoutError) as error:
+        except (SlipstreamError, OSError, ValueError, KeyError, RuntimeError) as error:  # OSError holds TimeoutError
             log.exception("adapter %s could not be loaded", ref.digest)
-            self._post(lambda: self._adapter_failed(ref.digest, error))
+            late = isinstance(error, TimeoutError)
+            self._post(lambda: self._adapter_failed(ref.digest, late))
         else:
             self._post(lambda: self._core.adapter_ready(ref.digest, prepared))
 
-    def _adapter_failed(self, digest: str, error: Exception) -> None:
-        why = "took too long to load" if isinstance(error, TimeoutError) else "could not be loaded"
+    def _adapter_failed(self, digest: str, late: bool) -> None:
+        why = "took too long to load" if late else "could not be loaded"
         failure = AdapterUnavailable(f"The adapter {why} on this replica. Try again; if it stays, publish it anew.")
         for call in {id(c.call): c.call for c in self._take_victims(digest)}.values():
             self._loop.call_soon_threadsafe(call.queue.put_nowait, failure)

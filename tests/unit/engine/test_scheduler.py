@@ -201,7 +201,9 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
     for now in range(4000):
         for i, arrival in enumerate(arrivals):
             if arrival.at == now:
-                seq = make_seq(i, arrival.prompt, arrival.max_tokens, adapter=arrival.adapter, draft_cap=arrival.draft_cap)
+                seq = make_seq(
+                    i, arrival.prompt, arrival.max_tokens, adapter=arrival.adapter, draft_cap=arrival.draft_cap
+                )
                 made.append((arrival, seq))
                 scheduler.add(seq)
             if arrival.abort_after is not None and arrival.at + arrival.abort_after == now:
@@ -222,5 +224,3 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
         assert seq.state is SequenceState.FINISHED
         assert answer == expected[: len(answer)]
         assert seq.finish_reason is FinishReason.ABORTED or answer == expected
-
-
