@@ -8,14 +8,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from support.tiny_model import NoAdapters, tiny_engine_config
 
+from slipstream.engine.service import EngineService
 from slipstream.errors import ClientError, ContextOverflow
 from slipstream.protocol import (
     ChatMessage,
@@ -35,8 +39,23 @@ async def fake_engine() -> AsyncIterator[EngineClient]:
     yield FakeEngine(step_delay_s=0.001)
 
 
+@asynccontextmanager
+async def real_engine() -> AsyncIterator[EngineClient]:
+    """The engine itself, in this process, over a tiny random model."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = EngineService(tiny_engine_config(Path(folder)), NoAdapters())
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
 EngineFactory = Callable[[], AbstractAsyncContextManager[EngineClient]]
-ENGINES: list[Any] = [pytest.param(fake_engine, id="fake")]  # of EngineFactory, with marks where they need some
+ENGINES: list[Any] = [
+    pytest.param(fake_engine, id="fake"),
+    pytest.param(real_engine, id="real"),
+]  # of EngineFactory, with marks where they need some
 
 
 @pytest_asyncio.fixture(params=ENGINES)

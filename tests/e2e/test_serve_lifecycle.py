@@ -17,7 +17,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from support.processes import alive, descendants, eventually, free_port
 from support.real_model import smollm2_path
 from support.shared import shared_path

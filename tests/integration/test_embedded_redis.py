@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import redis
+from support.processes import alive, eventually
 
 from deployments.embedded_redis import EmbeddedRedis, embedded_redis
-from support.processes import alive, eventually
 
 pytestmark = pytest.mark.redis
 

@@ -203,8 +203,8 @@ class EngineService:
             while self._take_commands():
                 outcome = self._core.step()
                 self._ran = outcome.ran
+                self._stats = self._core.stats()  # before the events, so that who has the last one sees it counted
                 self._deliver(outcome)
-                self._stats = self._core.stats()
         except Exception as error:  # the top loop: whatever it is, callers must hear of it
             log.exception("step loop failed")
             self._failure = error

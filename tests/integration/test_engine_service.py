@@ -1,0 +1,186 @@
+"""The engine behind its event loop: concurrency, cancellation, bounds, text and failures, on a tiny real model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.adapters import random_peft_adapter, random_streams, write_own_streams
+from support.tiny_model import FolderAdapters, save_tiny_model, tiny_engine_config
+
+from slipstream.engine.service import EngineService
+from slipstream.errors import AdapterUnavailable, ConfigError, EngineFailed, InvalidRequest, Overloaded
+from slipstream.protocol import AdapterRef, FinishReason, GenerateEvent, GenerateRequest, SamplingParams
+
+
+@asynccontextmanager
+async def engine_at(folder: Path, source: FolderAdapters, **settings: Any) -> AsyncIterator[EngineService]:
+    engine = EngineService(tiny_engine_config(folder, **settings), source)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FolderAdapters:
+    model = save_tiny_model(tmp_path_factory.mktemp("base"))
+    folders = {}
+    for i in range(3):
+        folder = tmp_path_factory.mktemp(f"a{i}")
+        random_peft_adapter(model, folder, seed=i, r=2 + i)
+        write_own_streams(folder, random_streams(model.config.hidden_size, 2 + i, rank=4, seed=i))
+        folders[f"sha256:{i}"] = folder
+    return FolderAdapters(folders)
+
+
+def request(text: str = "select", adapter: str | None = None, request_id: str = "r", **params: Any) -> GenerateRequest:
+    sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **params})
+    ref = AdapterRef("t", adapter) if adapter else None
+    return GenerateRequest(request_id, "t", sampling, text=text, adapter=ref)
+
+
+async def collect(engine: EngineService, call: GenerateRequest) -> list[GenerateEvent]:
+    return [event async for batch in engine.generate(call) for event in batch]
+
+
+def tokens(events: list[GenerateEvent], index: int = 0) -> list[int]:
+    return [t for e in events if e.index == index for t in e.token_ids]
+
+
+def text_of(events: list[GenerateEvent]) -> str:
+    return "".join(e.text for e in events)
+
+
+async def test_many_at_once_answer_as_alone(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        calls = [
+            request(
+                f"row {i}", adapter=[None, "sha256:0", "sha256:1", "sha256:2"][i % 4], temperature=i % 3 / 2, seed=i
+            )
+            for i in range(24)
+        ]
+        together = await asyncio.gather(*(collect(engine, c) for c in calls))
+        alone = [await collect(engine, c) for c in calls]
+        assert [tokens(e) for e in together] == [tokens(e) for e in alone]
+        assert [text_of(e) for e in together] == [text_of(e) for e in alone]
+        stats = await engine.stats()
+        assert stats.drafted_tokens > 0
+        assert stats.kv_blocks_free == stats.kv_blocks_total
+        assert set(stats.adapters.values()) == {"on_device"}
+
+
+async def test_one_fetch_serves_everybody_who_waits(tmp_path: Path, source: FolderAdapters) -> None:
+    source.fetches.clear()
+    async with engine_at(tmp_path, source) as engine:
+        await asyncio.gather(*(collect(engine, request(f"{i}", "sha256:1")) for i in range(8)))
+    assert source.fetches == ["sha256:1"]
+
+
+async def test_an_adapter_that_cannot_be_had_fails_its_own_requests_only(
+    tmp_path: Path, source: FolderAdapters
+) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        fine = asyncio.create_task(collect(engine, request("fine", "sha256:0", max_tokens=30)))
+        with pytest.raises(AdapterUnavailable):
+            await collect(engine, request("broken", "sha256:none"))
+        assert len(tokens(await fine)) == 30
+        source.folders["sha256:none"] = source.folders["sha256:2"]
+        try:
+            assert len(tokens(await collect(engine, request("mended", "sha256:none")))) == 12
+        finally:
+            del source.folders["sha256:none"]
+
+
+async def test_cancellation_frees_blocks(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        async with aclosing(engine.generate(request(max_tokens=200, n=3))) as events:
+            await anext(events)
+        async with asyncio.timeout(5):
+            while (stats := await engine.stats()).running:
+                await asyncio.sleep(0.001)
+        assert stats.kv_blocks_free == stats.kv_blocks_total
+        assert stats.completion_tokens < 600
+
+
+async def test_the_queue_is_bounded(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source, max_num_seqs=2, max_waiting=2) as engine:
+        running = [asyncio.create_task(collect(engine, request(f"{i}", max_tokens=40))) for i in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as full:
+            await collect(engine, request("one more"))
+        assert full.value.retry_after_s >= 1
+        await asyncio.gather(*running)
+        assert len(tokens(await collect(engine, request("now")))) == 12
+
+
+async def test_choices_differ_and_the_first_is_the_plain_answer(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        four = await collect(engine, request(n=4, temperature=1.0, seed=9))
+        one = await collect(engine, request(temperature=1.0, seed=9))
+        assert tokens(four, 0) == tokens(one)
+        assert len({tuple(tokens(four, i)) for i in range(4)}) == 4
+
+
+async def test_a_stop_string_ends_the_text_before_it(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        whole = text_of(await collect(engine, request("abc", "sha256:0", max_tokens=40)))
+        stop = whole[7:10]
+        for adapter_speculation in (None, False):
+            call = GenerateRequest(
+                "s", "t", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop=(stop,)),
+                text="abc", adapter=AdapterRef("t", "sha256:0"), speculation=adapter_speculation,
+            )  # fmt: skip
+            events = await collect(engine, call)
+            assert text_of(events) == whole[: whole.index(stop)]
+            assert events[-1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {10**9: 1.0}}, "logit_bias"),
+        ({"min_tokens": 13}, "min_tokens"),
+        ({"stop": ("",)}, "stop"),
+        ({"n": 10**6}, "n"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ],
+)
+async def test_bad_parameters_are_named(
+    tmp_path: Path, source: FolderAdapters, params: dict[str, Any], param: str
+) -> None:
+    async with engine_at(tmp_path, source) as engine:
+        with pytest.raises(InvalidRequest) as error:
+            await collect(engine, request(**params))
+        assert error.value.param == param
+
+
+async def test_a_dead_step_loop_is_noticed_by_everybody(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source) as engine:
+
+        def fail(_plan: object) -> None:
+            raise RuntimeError("out of memory")
+
+        engine.check_health()
+        engine._core.runner.run = fail  # type: ignore[method-assign, assignment]
+        with pytest.raises(EngineFailed):
+            await collect(engine, request())
+        with pytest.raises(EngineFailed):
+            engine.check_health()
+        with pytest.raises(EngineFailed):
+            await collect(engine, request())
+
+
+async def test_a_cache_smaller_than_the_context_is_refused_at_start(tmp_path: Path, source: FolderAdapters) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        async with engine_at(tmp_path, source, kv_cache_bytes=4096):
+            pass
