@@ -33,6 +33,8 @@ def prepare_ray_environment() -> None:
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_enable_metrics_collection": "0",
+            # If we are killed, Ray's agents would wait a minute for a head that is never coming back.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         },
     )
 

@@ -152,7 +152,9 @@ def home() -> Iterator[Path]:
 
 def test_three_lives_of_one_data_folder(home: Path) -> None:
     adapter, port = shared_path("adapters", "snips-turbo"), free_port()
-    prompt = "Extract the intent and the slots of the voice command as a JSON object.\nCommand: Rate this book 3 points.\nJSON:"
+    prompt = (
+        "Extract the intent and the slots of the command as a JSON object.\nCommand: Rate this book 3 stars.\nJSON:"
+    )
 
     with serving(home, port) as first:
         key = first.key

@@ -66,10 +66,15 @@ async def test_the_first_step_does_not_wait_and_the_end_does_not_either() -> Non
 
 
 async def test_an_error_comes_after_all_that_was_produced() -> None:
+    batches = Coalescer().batches(Source(3, error=InvalidRequest("no")).stream())
     seen = []
-    with pytest.raises(InvalidRequest):
-        async for batch in Coalescer().batches(Source(3, error=InvalidRequest("no")).stream()):
+
+    async def read() -> None:
+        async for batch in batches:
             seen.append(batch)
+
+    with pytest.raises(InvalidRequest):
+        await read()
     assert texts(seen) == " 0 1 2"
 
 
