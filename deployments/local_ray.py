@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -33,8 +34,6 @@ def prepare_ray_environment() -> None:
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_enable_metrics_collection": "0",
-            # If we are killed, Ray's agents would wait a minute for a head that is never coming back.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         },
     )
 
@@ -104,11 +103,13 @@ def _ray_talk(home: Home) -> Iterator[None]:
 
 @contextmanager
 def _scratch_folder(home: Home) -> Iterator[Path]:
-    # In the system's temporary folder rather than in the home: Ray's socket paths must stay under 107 characters.
-    scratch = Path(tempfile.mkdtemp(prefix="slipstream-"))
+    # Not in the home, nor in macOS's long per-user folder: Ray's socket paths must stay under 104 characters.
+    scratch = Path(tempfile.mkdtemp(prefix="slipstream-", dir="/tmp" if sys.platform == "darwin" else None))  # noqa: S108
     home.scratch_note.write_text(str(scratch), encoding="utf-8")
+    inner = scratch / "r"  # Ray opens its folder to everybody; the one around it stays ours alone
+    inner.mkdir()
     try:
-        yield scratch
+        yield inner
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         home.scratch_note.unlink(missing_ok=True)

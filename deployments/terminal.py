@@ -27,7 +27,7 @@ class TerminalProgress:
         """Show a phase while the body runs."""
         started = time.monotonic()
         if not self._console.is_terminal:
-            self._console.print(f"  {title} …", highlight=False)
+            self._console.print(f"  {title} …", highlight=False, soft_wrap=True)
             yield _unseen
             return
         columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
@@ -40,4 +40,4 @@ class TerminalProgress:
                 bar.update(task, completed=done)
 
             yield advance
-        self._console.print(f"  {title} … {time.monotonic() - started:.1f} s", highlight=False)
+        self._console.print(f"  {title} … {time.monotonic() - started:.1f} s", highlight=False, soft_wrap=True)

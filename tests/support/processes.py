@@ -42,6 +42,14 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def command(pid: int) -> str:
+    """What it calls itself; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
     """Wait for a condition; whether it came true."""
     deadline = time.monotonic() + timeout_s

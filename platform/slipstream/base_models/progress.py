@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-
-class Advance(Protocol):
-    """Called with the bytes done so far."""
-
-    def __call__(self, done: int) -> None: ...
+Advance = Callable[[int], None]  # called with the bytes done so far
 
 
 class Progress(Protocol):

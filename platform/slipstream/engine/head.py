@@ -33,12 +33,12 @@ class Head:
         """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c]."""
         h = hidden.float()
         logits = self._weight[ids].float() @ h
-        if self._bias is not None:
-            logits = logits + self._bias[ids].float()
         lora = self._bank.targets(slot, self._name)
         if lora is not None:
             delta = lora.b[ids].float() @ (lora.a.float() @ h)
             logits = (logits + delta) * lora.gain[ids] if lora.gain is not None else logits + delta
+        if self._bias is not None:
+            logits = logits + self._bias[ids].float()
         return self._shape(logits)
 
     def _shape(self, logits: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,8 @@ class GroupMember(nn.Module):
         self._member = member
         self.in_features = group.in_features
         self.out_features = group.sizes[member]
+        bias = group.base.bias
+        self.bias = torch.split(bias, group.sizes)[member] if bias is not None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] → [..., out], adapters applied per row."""

@@ -45,6 +45,18 @@ def _fmix32(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """int32 bit patterns → standard Gumbel, float32: -log(-log1p(-u)) with u = (bits + 1/2) / 2^32, bits read as unsigned.
+
+    The noise is large, and decides, where u is small, so u must be precise there: the signed value is converted before
+    2^32 is added to the upper half. (Shifting the range first would round all u below 2^-26 to one value.)
+    """
+    uniform = bits.to(torch.float32).add_(0.5)
+    uniform += (uniform < 0).to(torch.float32).mul_(2.0**32)
+    uniform = uniform.mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
 class GumbelNoise:
     """Standard Gumbel noise over a vocabulary of `vocab_size` ids."""
 
@@ -56,7 +68,4 @@ class GumbelNoise:
         key = noise_key(seed, position)
         low, high = _signed32(key & 0xFFFFFFFF), _signed32(key >> 32)
         bits = _fmix32(_fmix32(self._ids ^ low) + high)
-        # uniform in (0, 1) as (bits + 1/2) / 2^32; -log1p(-u) is exponential and keeps full precision where u is small,
-        # which is where the noise is large and decides
-        uniform = bits.to(torch.float32).add_(2147483648.5).mul_(2.0**-32).clamp_(2.0**-33, 1.0 - 2.0**-24)
-        return uniform.neg_().log1p_().neg_().log_().neg_()
+        return _gumbel(bits)

@@ -42,7 +42,8 @@ class _Entry:
     slot: int = -1
     pins: int = 0
     used: int = 0  # tick of the last use, for least-recently-used order
-    blocked_since: int | None = None  # tick at which it first wanted a slot and there was none
+    blocked_since: int | None = None  # tick at which it first wanted a slot and there was none; None when nobody wants it
+    served: bool = False  # pinned since it got its slot
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class ResidencyManager:
         if entry is None or entry.state is not Residency.ON_DEVICE:
             return None
         entry.pins += 1
+        entry.served = True
         entry.used = self._tick
         return AdapterLease(entry.slot, entry.num_streams)
 
@@ -106,6 +108,9 @@ class ResidencyManager:
             if entry.state in (Residency.ABSENT, Residency.FAILED):
                 self._move(entry, Residency.FETCHING)
                 plan.fetch.append(digest)
+        for entry in self._entries.values():
+            if entry.used < self._tick:
+                entry.blocked_since = None
         self._unload_drained(plan)
         self._give_slots(wanted, plan)
         self._trim_host(plan)
@@ -148,7 +153,7 @@ class ResidencyManager:
 
     def _give_slots(self, wanted: list[str], plan: ResidencyPlan) -> None:
         keep = set(wanted)
-        for digest in wanted:
+        for digest in sorted(wanted, key=self._blocked_order):  # a slot goes to the one it was drained for
             entry = self._entries[digest]
             if entry.state is not Residency.ON_HOST:
                 continue
@@ -157,8 +162,14 @@ class ResidencyManager:
                 continue
             entry.slot = self._free_slots.pop()
             entry.blocked_since = None
+            entry.served = False
             self._move(entry, Residency.ON_DEVICE)
             plan.load.append((digest, entry.slot))
+
+    def _blocked_order(self, digest: str) -> int:
+        """Longest blocked first; sorting is stable, so the rest keep their order of arrival."""
+        since = self._entries[digest].blocked_since
+        return self._tick if since is None else since
 
     def _evict_idle(self, keep: set[str], plan: ResidencyPlan) -> bool:
         """Free the slot of the least recently used adapter that nobody pins and nobody waits for."""
@@ -184,7 +195,10 @@ class ResidencyManager:
         )
         if draining >= blocked:
             return
-        on_device = [(e.pins, e.used, d) for d, e in self._entries.items() if e.state is Residency.ON_DEVICE]
+        # Never one that has not been pinned yet: two blocked adapters would take the slot from each other for ever.
+        on_device = [
+            (e.pins, e.used, d) for d, e in self._entries.items() if e.state is Residency.ON_DEVICE and e.served
+        ]
         if on_device:
             self._move(self._entries[min(on_device)[2]], Residency.DRAINING)
 

@@ -18,6 +18,7 @@ from slipstream.engine.plan import Logprob
 from slipstream.protocol import SamplingParams
 
 TOP_CANDIDATES = 8  # rows of the head that are scored again in float32
+MIN_TEMPERATURE = 1e-5  # colder than this divides logits into infinities; it is greedy decoding in all but name
 TOP_P_SHORTLIST = 1024  # sorting a whole vocabulary costs milliseconds; most nuclei are far smaller
 
 ExactLogits = Callable[[int, torch.Tensor], torch.Tensor]
@@ -90,10 +91,11 @@ class Sampler:
     ) -> int:
         p = row.params
         noise = self._noise.row(p.seed, row.position) if p.temperature > 0.0 else None
+        temperature = max(p.temperature, MIN_TEMPERATURE)
         raw = logits.float()
         scores = self._process(raw.clone(), row)
-        if p.temperature > 0.0:
-            scores = truncate_(scores.div_(p.temperature), p)
+        if noise is not None:
+            scores = truncate_(scores.div_(temperature), p)
         noisy = scores + noise if noise is not None else scores
         if exact is None:
             return int(noisy.argmax())
@@ -103,7 +105,7 @@ class Sampler:
         patched[ids] = exact(ids)
         final = self._process(patched, row)[ids]
         if noise is not None:
-            final = final / p.temperature + noise[ids]
+            final = final / temperature + noise[ids]
         return int(ids[final.argmax()])
 
     def _process(self, logits: torch.Tensor, row: RowRequest) -> torch.Tensor:

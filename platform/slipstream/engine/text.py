@@ -65,10 +65,12 @@ class ChoiceText:
         if token in self._params.stop_token_ids and self._count >= self._params.min_tokens:
             return False  # it ends the answer and is not part of the text
         piece = self._text.push(token)
-        searched = max(0, len(self._pending) - max((len(s) for s in self._params.stop), default=0))
+        old = len(self._pending)
         self._pending += piece
         if piece and self._count >= self._params.min_tokens:
-            found = [at for at in (self._pending.find(s, searched) for s in self._params.stop) if at >= 0]
+            # Only what this piece completes: a match from before min_tokens may or may not have been given out already.
+            starts = (self._pending.find(s, max(0, old - len(s) + 1)) for s in self._params.stop)
+            found = [at for at in starts if at >= 0]
             if found:
                 self._pending = self._pending[: min(found)]
                 self._stopped = True
