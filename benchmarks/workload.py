@@ -56,5 +56,3 @@ def eight_adapters(task: str = "snips") -> dict[str, AdapterWeights]:
     """Eight distinct Turbo LoRAs, by name."""
     weights = load_adapter(adapter_folder(task))
     return {f"{task}-{i}": perturbed(weights, i) if i else weights for i in range(NUM_ADAPTERS)}
-
-

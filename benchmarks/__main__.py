@@ -1,0 +1,16 @@
+"""`python -m benchmarks engine|http|lossless|drafts`: see README.md for what each measures."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import drafts, engine, http, lossless
+
+app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
+app.command("engine")(engine.main)
+app.command("http")(http.main)
+app.command("lossless")(lossless.main)
+app.command("drafts")(drafts.main)
+
+if __name__ == "__main__":
+    app()
