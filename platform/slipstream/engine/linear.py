@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-STACK_RANK_BUDGET = 192  # recently used adapters stay stacked up to this many rank columns, to spare rebuilding
+STACKS_KEPT = 3  # built stacks are reused while a step's adapters are among theirs …
+STACK_SLACK = 2.0  # … and they have at most this many times the rank columns the step needs
+STACK_ROOM = 1.5  # a new stack takes recently used adapters along up to this many times the columns it must have
 
 
 class PackedWeight:
@@ -222,7 +224,7 @@ class AdapterBank:
         self._like = like  # dtype and device of everything here
         self._loras: dict[int, PreparedLora] = {}
         self._recent: list[int] = []  # slots, most recently used last
-        self._stack: Stack | None = None
+        self._stacks: list[Stack] = []  # most recently used last
 
     def prepare(self, weights: AdapterWeights) -> PreparedLora:
         """Cast, scale and move one adapter's LoRA. Touches nothing shared: may run beside the step loop."""
@@ -250,8 +252,7 @@ class AdapterBank:
         """Empty a slot."""
         del self._loras[slot]
         self._recent = [s for s in self._recent if s != slot]
-        if self._stack is not None and slot in self._stack.slots:
-            self._stack = None
+        self._stacks = [stack for stack in self._stacks if slot not in stack.slots]
 
     def targets(self, slot: int, name: str) -> PreparedModule | None:
         """The adapter's part of a module, if it has one."""
@@ -265,21 +266,29 @@ class AdapterBank:
             self._rows.stack = None
             return
         self._recent = [s for s in self._recent if s not in active] + active
-        if self._stack is None or not set(active) <= set(self._stack.slots):
-            self._stack = self._build(self._choose(active))
-        stack = self._stack
+        stack = self._find(active) or self._build(self._choose(active))
+        self._stacks = [*(s for s in self._stacks if s is not stack), stack][-STACKS_KEPT:]
         self._rows.stack = stack
         self._rows.place = stack.index[slots]
         alone = len(stack.slots) == 1 and bool((slots == stack.slots[0]).all())
         self._rows.mask = None if alone else stack.columns[slots].to(self._like.dtype)
 
+    def _ranks(self, slots: Iterable[int]) -> int:
+        return sum(self._loras[s].rank for s in slots)
+
+    def _find(self, active: list[int]) -> Stack | None:
+        """The smallest built stack that holds these adapters and not many others: masked columns are computed too."""
+        fitting = [s for s in self._stacks if set(active) <= set(s.slots) and s.rank <= STACK_SLACK * self._ranks(active)]
+        return min(fitting, key=lambda stack: stack.rank, default=None)
+
     def _choose(self, active: list[int]) -> list[int]:
-        """The active adapters, and recently used ones while they fit the rank budget."""
+        """The active adapters, and recently used ones that fit the room: they are the likeliest to be asked for next."""
         chosen = list(active)
-        total = sum(self._loras[s].rank for s in chosen)
+        total = self._ranks(active)
+        room = STACK_ROOM * total
         for slot in reversed(self._recent):
             rank = self._loras[slot].rank
-            if slot not in chosen and rank and total + rank <= STACK_RANK_BUDGET:
+            if slot not in chosen and rank and total + rank <= room:
                 chosen.append(slot)
                 total += rank
         return sorted(chosen)

@@ -42,7 +42,7 @@ class _Entry:
     slot: int = -1
     pins: int = 0
     used: int = 0  # tick of the last use, for least-recently-used order
-    blocked_since: int | None = None  # tick at which it first wanted a slot and there was none; None when nobody wants it
+    blocked_since: int | None = None  # tick of the first unmet want of a slot; None when nobody wants it
     served: bool = False  # pinned since it got its slot
 
 

@@ -183,7 +183,9 @@ def test_chat_without_a_template_is_refused_and_told_where_to_go() -> None:
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[7].x.y }}", "{% if %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[7].x.y }}", "{% if %}"]
+)
 def test_a_template_that_refuses_is_the_callers_error(template: str) -> None:
     tokenizer = CountingTokenizer()
     tokenizer.chat_template = template

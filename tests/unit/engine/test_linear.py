@@ -98,7 +98,9 @@ class World:
             x = rows_of(len(slots), width, seed).to(self.plain[name].weight.dtype)
             got = self.layer.get_submodule(name)(x)
             expected = self.reference(name, x, slots)
-            torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def rows_of(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -192,7 +194,9 @@ def test_inputs_of_more_dimensions_keep_their_shape() -> None:
         for name in ("attn.k_proj", "attn.q_proj", "attn.v_proj"):
             got = world.layer.get_submodule(name)(cube)
             assert got.shape == (*shape, SIZES[name][0])
-            torch.testing.assert_close(got.flatten(0, 1).double(), world.reference(name, x, slots), rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(
+                got.flatten(0, 1).double(), world.reference(name, x, slots), rtol=2e-5, atol=2e-5
+            )
 
 
 @pytest.mark.parametrize("order", ["qkv", "vkq", "kqv", "qqkkvv", "vvv", "qkqvqk", "v"])

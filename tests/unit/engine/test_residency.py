@@ -133,9 +133,7 @@ def test_each_state_answers_each_event(before: Move, event: Move, after: Residen
     manager.check_integrity()
 
 
-@pytest.mark.parametrize(
-    ("before", "event"), [(host, arrive), (failed, arrive), (failed, fail), (draining, fail)]
-)
+@pytest.mark.parametrize(("before", "event"), [(host, arrive), (failed, arrive), (failed, fail), (draining, fail)])
 def test_what_cannot_happen_is_our_bug(before: Move, event: Move) -> None:
     manager = ResidencyManager(1, PLENTY, drain_after_ticks=3)
     before(manager)
