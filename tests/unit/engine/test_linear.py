@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.head import Head
-from slipstream.engine.linear import STACK_RANK_BUDGET, AdapterBank, GroupMember, RowContext, can_prepack, swap_linears
+from slipstream.engine.linear import (
+    STACK_SLACK,
+    STACKS_KEPT,
+    AdapterBank,
+    GroupMember,
+    RowContext,
+    can_prepack,
+    swap_linears,
+)
 
 HIDDEN, KV, INNER = 16, 8, 24
 SLOTS = 6
@@ -91,16 +99,18 @@ class World:
         y = torch.stack(out)
         return y + linear.bias.double() if linear.bias is not None else y
 
-    def check(self, slots: list[int], seed: int = 0, tolerance: float = 2e-5) -> None:
+    def check(self, slots: list[int], seed: int = 0, tolerance: float = 1e-5) -> None:
         """Every module, for rows of these slots."""
         self.bank.use(torch.tensor(slots))
+        needed = sum(self.bank._loras[s].rank for s in set(slots) if s >= 0)
+        assert self.rows.stack is None or self.rows.stack.rank <= STACK_SLACK * needed
+        assert len(self.bank._stacks) <= STACKS_KEPT
         for name, (_, width) in SIZES.items():
             x = rows_of(len(slots), width, seed).to(self.plain[name].weight.dtype)
             got = self.layer.get_submodule(name)(x)
             expected = self.reference(name, x, slots)
-            torch.testing.assert_close(
-                got.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            error = float((got.double() - expected).abs().max() / (1 + expected.abs().max()))
+            assert error < tolerance, f"{name}: off by {error:.1e}"
 
 
 def rows_of(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -230,23 +240,49 @@ def test_a_stack_is_reused_while_it_covers_the_step() -> None:
     world.check([0, 1, 3])
     stack = world.rows.stack
     assert stack is not None
-    world.check([1, -1])
-    world.check([3, 3])
-    assert world.rows.stack is stack
-    world.check([2])  # not in it: built again, with recently used ones beside
-    assert world.rows.stack is not None
+    for slots in ([1, 0], [3, -1, 1], [3, 0, 1, 1]):
+        world.check(slots)
+        assert world.rows.stack is stack
+    world.check([2])  # not in it: another is built
     assert world.rows.stack is not stack
-    assert set(world.rows.stack.slots) == {0, 1, 2, 3}
+    world.check([0, 1, 3])  # and the first is still there
+    assert world.rows.stack is stack
     world.check([-1])
     assert world.rows.stack is None
 
 
+def test_a_stack_much_wider_than_the_step_is_not_used() -> None:
+    """Masked columns are computed too; `check` holds every step to the slack."""
+    world = full_world()
+    world.check([0, 1, 2, 3, 4])
+    for slot in range(5):
+        world.check([slot, -1])
+        world.check([slot])
+
+
+def test_recently_used_adapters_are_taken_along_where_there_is_room() -> None:
+    world = World()
+    world.load(0, adapter(0, {"attn.q_proj": 8}))
+    world.load(1, adapter(1, {"attn.q_proj": 2}))
+    world.load(2, adapter(2, {"attn.q_proj": 64}))
+    world.check([1])
+    world.check([2])
+    world.check([0])
+    stack = world.rows.stack
+    assert stack is not None
+    assert stack.slots == (0, 1)
+    world.check([0, 1, -1])
+    assert world.rows.stack is stack
+
+
 def test_an_unloaded_adapter_leaves_no_trace() -> None:
     world = full_world()
-    world.check([0, 1, 3])
+    for slots in ([0, 1, 3], [1, 1], [1, 4]):  # several stacks hold it
+        world.check(slots)
     world.unload(1)
     world.load(1, adapter(77, MIXED_RANKS, dora=frozenset({"attn.k_proj"})))
-    world.check([0, 1, 3])
+    for slots in ([1, 4], [1, 1], [0, 1, 3]):
+        world.check(slots)
     world.unload(3)
     world.check([0, 1])
     assert world.rows.stack is not None
@@ -263,19 +299,6 @@ def test_slots_outside_the_stack_come_and_go_without_rebuilding() -> None:
     world.load(4, adapter(79, V_ONLY))
     world.check([0, 1])
     assert world.rows.stack is stack
-
-
-def test_idle_adapters_are_stacked_only_up_to_the_rank_budget() -> None:
-    world = World()
-    half = STACK_RANK_BUDGET // 2
-    for slot in range(4):
-        world.load(slot, adapter(slot, {"attn.q_proj": half}, size=0.1))
-    for slot in range(4):
-        world.check([slot, -1])
-    assert world.rows.stack is not None
-    assert world.rows.stack.slots == (2, 3)
-    world.check([0, 1, 2, 3])  # what a step needs is never cut
-    assert world.rows.stack.rank == 4 * half
 
 
 def test_a_taken_slot_cannot_be_loaded() -> None:
@@ -316,7 +339,7 @@ def test_any_order_of_loads_and_steps_serves_everybody(
             else:
                 world.load(slot, adapter(i, ranks, dora=frozenset(ranks) & DORA if dora else frozenset()))
         else:
-            world.check([s if s in world.adapters else -1 for s in action[1]], seed=i, tolerance=1e-4)
+            world.check([s if s in world.adapters else -1 for s in action[1]], seed=i)
 
 
 # -- bfloat16 ---------------------------------------------------------------------------------------------------------
@@ -326,7 +349,8 @@ def test_bf16_base_rows_are_those_of_a_plain_bf16_linear() -> None:
     world = full_world(dtype=torch.bfloat16)
     linear = world.plain["attn.q_proj"]
     assert can_prepack(linear.weight) == (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     for slots in ([-1] * 5, [-1, 0, -1, 1, -1]):
         world.bank.use(torch.tensor(slots))
@@ -341,7 +365,7 @@ def test_bf16_base_rows_are_those_of_a_plain_bf16_linear() -> None:
 
 @pytest.mark.parametrize("slots", [[0, 0], [0, 1, 2, 3, 4, 5, -1]])
 def test_bf16_adapters_are_right_to_bf16_rounding(slots: list[int]) -> None:
-    full_world(dtype=torch.bfloat16).check(slots, tolerance=0.1)
+    full_world(dtype=torch.bfloat16).check(slots, tolerance=0.02)
 
 
 # -- the head's second opinion ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_neighbouring_positions_seeds_and_ids_are_uncorrelated() -> None:
 def test_pairs_of_picks_are_independent() -> None:
     source, third = noise(3), torch.zeros(3)
     picks = [int((third + source.row(11, p)).argmax()) for p in range(3000)]
-    pairs = torch.bincount(torch.tensor([3 * a + b for a, b in zip(picks, picks[1:], strict=False)]), minlength=9)
+    pairs = torch.bincount(torch.tensor([3 * a + b for a, b in pairwise(picks)]), minlength=9)
     assert chi_square(pairs.double(), torch.full((9,), 1 / 9, dtype=torch.float64)) < CHI2_001[8]
 
 

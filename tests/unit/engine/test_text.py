@@ -106,7 +106,8 @@ def stream(texts: Sequence[str], params: SamplingParams, steps: Sequence[int] = 
     """Push everything, taking text after each step of so many tokens; (what was given out, whether a stop was found)."""
     fake: Any = Pieces(texts)
     choice = ChoiceText(fake, [], params)
-    out, at, turn = [], 0, 0
+    out: list[str] = []
+    at, turn = 0, 0
     while at < len(texts):
         for token in range(at, min(len(texts), at + steps[turn % len(steps)])):
             if choice.push(token):
@@ -123,10 +124,9 @@ def cut(texts: Sequence[str], stops: Sequence[str], min_tokens: int = 0) -> tupl
     text = ""
     for i, piece in enumerate(texts):
         old, text = len(text), text + piece
-        starts = [
-            at for s in stops for at in range(len(text)) if text.startswith(s, at) and at + len(s) > old and i + 1 >= min_tokens
-        ]  # fmt: skip
-        if starts:
+        found = [(at, at + len(s)) for s in stops for at in range(len(text)) if text.startswith(s, at)]
+        starts = [start for start, end in found if end > old]
+        if starts and i + 1 >= min_tokens:
             return text[: min(starts)], True
     return text, False
 
@@ -194,7 +194,7 @@ def test_stops_of_many_bytes_span_tokens(text: str, stop: str) -> None:
             break
         out += choice.take(finished=False)
     out += choice.take(finished=True)
-    assert out == text.split(stop)[0]
+    assert out == text.split(stop, maxsplit=1)[0]
 
 
 def test_a_stop_token_ends_the_answer_and_is_no_text() -> None:
