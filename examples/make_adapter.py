@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from adapter_registry.records import PromptFormat
 from slipstream.adapters.save import TurboMetadata, save_turbo
 from slipstream.adapters.weights import StreamWeights
 
@@ -49,7 +50,7 @@ def write_streams(folder: Path, generator: torch.Generator) -> None:
         a=torch.randn(STREAMS, STREAM_RANK, HIDDEN, generator=generator) / HIDDEN**0.5,
         b=torch.zeros(STREAMS, HIDDEN, STREAM_RANK),
     )
-    save_turbo(folder, streams, TurboMetadata(base_model=BASE, prompt_format="chat"))
+    save_turbo(folder, streams, TurboMetadata(base_model=BASE, prompt_format=PromptFormat.CHAT))
 
 
 def main() -> None:

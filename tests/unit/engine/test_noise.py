@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from slipstream.engine.noise import GumbelNoise, _gumbel, choice_seed, mix64, noise_key
+from slipstream.engine.noise import GumbelNoise, _fmix32, _gumbel, choice_seed, mix64, noise_key
 
 CPU = torch.device("cpu")
 EULER = 0.5772156649015329
@@ -31,6 +31,32 @@ def test_mix64_is_splitmix64() -> None:
         0x06C45D188009454F,
     ]
     assert mix64(1234567) == 6457827717110365317
+
+
+def fmix32(h: int) -> int:
+    """MurmurHash3's finaliser as published, on an unsigned integer."""
+    h ^= h >> 16
+    h = h * 0x85EBCA6B % 2**32
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
+def test_the_mixer_is_murmurhash3s() -> None:
+    generator = torch.Generator().manual_seed(1)
+    signed = torch.randint(-(2**31), 2**31, (500,), generator=generator).to(torch.int32)
+    expected = [fmix32(v % 2**32) for v in signed.tolist()]
+    assert [v % 2**32 for v in _fmix32(signed.clone()).tolist()] == expected
+
+
+@pytest.mark.parametrize("bit", [0, 1, 31, 32, 33, 63])
+def test_every_bit_of_the_key_reaches_the_noise(bit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = noise_key(7, 3)
+    before = noise(2000).row(7, 3)
+    monkeypatch.setattr("slipstream.engine.noise.noise_key", lambda seed, position: key ^ 1 << bit)
+    after = noise(2000).row(7, 3)
+    assert (before == after).float().mean() < 0.01
+    assert abs(correlation(before, after)) < 0.1
 
 
 def test_the_same_key_gives_the_same_bits() -> None:
