@@ -278,7 +278,9 @@ class AdapterBank:
 
     def _find(self, active: list[int]) -> Stack | None:
         """The smallest built stack that holds these adapters and not many others: masked columns are computed too."""
-        fitting = [s for s in self._stacks if set(active) <= set(s.slots) and s.rank <= STACK_SLACK * self._ranks(active)]
+        fitting = [
+            s for s in self._stacks if set(active) <= set(s.slots) and s.rank <= STACK_SLACK * self._ranks(active)
+        ]
         return min(fitting, key=lambda stack: stack.rank, default=None)
 
     def _choose(self, active: list[int]) -> list[int]:
