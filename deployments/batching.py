@@ -8,7 +8,7 @@ stay under a fixed number of messages a second.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from slipstream.protocol import GenerateEvent
@@ -30,7 +30,9 @@ class Coalescer:
         """The least time between two messages of one stream, now."""
         return min(self._max_gap_s, max(0, self._open - 1) / self._max_messages_per_s)
 
-    async def batches(self, steps: AsyncIterator[list[GenerateEvent]]) -> AsyncIterator[list[GenerateEvent]]:
+    async def batches(
+        self, steps: AsyncGenerator[list[GenerateEvent], None]
+    ) -> AsyncGenerator[list[GenerateEvent], None]:
         """All that `steps` yields, in order, several steps at a time when they come faster than they are taken."""
         pump = _Pump(steps)
         self._open += 1
@@ -50,15 +52,15 @@ class Coalescer:
 class _Pump:
     """Drains one stream into a buffer. The engine bounds the stream's length, and with it the buffer."""
 
-    def __init__(self, steps: AsyncIterator[list[GenerateEvent]]) -> None:
+    def __init__(self, steps: AsyncGenerator[list[GenerateEvent], None]) -> None:
         self._buffer: list[GenerateEvent] = []
         self._filled = asyncio.Event()
         self._ended = asyncio.Event()
         self._task = asyncio.create_task(self._drain(steps))
 
-    async def _drain(self, steps: AsyncIterator[list[GenerateEvent]]) -> None:
+    async def _drain(self, steps: AsyncGenerator[list[GenerateEvent], None]) -> None:
         try:
-            async with aclosing(steps) as events:  # type: ignore[type-var]  # every implementation is an async generator
+            async with aclosing(steps) as events:
                 async for step in events:
                     self._buffer.extend(step)
                     self._filled.set()

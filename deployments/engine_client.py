@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -29,7 +29,7 @@ class RayEngineClient:
         self._unary: Any = handle
         self._stream: Any = handle.options(stream=True)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """As `EngineClient.generate`. A request whose replica dies before its first event is sent once more: the seed
         is in the request, so the second try gives the text that the first would have given."""
         send = self._streamed if request.stream else self._whole

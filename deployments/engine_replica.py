@@ -89,7 +89,7 @@ class EngineReplica:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent] | Refusal]:
         """Stream a request's events. Serve closes this generator when the other end cancels."""
         batches = self._coalescer.batches(self._engine.generate(request))
-        async with aclosing(batches) as stream:  # type: ignore[type-var]
+        async with aclosing(batches) as stream:
             try:
                 async for batch in stream:
                     yield batch
@@ -98,7 +98,7 @@ class EngineReplica:
 
     async def generate_all(self, request: GenerateRequest) -> list[GenerateEvent] | Refusal:
         """The whole answer in one message."""
-        async with aclosing(self._engine.generate(request)) as stream:  # type: ignore[type-var]
+        async with aclosing(self._engine.generate(request)) as stream:
             try:
                 return merge_events([event async for step in stream for event in step])
             except SlipstreamError as error:

@@ -6,7 +6,7 @@ Ray handle in `deployments`; its public fake is `slipstream.testing.FakeEngine`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -147,7 +147,7 @@ class EngineStats:
 class EngineClient(Protocol):
     """An engine as the HTTP side sees it."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent]]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """Yield the events of each engine step. Closing the iterator cancels the request and frees its blocks.
 
         The first `__anext__` raises `InvalidRequest`, `ContextOverflow`, `Overloaded` or `AdapterUnavailable` before

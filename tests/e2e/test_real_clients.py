@@ -36,7 +36,7 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: str, **extra:
 
 
 def per_step(answers: list[Any]) -> float:
-    return sum(a.usage.completion_tokens for a in answers) / sum(a.usage.decode_steps for a in answers)
+    return float(sum(a.usage.completion_tokens for a in answers) / sum(a.usage.decode_steps for a in answers))
 
 
 async def test_test_rows_to_every_adapter_and_the_base_at_once(published: Running) -> None:

@@ -39,7 +39,7 @@ async def world(tmp_path: Path) -> ApiWorld:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event to give
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -15,7 +15,10 @@ from slipstream.engine.config import EngineConfig
 from slipstream.errors import Unavailable
 from slipstream.protocol import AdapterRef
 
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -22,7 +22,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's name for "the client went away"; only log
 _LONGEST_NAME = 100  # clients choose field names; error bodies stay small
 
 
-class ClientGone(Exception):  # noqa: N818 - an event, nobody's error
+class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
 
 

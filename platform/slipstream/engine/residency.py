@@ -108,9 +108,7 @@ class ResidencyManager:
             if entry.state in (Residency.ABSENT, Residency.FAILED):
                 self._move(entry, Residency.FETCHING)
                 plan.fetch.append(digest)
-        for entry in self._entries.values():
-            if entry.used < self._tick:
-                entry.blocked_since = None
+        self._forget_unwanted()
         self._unload_drained(plan)
         self._give_slots(wanted, plan)
         self._trim_host(plan)
@@ -145,6 +143,14 @@ class ResidencyManager:
         self._move(entry, Residency.ON_HOST)
         self._free_slots.append(slot)
         return slot
+
+    def _forget_unwanted(self) -> None:
+        """What nobody waits for now has no age; a failure that nobody asks about again is not worth an entry."""
+        for digest, entry in list(self._entries.items()):
+            if entry.used < self._tick:
+                entry.blocked_since = None
+                if entry.state is Residency.FAILED:
+                    del self._entries[digest]
 
     def _unload_drained(self, plan: ResidencyPlan) -> None:
         for digest, entry in self._entries.items():

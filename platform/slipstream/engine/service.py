@@ -7,7 +7,7 @@ import itertools
 import logging
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +65,7 @@ class _Call:
 
     queue: asyncio.Queue[list[GenerateEvent] | SlipstreamError]
     choices: list[_Choice]
+    adapter: AdapterRef | None
 
 
 class EngineService:
@@ -76,7 +77,6 @@ class EngineService:
         self._ids = itertools.count(1)
         self._open = 0  # choices not finished
         self._choices: dict[int, _Choice] = {}  # step thread's
-        self._refs: dict[str, AdapterRef] = {}  # step thread's: whose blobs hold a digest
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._stopping = False
@@ -146,7 +146,7 @@ class EngineService:
         """The counters as of the last step."""
         return self._stats
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """See `EngineClient.generate`."""
         self.check_health()
         admitted = self._admission.admit(request)
@@ -156,7 +156,7 @@ class EngineService:
         call = self._make_call(request, admitted)
         unfinished = len(call.choices)
         self._open += unfinished
-        self._post(lambda: self._submit(call, request.adapter))
+        self._post(lambda: self._submit(call))
         try:
             while unfinished:
                 item = await call.queue.get()
@@ -172,7 +172,7 @@ class EngineService:
                 self._post(lambda: self._cancel(call))
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        call = _Call(asyncio.Queue(), [])
+        call = _Call(asyncio.Queue(), [], request.adapter)
         for index, params in enumerate(admitted.choices):
             text = ChoiceText(self._tokenizer, admitted.prompt, params)
             seq = Sequence(
@@ -225,9 +225,7 @@ class EngineService:
             command()
         return not self._stopping
 
-    def _submit(self, call: _Call, ref: AdapterRef | None) -> None:
-        if ref is not None:
-            self._refs[ref.digest] = ref
+    def _submit(self, call: _Call) -> None:
         for choice in call.choices:
             self._choices[choice.seq.seq_id] = choice
             self._core.add(choice.seq)
@@ -239,7 +237,9 @@ class EngineService:
 
     def _deliver(self, outcome: StepOutcome) -> None:
         for digest in outcome.fetch:
-            ref = self._refs[digest]
+            waiting = self._choices[self._core.scheduler.sequences_of(digest)[0].seq_id]
+            ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same
+            assert ref is not None
             self._loop.call_soon_threadsafe(self._start_fetch, ref)
         batches: dict[int, tuple[_Call, list[GenerateEvent]]] = {}
         for emission in outcome.emissions:

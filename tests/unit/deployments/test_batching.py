@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ class Source:
     def __init__(self, steps: int, delay_s: float = 0.0, error: Exception | None = None) -> None:
         self.steps, self.delay_s, self.error, self.cancelled = steps, delay_s, error, False
 
-    async def stream(self) -> AsyncIterator[list[GenerateEvent]]:
+    async def stream(self) -> AsyncGenerator[list[GenerateEvent], None]:
         try:
             for number in range(self.steps):
                 await asyncio.sleep(self.delay_s)
@@ -59,7 +59,7 @@ async def test_a_slow_reader_gets_fewer_larger_batches() -> None:
 async def test_the_first_step_does_not_wait_and_the_end_does_not_either() -> None:
     coalescer = Coalescer(max_messages_per_s=0.1, max_gap_s=30.0)
     keep_busy = coalescer.batches(Source(10**6, 0.01).stream())
-    async with asyncio.timeout(5), aclosing(keep_busy) as other:  # type: ignore[type-var]
+    async with asyncio.timeout(5), aclosing(keep_busy) as other:
         await anext(other)
         batches = [batch async for batch in coalescer.batches(Source(3, 0.01).stream())]
     assert [len(batch) for batch in batches] == [1, 2]

@@ -120,7 +120,7 @@ Move = Callable[[ResidencyManager], None]
         (draining, pressure, R.DRAINING),
         (drained, tick, R.ON_HOST),
         (drained, want, R.ON_DEVICE),  # nobody else wants the slot any more
-        (failed, tick, R.FAILED),
+        (failed, tick, R.ABSENT),  # nobody asks about it any more
         (failed, want, R.FETCHING),
     ],
 )
