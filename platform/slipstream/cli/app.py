@@ -19,7 +19,8 @@ A first round:
 
     slipstream adapters push ./my-lora --name sql
     slipstream adapters list
-    curl $SLIPSTREAM_URL/v1/chat/completions -H "Authorization: Bearer $SLIPSTREAM_API_KEY" …  "model": "sql"
+    curl $SLIPSTREAM_URL/v1/completions -H "Authorization: Bearer $SLIPSTREAM_API_KEY" \
+      -H 'Content-Type: application/json' -d '{"model": "sql", "prompt": "SELECT", "max_tokens": 32}'
 
 Set SLIPSTREAM_URL and SLIPSTREAM_API_KEY once, and no command needs them as options.
 
