@@ -15,7 +15,7 @@ from support.shared import shared_path
 ADAPTERS = {"snips": "snips-turbo", "wikisql": "wikisql-turbo"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server() -> Iterator[Running]:
     """A running server."""
     with (
@@ -26,7 +26,7 @@ def server() -> Iterator[Running]:
         assert stop(running, signal.SIGINT) == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def published(server: Running) -> Running:
     """The same, with the shared adapters pushed through the command line."""
     for name, folder in ADAPTERS.items():
