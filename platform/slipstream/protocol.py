@@ -41,6 +41,11 @@ class SamplingParams:
     logprobs: int | None = None  # number of alternatives per token (0 = only the chosen one); None = off
     n: int = 1
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:

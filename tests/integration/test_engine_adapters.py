@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from support.adapters import random_peft_adapter, random_streams, tiny_llama, write_lorax_streams, write_own_streams
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
 
-from slipstream.protocol import SamplingParams
+from slipstream.adapters.load import load_adapter
+from slipstream.adapters.weights import AdapterWeights
+from slipstream.protocol import FinishReason, SamplingParams
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -142,6 +145,47 @@ def test_logprobs_are_the_models_own(zoo: tuple[Any, dict[str, Path], dict[str, 
         row = logits[len(text) + i - 1]
         assert got.logprob == pytest.approx(float(row[token]), abs=1e-3)
         assert [t for t, _ in got.top] == row.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_overflows_hurts_nobody_else(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Finite on disk, infinite in the forward: its own request breaks; company, and whoever gets its blocks, does not."""
+    model, folders, _ = zoo
+    model = copy.deepcopy(model).to(dtype)
+    evil = load_adapter(folders["all-linear"])
+    huge = {path: replace(m, a=m.a * 1e30, b=m.b * 1e30) for path, m in evil.lora.items()}
+    harness = Harness(
+        model, {**folders, "evil": AdapterWeights(huge, evil.streams)}, num_blocks=24, block_size=8, eos=frozenset()
+    )
+    harness.scheduler.prefix_caching = False
+    texts = prompts(4)
+    sampled = SamplingParams(temperature=0.7, seed=1, max_tokens=12, presence_penalty=0.5)
+    alone = [harness.answer(texts[0], greedy(12)), harness.answer(texts[1], sampled, adapter="plain")]
+    for draft_cap in (0, 8):
+        jobs = [
+            Job(texts[0], greedy(12)),
+            Job(texts[1], sampled, adapter="plain"),
+            Job(texts[2], greedy(12), adapter="evil", draft_cap=draft_cap),
+            Job(texts[3], sampled, adapter="evil", draft_cap=draft_cap),
+        ]
+        answers = harness.run(jobs)
+        assert answers[:2] == alone
+        assert answers[2:] == [[], []]
+        assert all(j.sequence is not None and j.sequence.finish_reason is FinishReason.ABORTED for j in jobs[2:])
+        assert [harness.answer(texts[0], greedy(12)), harness.answer(texts[1], sampled, adapter="plain")] == alone
+
+
+def test_weights_that_overflow_in_the_engines_dtype_are_refused(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]],
+) -> None:
+    model, folders, _ = zoo
+    harness = Harness(copy.deepcopy(model).to(torch.float16), eos=frozenset())
+    weights = load_adapter(folders["plain"])
+    huge = {path: replace(m, a=m.a * 1e8) for path, m in weights.lora.items()}
+    with pytest.raises(ValueError, match="overflow"):
+        harness.runner.prepare_adapter(AdapterWeights(huge, None))
 
 
 def test_slots_are_reused_under_pressure(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.adapters import random_peft_adapter, random_streams, write_own_streams
 from support.tiny_model import FolderAdapters, save_tiny_model, tiny_engine_config
 
 from slipstream.engine.service import EngineService
-from slipstream.errors import AdapterUnavailable, ConfigError, EngineFailed, InvalidRequest, Overloaded
+from slipstream.errors import AdapterUnavailable, ConfigError, ContextOverflow, EngineFailed, InvalidRequest, Overloaded
 from slipstream.protocol import AdapterRef, FinishReason, GenerateEvent, GenerateRequest, SamplingParams
 
 
@@ -117,6 +119,51 @@ async def test_the_queue_is_bounded(tmp_path: Path, source: FolderAdapters) -> N
         assert full.value.retry_after_s >= 1
         await asyncio.gather(*running)
         assert len(tokens(await collect(engine, request("now")))) == 12
+
+
+async def test_a_request_that_can_never_fit_is_not_told_to_try_again(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source, max_num_seqs=2, max_waiting=1) as engine:
+        with pytest.raises(InvalidRequest) as error:
+            await collect(engine, request(n=4, temperature=1.0))
+        assert error.value.param == "n"
+
+
+async def test_damaged_files_fail_their_requests_and_are_tried_anew(
+    tmp_path: Path, source: FolderAdapters, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    broken = tmp_path_factory.mktemp("broken")
+    copytree(source.folders["sha256:0"], broken, dirs_exist_ok=True)
+    (broken / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    bad = FolderAdapters({"sha256:0": broken})
+    async with engine_at(tmp_path, bad) as engine, asyncio.timeout(20):
+        with pytest.raises(AdapterUnavailable):
+            await collect(engine, request("x", "sha256:0"))
+        bad.folders["sha256:0"] = source.folders["sha256:0"]
+        assert len(tokens(await collect(engine, request("x", "sha256:0")))) == 12
+
+
+async def test_an_adapter_that_overflows_breaks_its_own_requests_only(tmp_path: Path, source: FolderAdapters) -> None:
+    folder = tmp_path / "evil"
+    copytree(source.folders["sha256:0"], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: t * 1e30 for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    evil = FolderAdapters({**source.folders, "sha256:evil": folder})
+    async with engine_at(tmp_path / "base", evil) as engine:
+        fine = asyncio.create_task(collect(engine, request("fine", "sha256:1", max_tokens=30)))
+        for temperature in (0.0, 0.7):
+            with pytest.raises(AdapterUnavailable, match="overflow"):
+                await collect(engine, request("x", "sha256:evil", temperature=temperature))
+        assert len(tokens(await fine)) == 30
+        engine.check_health()
+
+
+async def test_the_context_is_what_the_cache_holds_and_is_told(tmp_path: Path, source: FolderAdapters) -> None:
+    async with engine_at(tmp_path, source, max_model_len=64) as engine:
+        assert (await engine.describe()).context_length == 64
+        with pytest.raises(ContextOverflow, match="64"):
+            await collect(engine, request("x" * 100))
+        with pytest.raises(ContextOverflow):
+            await collect(engine, request("x" * 100_000))
 
 
 async def test_choices_differ_and_the_first_is_the_plain_answer(tmp_path: Path, source: FolderAdapters) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from slipstream.errors import ModelUnsupported
+
+_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})  # already in the rotary embedding
 ATTENTION_NAME = "slipstream_paged"
 SCORE_TILE = 1 << 22  # scores held at a time, so that a long prefill chunk does not materialise hundreds of megabytes
 
@@ -101,7 +104,11 @@ def _attend(
     for start in range(0, num_queries, tile):
         rows = q[:, :, :, start : start + tile]
         width = rows.shape[3]
-        scores = torch.bmm(rows.reshape(kv_heads * batch, group * width, dim), k).float().mul_(rules.scaling)
+        rows = rows.reshape(kv_heads * batch, group * width, dim)
+        if query.dtype == torch.float16:  # unscaled products overflow its range
+            scores = torch.bmm(rows * rules.scaling, k).float()
+        else:
+            scores = torch.bmm(rows, k).float().mul_(rules.scaling)
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap).mul_(rules.softcap)
         scores = scores.view(kv_heads, batch, group, width, length)
@@ -128,6 +135,9 @@ def paged_attention(
     `paged` in kwargs is the step's `PagedBatch`; `sliding_window` and `softcap` come from the model.
     """
     batch: PagedBatch = kwargs["paged"]
+    foreign = sorted(n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and n not in _HARMLESS_TENSORS)
+    if foreign:
+        raise ModelUnsupported(f"This model's attention needs {', '.join(foreign)}, which paged attention does not do.")
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every transformers attention module has one
     rules = _Rules(
         float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
@@ -137,7 +147,10 @@ def paged_attention(
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     heads, _, _, dim = keys.shape
     keys.view(heads, -1, dim).index_copy_(1, batch.slots, key[0].to(keys.dtype))
-    values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, value[0].to(values.dtype))
+    # A stale value is multiplied by a weight of zero, which only a finite one survives: an adapter that overflows must not
+    # leave anything in a block that the next owner can trip over. (Masked keys are overwritten with -inf.)
+    finite = torch.nan_to_num(value[0].to(values.dtype))
+    values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, finite)
     out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1])
     for segment in batch.segments:
         part = _attend(query[0], keys, values, segment, rules)

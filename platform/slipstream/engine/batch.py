@@ -8,8 +8,9 @@ import torch
 
 from slipstream.engine.attention import KVCache, PagedBatch, Segment
 from slipstream.engine.plan import PlannedSequence, StepPlan
-from slipstream.engine.sampling import RowRequest, has_penalties
+from slipstream.engine.sampling import RowRequest
 
+WIDTH_UNIT = 256  # contexts below this many tokens share a group; above, those within a factor of two
 DECODE_ROWS = 16  # sequences with at most this many rows are attended in one padded group
 
 
@@ -81,7 +82,7 @@ def drafts_before(part: PlannedSequence, j: int) -> tuple[int, ...]:
 
 def row_request(part: PlannedSequence, position: int, after_history: tuple[int, ...]) -> RowRequest:
     """How to sample the row that decides answer token `position`, given the tokens since the plan's history."""
-    history = part.history + after_history if has_penalties(part.params) else ()
+    history = part.history + after_history if part.params.has_penalties else ()
     return RowRequest(part.params, position, history, part.prompt_len)
 
 
@@ -92,15 +93,17 @@ class _Member:
 
 
 def _groups(plan: StepPlan, first_row: list[int]) -> list[list[_Member]]:
-    """Short sequences together; each longer prefill chunk alone, or padding would dwarf it."""
-    short: list[_Member] = []
+    """Short sequences of similar context together; each longer prefill chunk alone. All members of a group are padded to the
+    longest, in rows and in keys: one 8,000-token context must not make 31 short ones read 8,000 keys each."""
+    short: dict[int, list[_Member]] = {}
     groups: list[list[_Member]] = []
     for part, first in zip(plan.sequences, first_row, strict=True):
         if len(part.tokens) <= DECODE_ROWS:
-            short.append(_Member(part, first))
+            width = (part.start + len(part.tokens)) // WIDTH_UNIT
+            short.setdefault(width.bit_length(), []).append(_Member(part, first))
         else:
             groups.append([_Member(part, first)])
-    return ([short] if short else []) + groups
+    return [*short.values(), *groups]
 
 
 def _segment(group: list[_Member], block_size: int, device: torch.device) -> Segment:

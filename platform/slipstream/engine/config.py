@@ -28,6 +28,7 @@ class EngineConfig:
     adapter_slots: int = 32  # adapters on the device at a time
     host_adapter_bytes: int = 2 << 30  # adapters kept in host memory
     adapter_fetch_timeout_s: float = 60.0
+    scratch_dir: str | None = None  # where adapters are fetched to; None = the system's temporary folder
     max_draft: int = 8  # cap over every adapter's number of streams
 
     def __post_init__(self) -> None:

@@ -58,10 +58,20 @@ class PreparedModule:
     b: torch.Tensor
     gain: torch.Tensor | None
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.a, self.b, *([self.gain] if self.gain is not None else [])]
+
+    def to(self, device: torch.device) -> PreparedModule:
+        """The same on a device; nothing is copied when it is there already."""
+        return PreparedModule(
+            self.a.to(device), self.b.to(device), self.gain.to(device) if self.gain is not None else None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedLora:
-    """An adapter's LoRA in the engine's dtype, on the engine's device."""
+    """An adapter's LoRA in the engine's dtype."""
 
     modules: Mapping[str, PreparedModule]
     rank: int  # largest over the modules; smaller ones are padded with zero rows in the stack
@@ -92,7 +102,7 @@ class RowContext:
     """Which adapter each row of the current call belongs to; written by the runner before it calls the model."""
 
     stack: Stack | None = None
-    mask: torch.Tensor | None = None  # [n, R] in the model's dtype; None = every row uses every column
+    hidden: torch.Tensor | None = None  # bool [n, R]: columns of other adapters; None = every row uses every column
     place: torch.Tensor | None = None  # int64 [n], row of the gain tables
 
 
@@ -139,25 +149,29 @@ class LinearGroup:
         part = stack.groups.get(self.key) if stack is not None else None
         if stack is None or part is None:
             return list(torch.split(self.base(x), self.sizes, dim=-1))
-        dora = any(g is not None for g in part.gains)
-        outs = list(torch.split(self.base(x, with_bias=not dora), self.sizes, dim=-1))
+        outs = list(torch.split(self.base(x), self.sizes, dim=-1))
         shrunk = F.linear(x, part.shrink).view(x.shape[0], len(self.names), stack.rank)
-        if self._rows.mask is not None:
-            shrunk = shrunk * self._rows.mask.unsqueeze(1)
+        if self._rows.hidden is not None:
+            # Overwritten, not multiplied by zero: another tenant's overflow would come through as inf * 0.
+            shrunk = shrunk.masked_fill(self._rows.hidden.unsqueeze(1), 0.0)
         for m, expand in enumerate(part.expand):
             if expand is not None:
                 outs[m] = torch.addmm(outs[m], shrunk[:, m], expand.t())
-        return self._finish_dora(outs, part) if dora else outs
+        return self._finish_dora(outs, part) if any(g is not None for g in part.gains) else outs
 
     def _finish_dora(self, outs: list[torch.Tensor], part: _GroupStack) -> list[torch.Tensor]:
-        """DoRA (arXiv 2402.09353): y = g * (W x + s B A x) + bias, with g of the row's adapter."""
+        """DoRA (arXiv 2402.09353): y = g (W x + s B A x) + bias; rows without keep their bits."""
         assert self._rows.place is not None
         biases = torch.split(self.base.bias, self.sizes) if self.base.bias is not None else [None] * len(outs)
         done = []
         for out, gains, bias in zip(outs, part.gains, biases, strict=True):
-            if gains is not None:
-                out = (out.float() * gains[self._rows.place]).to(out.dtype)  # noqa: PLW2901
-            done.append(out + bias if bias is not None else out)
+            if gains is None:
+                done.append(out)
+                continue
+            gain = gains[self._rows.place]
+            shift = bias.float() if bias is not None else 0.0
+            scaled = ((out.float() - shift) * gain + shift).to(out.dtype)
+            done.append(torch.where(gain == 1.0, out, scaled))
         return done
 
     def member_norms(self, member: int, module: LoraModule) -> torch.Tensor:
@@ -227,26 +241,31 @@ class AdapterBank:
         self._stacks: list[Stack] = []  # most recently used last
 
     def prepare(self, weights: AdapterWeights) -> PreparedLora:
-        """Cast, scale and move one adapter's LoRA. Touches nothing shared: may run beside the step loop."""
+        """Check, scale and cast one adapter's LoRA, in host memory. Touches nothing shared: may run beside the step loop.
+
+        Raises `ValueError` when it does not fit this base model or overflows in the engine's dtype.
+        """
+        host = self._like.cpu()
         modules = {}
         for name, module in weights.lora.items():
             group, member = self._member_of[name]
             if module.a.shape[1] != group.in_features or module.b.shape[0] != group.sizes[member]:
-                raise ValueError(
-                    f"{name}: LoRA shapes do not fit this base model"
-                )  # validated at publish, for that base
+                raise ValueError(f"{name}: LoRA shapes do not fit this base model")
             gain = None
             if module.magnitude is not None:
                 on_device = LoraModule(module.a.to(self._like), module.b.to(self._like), module.scale, module.magnitude)
-                gain = module.magnitude.float().to(self._like.device) / group.member_norms(member, on_device)
-            scaled = (module.b.float() * module.scale).to(self._like)
-            modules[name] = PreparedModule(module.a.to(self._like), scaled, gain)
+                gain = module.magnitude.float() / group.member_norms(member, on_device).cpu()
+            prepared = PreparedModule(module.a.to(host), (module.b.float() * module.scale).to(host), gain)
+            if not all(bool(t.isfinite().all()) for t in prepared.tensors()):
+                raise ValueError(f"{name}: weights overflow in {host.dtype}")
+            modules[name] = prepared
         return PreparedLora(modules, max((m.a.shape[0] for m in modules.values()), default=0))
 
     def load(self, slot: int, lora: PreparedLora) -> None:
-        """Put an adapter into a free slot."""
+        """Put an adapter into a free slot: host → device."""
         assert slot not in self._loras
-        self._loras[slot] = lora
+        device = self._like.device
+        self._loras[slot] = PreparedLora({name: m.to(device) for name, m in lora.modules.items()}, lora.rank)
 
     def unload(self, slot: int) -> None:
         """Empty a slot."""
@@ -271,7 +290,7 @@ class AdapterBank:
         self._rows.stack = stack
         self._rows.place = stack.index[slots]
         alone = len(stack.slots) == 1 and bool((slots == stack.slots[0]).all())
-        self._rows.mask = None if alone else stack.columns[slots].to(self._like.dtype)
+        self._rows.hidden = None if alone else ~stack.columns[slots]
 
     def _ranks(self, slots: Iterable[int]) -> int:
         return sum(self._loras[s].rank for s in slots)

@@ -19,6 +19,7 @@ from slipstream.errors import ModelUnsupported
 from slipstream.protocol import BaseModelSpec
 
 # What may differ between two copies of the same model without changing a single logit.
+PROBE = (1, 2, 3, 5, 8, 13, 21, 34)  # token ids of the start-up check; every vocabulary has them
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "use_cache")
 
 
@@ -33,6 +34,7 @@ class LoadedModel:
     config: Any  # the text config
     device: torch.device
     dtype: torch.dtype
+    probe_logits: torch.Tensor  # float32 [len(PROBE), V], by eager attention
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -64,18 +66,51 @@ def adopt_model(model: PreTrainedModel) -> LoadedModel:
             f"{name} does not use transformers' attention interface, so its keys and values cannot be paged. "
             "Use a model that does: Llama, Mistral, Qwen2, Qwen3, Gemma and Phi are checked."
         )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ModelUnsupported(
+            f"{name} is quantised; its linears cannot carry adapters yet. Use the unquantised model."
+        )
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if foreign:
         raise ModelUnsupported(f"{name} has layers of kind {', '.join(foreign)}, whose state cannot be paged.")
+    _check_rope(config, name)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ModelUnsupported(f"{name} has no plain linear LM head.")
-    model.set_attn_implementation(attention.register())
     model.eval().requires_grad_(False)
     parameter = next(model.parameters())
+    reference = _eager_logits(model, parameter.device)
+    model.set_attn_implementation(attention.register())
     return LoadedModel(
-        model, model.get_decoder(), head, model.get_input_embeddings(), config, parameter.device, parameter.dtype
+        model,
+        model.get_decoder(),
+        head,
+        model.get_input_embeddings(),
+        config,
+        parameter.device,
+        parameter.dtype,
+        reference,
     )
+
+
+def _check_rope(config: Any, name: str) -> None:
+    """Some rotary embeddings choose their factors by the longest position of the whole step: company would change text."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {str(rope.get("rope_type"))} | {str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict)}
+    batch_dependent = sorted(kinds & {"dynamic", "longrope"})
+    if batch_dependent:
+        raise ModelUnsupported(
+            f"{name} uses {batch_dependent[0]} rotary scaling, which depends on the longest sequence in the batch, so that "
+            "one request would change another's text. Use a model or configuration without it."
+        )
+
+
+@torch.inference_mode()
+def _eager_logits(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+    """transformers' own eager logits of `PROBE`: what our attention, linears and head must reproduce."""
+    model.set_attn_implementation("eager")
+    logits: torch.Tensor = model(input_ids=torch.tensor([PROBE], device=device), use_cache=False).logits[0]
+    return logits.float()
 
 
 def context_length(config: Any) -> int:
@@ -84,7 +119,7 @@ def context_length(config: Any) -> int:
 
 
 def cache_shapes(loaded: LoadedModel) -> list[tuple[int, int]]:
-    """(kv_heads, head_dim) of each layer, from the attention modules themselves."""
+    """(kv_heads, head_dim) of each layer, from the config; the start-up check finds out when that is not the truth."""
     config = loaded.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -56,6 +56,7 @@ class SequenceResult:
     tokens: tuple[int, ...]  # 1 … num_drafts+1
     drafts: tuple[int, ...] = ()  # for the next step
     logprobs: tuple[Logprob, ...] = ()
+    broken: bool = False  # the hidden state is not finite: the adapter's weights overflow; `tokens` is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +74,4 @@ class Emission:
     tokens: tuple[int, ...]
     logprobs: tuple[Logprob, ...]
     finished: bool
+    broken: bool = False  # finished because nothing sensible came out

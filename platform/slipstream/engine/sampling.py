@@ -42,14 +42,9 @@ class RowRequest:
         return p.temperature == 0.0 and not has_processors(p) and self.position >= p.min_tokens
 
 
-def has_penalties(p: SamplingParams) -> bool:
-    """Whether the history matters."""
-    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-
-
 def has_processors(p: SamplingParams) -> bool:
     """Whether logits are changed before the temperature."""
-    return has_penalties(p) or bool(p.logit_bias)
+    return p.has_penalties or bool(p.logit_bias)
 
 
 class Sampler:
@@ -101,6 +96,8 @@ class Sampler:
             return int(noisy.argmax())
         ids = noisy.topk(min(TOP_CANDIDATES, noisy.shape[-1])).indices
         ids = ids[noisy[ids] > float("-inf")].sort().values
+        if not len(ids):  # everything banned, or not a number: `noisy` has no better answer either
+            return int(noisy.argmax())
         patched = raw.clone()
         patched[ids] = exact(ids)
         final = self._process(patched, row)[ids]
@@ -111,7 +108,7 @@ class Sampler:
     def _process(self, logits: torch.Tensor, row: RowRequest) -> torch.Tensor:
         """Mask → penalties → bias, in place on float32 [V]."""
         p = row.params
-        if has_penalties(p):
+        if p.has_penalties:
             _penalise_(logits, row)
         if p.logit_bias:
             ids = torch.tensor(list(p.logit_bias), device=logits.device)

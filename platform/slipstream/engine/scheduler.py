@@ -58,7 +58,6 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.prefix_caching = True
         self.counters = SchedulerCounters()
-        self._align = CHUNK_ALIGN
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
         self._leases: dict[int, AdapterLease | None] = {}  # seq_id -> lease of a running sequence
@@ -112,9 +111,10 @@ class Scheduler:
         planned: dict[int, PlannedSequence] = {}
         budget = self.max_batched_tokens
         decodes = [s for s in self._running if self._missing(s) == 1]
+        floor = self._prefill_floor()
         for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
             if seq.state is SequenceState.RUNNING:  # not preempted for an older one
-                budget -= self._plan_decode(seq, budget - left + 1, planned)
+                budget -= self._plan_decode(seq, max(1, budget - left + 1 - floor), planned)
         for seq in list(self._running):
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
@@ -142,6 +142,13 @@ class Scheduler:
     def _missing(seq: Sequence) -> int:
         return len(seq.tokens) - seq.num_computed
 
+    def _prefill_floor(self) -> int:
+        """Tokens that drafts leave for prompts, so that speculation cannot hold up somebody's first token."""
+        most = min(CHUNK_ALIGN, self.max_batched_tokens // 4)
+        if self._waiting:
+            return most
+        return min(most, sum(missing for s in self._running if (missing := self._missing(s)) > 1))
+
     def _plan_decode(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
         """One known token and its drafts. Drafts give way before anybody is preempted."""
         k = max(0, min(len(seq.drafts), budget - 1, seq.remaining - 1))
@@ -165,14 +172,13 @@ class Scheduler:
     def _chunk(self, missing: int, budget: int) -> int:
         if missing <= budget:
             return missing
-        return budget // self._align * self._align or budget  # unaligned rather than starved by the decodes
+        return budget // CHUNK_ALIGN * CHUNK_ALIGN or budget  # unaligned rather than starved by the decodes
 
     def _part(self, seq: Sequence, end: int, drafts: list[int]) -> PlannedSequence:
         lease = self._leases[seq.seq_id]
         samples = end == len(seq.tokens)
         streams = lease.num_streams if lease else 0
         p = seq.params
-        penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         return PlannedSequence(
             seq_id=seq.seq_id,
             tokens=tuple(seq.tokens[seq.num_computed : end] + drafts),
@@ -185,7 +191,7 @@ class Scheduler:
             output_index=seq.num_answer,
             # At least one token is emitted now and one by the next step, which leaves remaining - 2 for drafts.
             draft_next=max(0, min(streams, seq.draft_cap, seq.remaining - 2)) if samples else 0,
-            history=tuple(seq.tokens) if penalised and samples else (),
+            history=tuple(seq.tokens) if p.has_penalties and samples else (),
             prompt_len=seq.prompt_len,
         )
 
@@ -260,6 +266,9 @@ class Scheduler:
     # -- commit ---------------------------------------------------------------------------------------------------
 
     def _commit_sampled(self, seq: Sequence, part: PlannedSequence, result: SequenceResult) -> Emission:
+        if result.broken:
+            self._finish(seq, FinishReason.ABORTED)
+            return Emission(seq.seq_id, (), (), finished=True, broken=True)
         assert 1 <= len(result.tokens) <= part.num_drafts + 1
         before = len(seq.tokens)
         reason: FinishReason | None = None

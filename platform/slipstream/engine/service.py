@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import tempfile
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +31,14 @@ from slipstream.engine.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.text import ChoiceText, token_bytes
-from slipstream.errors import AdapterUnavailable, ConfigError, EngineFailed, Overloaded, SlipstreamError
+from slipstream.errors import (
+    AdapterUnavailable,
+    ConfigError,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    SlipstreamError,
+)
 from slipstream.protocol import (
     AdapterRef,
     BaseModelSpec,
@@ -39,6 +50,10 @@ from slipstream.protocol import (
 )
 
 log = logging.getLogger(__name__)
+
+INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
+MIN_CONTEXT = 2048  # a KV cache that holds less than this, or than the model's context, is a mistake
+_BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
 
 class AdapterSource(Protocol):
@@ -77,7 +92,8 @@ class EngineService:
         self._ids = itertools.count(1)
         self._open = 0  # choices not finished
         self._choices: dict[int, _Choice] = {}  # step thread's
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._closed = False  # no more commands are taken
         self._wake = threading.Condition()
         self._stopping = False
         self._ran = False  # whether the last step computed anything
@@ -112,15 +128,11 @@ class EngineService:
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self._spec = loader.describe(loaded, config.model_id, config.model_path, tokenizer)
         self._eos = loader.eos_ids(loaded, tokenizer)
-        length = min(config.max_model_len or self._spec.context_length, self._spec.context_length)
         shapes = loader.cache_shapes(loaded)
         block_bytes = sum(2 * h * d for h, d in shapes) * config.block_size * loaded.dtype.itemsize
         num_blocks = config.kv_cache_bytes // block_bytes
-        if num_blocks * config.block_size < length:
-            raise ConfigError(
-                f"kv_cache_bytes holds {num_blocks * config.block_size} tokens, fewer than the context of {length}; "
-                f"give it at least {-(-length // config.block_size) * block_bytes} bytes, or lower max_model_len."
-            )
+        length = _served_length(config, self._spec.context_length, num_blocks, block_bytes)
+        self._spec = dataclasses.replace(self._spec, context_length=length)
         runner = ModelRunner(loaded, num_blocks, config.block_size, config.adapter_slots, self._eos)
         residency = ResidencyManager(config.adapter_slots, config.host_adapter_bytes)
         pool = BlockPool(num_blocks, config.block_size)
@@ -143,20 +155,23 @@ class EngineService:
         return self._spec
 
     async def stats(self) -> EngineStats:
-        """The counters as of the last step."""
+        """The counters as of the last step. Raises `EngineFailed` when there will be no further one."""
+        self.check_health()
         return self._stats
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """See `EngineClient.generate`."""
         self.check_health()
-        admitted = self._admission.admit(request)
+        admitted = await self._admit(request)
         limit = self.config.max_num_seqs + self.config.max_waiting
+        if len(admitted.choices) > limit:
+            raise InvalidRequest(f"This replica takes {limit} sequences at most; n is over that.", param="n")
         if self._open + len(admitted.choices) > limit:
             raise Overloaded(f"{self._open} sequences are queued or running, which is this replica's limit. Try again.")
         call = self._make_call(request, admitted)
+        self._post(lambda: self._submit(call))
         unfinished = len(call.choices)
         self._open += unfinished
-        self._post(lambda: self._submit(call))
         try:
             while unfinished:
                 item = await call.queue.get()
@@ -169,7 +184,15 @@ class EngineService:
         finally:
             if unfinished:
                 self._open -= unfinished
-                self._post(lambda: self._cancel(call))
+                with suppress(EngineFailed):
+                    self._post(lambda: self._cancel(call))
+
+    async def _admit(self, request: GenerateRequest) -> Admitted:
+        """Tokenising a long prompt takes a while: not on the loop that carries everybody's streams."""
+        size = len(request.text or "") + sum(len(m.content) for m in request.messages or ())
+        if size <= INLINE_CHARS:
+            return self._admission.admit(request)
+        return await asyncio.to_thread(self._admission.admit, request)
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
         call = _Call(asyncio.Queue(), [], request.adapter)
@@ -193,8 +216,10 @@ class EngineService:
     # -- the step thread ------------------------------------------------------------------------------------------
 
     def _post(self, command: Callable[[], None]) -> None:
-        """Have the step thread run something between two steps."""
+        """Have the step thread run something between two steps. Raises `EngineFailed` when it takes no more."""
         with self._wake:
+            if self._closed:
+                raise EngineFailed("The engine has stopped; this replica is being replaced.")
             self._inbox.append(command)
             self._wake.notify()
 
@@ -220,9 +245,8 @@ class EngineService:
             while not self._inbox and not self._stopping and not (self._core.has_work and self._ran):
                 if not self._wake.wait(timeout=1.0) and self._core.has_work:
                     break
-            commands, self._inbox = self._inbox, []
-        for command in commands:
-            command()
+        while self._inbox:  # only this thread takes from it
+            self._inbox.popleft()()
         return not self._stopping
 
     def _submit(self, call: _Call) -> None:
@@ -246,6 +270,10 @@ class EngineService:
             choice = self._choices[emission.seq_id]
             if emission.finished:
                 del self._choices[emission.seq_id]
+            if emission.broken:
+                log.error("adapter %s: the hidden state is not finite", choice.seq.adapter)
+                self._loop.call_soon_threadsafe(choice.call.queue.put_nowait, AdapterUnavailable(_BROKEN))
+                continue
             batches.setdefault(id(choice.call), (choice.call, []))[1].append(self._event(choice, emission))
         if batches:
             self._loop.call_soon_threadsafe(_put_all, list(batches.values()))
@@ -274,13 +302,16 @@ class EngineService:
         return TokenLogprob(chosen.token, token, lp.logprob, chosen.utf8, tuple(piece(i, v) for i, v in lp.top))
 
     def _fail_all(self) -> None:
+        """Answer everybody who is or was about to be here."""
         with self._wake:
-            commands, self._inbox = self._inbox, []
-        for command in commands:
-            command()  # so that calls posted too late are answered as well
+            self._closed = True
+        while self._inbox:
+            try:
+                self._inbox.popleft()()  # so that calls posted too late are known, and answered below
+            except Exception:  # the core may be in any state now; nobody's answer depends on this
+                log.exception("a command failed after the step loop")
         error = EngineFailed("The engine stopped while this request was open. Try again.")
-        calls = {id(c.call): c.call for c in self._choices.values()}
-        for call in calls.values():
+        for call in {id(c.call): c.call for c in self._choices.values()}.values():
             self._loop.call_soon_threadsafe(call.queue.put_nowait, error)
 
     # -- adapters (event loop) ------------------------------------------------------------------------------------
@@ -293,17 +324,24 @@ class EngineService:
     async def _fetch(self, ref: AdapterRef) -> None:
         """Download, read and lay out one adapter; the step loop goes on meanwhile."""
         try:
-            with tempfile.TemporaryDirectory(prefix="slipstream-adapter-") as folder:
+            with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._scratch()) as folder:
                 async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
                     await self._source.fetch(ref, Path(folder))
                     weights = await asyncio.to_thread(load_adapter, Path(folder))
                     prepared = await asyncio.to_thread(self._runner.prepare_adapter, weights)
-        except (SlipstreamError, OSError, ValueError, KeyError, RuntimeError) as error:  # OSError holds TimeoutError
+        except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
             log.exception("adapter %s could not be loaded", ref.digest)
             late = isinstance(error, TimeoutError)
-            self._post(lambda: self._adapter_failed(ref.digest, late))
+            outcome: Callable[[], None] = partial(self._adapter_failed, ref.digest, late)
         else:
-            self._post(lambda: self._core.adapter_ready(ref.digest, prepared))
+            outcome = partial(self._core.adapter_ready, ref.digest, prepared)
+        with suppress(EngineFailed):
+            self._post(outcome)
+
+    def _scratch(self) -> str | None:
+        if self.config.scratch_dir is not None:
+            Path(self.config.scratch_dir).mkdir(parents=True, exist_ok=True)
+        return self.config.scratch_dir
 
     def _adapter_failed(self, digest: str, late: bool) -> None:
         why = "took too long to load" if late else "could not be loaded"
@@ -318,3 +356,21 @@ class EngineService:
 def _put_all(batches: list[tuple[_Call, list[GenerateEvent]]]) -> None:
     for call, events in batches:
         call.queue.put_nowait(events)
+
+
+def _served_length(config: EngineConfig, context: int, num_blocks: int, block_bytes: int) -> int:
+    """Tokens of the longest sequence served: the model's context, a lower `max_model_len`, or what the KV cache holds."""
+    held = num_blocks * config.block_size
+    wanted = min(config.max_model_len or context, context)
+    if held >= wanted:
+        return wanted
+    least = wanted if config.max_model_len is not None else min(context, MIN_CONTEXT)
+    if held < least:
+        raise ConfigError(
+            f"kv_cache_bytes holds {held} tokens, fewer than {least}; give it at least "
+            f"{-(-least // config.block_size) * block_bytes} bytes, or set a lower max_model_len."
+        )
+    log.warning(
+        "the KV cache holds %d tokens: longer sequences are refused, though the model could take %d", held, context
+    )
+    return held

@@ -16,13 +16,23 @@ from slipstream.adapters.weights import StreamWeights
 
 @dataclass(frozen=True, slots=True)
 class PreparedStreams:
-    """One adapter's streams in the engine's dtype and device. down: [K * R, H] (dense: [K * H, H]); up: [K, H, R] or None;
+    """One adapter's streams in the engine's dtype. down: [K * R, H] (dense: [K * H, H]); up: [K, H, R] or None;
     cond: [K * R, H] or None; bias: [K, H]."""
 
     down: torch.Tensor
     up: torch.Tensor | None
     cond: torch.Tensor | None
     bias: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [t for t in (self.down, self.up, self.cond, self.bias) if t is not None]
+
+    def to(self, device: torch.device) -> PreparedStreams:
+        """The same on a device; nothing is copied when it is there already."""
+        up = self.up.to(device) if self.up is not None else None
+        cond = self.cond.to(device) if self.cond is not None else None
+        return PreparedStreams(self.down.to(device), up, cond, self.bias.to(device))
 
     def hidden(self, h: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
         """h: [m, H] final hidden states; embedding: [m, H] of the tokens just decided → stream states [m, K, H]."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slipstream.protocol import SamplingParams
 
+MAX_HELD_TOKENS = 8
 CONTEXT_TOKENS = 6  # prompt tokens decoded along, so that word-start markers of the first answer token come out right
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
@@ -38,7 +39,10 @@ class IncrementalText:
     def _advance(self, final: bool) -> str:
         before = self._decode(self._ids[self._prefix : self._read])
         now = self._decode(self._ids[self._prefix :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
+        # No character is longer than a few tokens: what is still incomplete after so many never will be complete.
+        if len(self._ids) - self._read <= MAX_HELD_TOKENS and (
+            len(now) <= len(before) or (now.endswith("\ufffd") and not final)
+        ):
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return now[len(before) :]
