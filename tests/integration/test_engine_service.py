@@ -133,7 +133,7 @@ async def test_damaged_files_fail_their_requests_and_are_tried_anew(
 ) -> None:
     broken = tmp_path_factory.mktemp("broken")
     copytree(source.folders["sha256:0"], broken, dirs_exist_ok=True)
-    (broken / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (broken / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
     bad = FolderAdapters({"sha256:0": broken})
     async with engine_at(tmp_path, bad) as engine, asyncio.timeout(20):
         with pytest.raises(AdapterUnavailable):
