@@ -70,7 +70,8 @@ class RedisStore(Store):
         """A store at `redis://`, `rediss://`, `unix://`, or a cluster at `redis+cluster://` or `rediss+cluster://`.
 
         Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them. Every
-        write may safely run twice, which is what a retry after a lost answer does.
+        write may safely run twice, which is what a retry after a lost answer does; but a delete whose first try went
+        through then finds nothing and raises `NotPublished`.
         """
         options: dict[str, Any] = {
             "decode_responses": True,

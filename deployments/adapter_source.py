@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +24,8 @@ from slipstream.errors import AdapterUnavailable
 from slipstream.protocol import AdapterRef
 
 _FILES = TypeAdapter(tuple[FileEntry, ...])
-_SCRATCH = ".scratch-"
+_SCRATCH = ".scratch-"  # also the engine's prefix, for the folders that it has adapters fetched into
+_ABANDONED_S = 3600.0  # older than any fetch: its process was killed
 
 
 class BlobAdapterSource:
@@ -108,6 +111,14 @@ def _link_files(folder: Path, destination: Path) -> None:
             raise
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(source, target)
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Remove the scratch folders of killed processes; other replicas of this machine may be using theirs."""
+    for left in cache.glob(_SCRATCH + "*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def evict(cache: Path, capacity_bytes: int) -> None:

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from adapter_registry.keys import hash_key
-from deployments.engine_replica import REAL_ENGINE, EngineReplica, ReplicaPlan
+from deployments.engine_replica import REAL_ENGINE, EngineReplica, ReplicaPlan, on_its_cores
 from deployments.gateway import Gateway, GatewayPlan
 from slipstream.base_models import served_id
 from slipstream.config import ModelSettings, Settings, load_settings
@@ -48,7 +48,7 @@ def build(args: AppArgs) -> Application:
             "On a cluster SLIPSTREAM_REDIS_URL and SLIPSTREAM_ADMIN_KEY must be set: "
             "replicas share one registry and one admin key."
         )
-    return build_application(settings)
+    return build_application(settings.model_copy(update={"models": tuple(map(on_its_cores, settings.models))}))
 
 
 def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s: float = _DRAIN_S) -> Application:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from adapter_registry.blobs import ObstoreBlobs
-from deployments.adapter_source import BlobAdapterSource
+from deployments.adapter_source import BlobAdapterSource, remove_abandoned
 from deployments.batching import Coalescer, merge_events
 from slipstream.base_models import prepare_base_model
 from slipstream.config import ModelSettings
@@ -29,8 +30,12 @@ _ENGINE_FIELDS = (
     "max_waiting",
     "kv_cache_bytes",
     "block_size",
+    "max_model_len",
+    "prefix_caching",
+    "max_draft",
     "adapter_slots",
     "host_adapter_bytes",
+    "adapter_fetch_timeout_s",
 )
 
 
@@ -65,6 +70,11 @@ class ReplicaPlan:
     blob_url: str
     engine: str = REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource); tests put a fake here
 
+    @property
+    def adapter_cache(self) -> Path:
+        """Where fetched adapters are kept."""
+        return self.home / "cache" / "adapters"
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -78,8 +88,9 @@ class EngineReplica:
 
     async def __init__(self, plan: ReplicaPlan) -> None:  # type: ignore[misc]  # Serve awaits it
         prepared = await asyncio.to_thread(prepare_base_model, plan.model.base_model, plan.home)
+        await asyncio.to_thread(remove_abandoned, plan.adapter_cache)
         source = BlobAdapterSource(
-            ObstoreBlobs.from_url(plan.blob_url), plan.home / "cache" / "adapters", plan.model.adapter_cache_bytes
+            ObstoreBlobs.from_url(plan.blob_url), plan.adapter_cache, plan.model.adapter_cache_bytes
         )
         module, _, name = plan.engine.partition(":")
         self._engine: Engine = getattr(import_module(module), name)(engine_config(plan, prepared.path), source)
@@ -128,4 +139,15 @@ def engine_config(plan: ReplicaPlan, path: Path) -> EngineConfig:
     model = plan.model
     shared: dict[str, Any] = {name: getattr(model, name) for name in _ENGINE_FIELDS}
     threads = model.engine_threads or len(os.sched_getaffinity(0))
-    return EngineConfig(model_path=str(path), model_id=plan.model_id, num_threads=threads, **shared)
+    return EngineConfig(
+        model_path=str(path),
+        model_id=plan.model_id,
+        num_threads=threads,
+        scratch_dir=str(plan.adapter_cache),  # one file system with the cache: adapters are hard-linked
+        **shared,
+    )
+
+
+def on_its_cores(model: ModelSettings) -> ModelSettings:
+    """As many threads as cores that Ray sets aside: a node of a cluster is shared."""
+    return model.model_copy(update={"engine_threads": model.engine_threads or max(1, math.ceil(model.engine_cpus))})

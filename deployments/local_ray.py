@@ -29,6 +29,7 @@ def prepare_ray_environment() -> None:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
         },
         defaults={
             "RAY_SERVE_LOG_TO_STDERR": "0",

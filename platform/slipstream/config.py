@@ -58,15 +58,24 @@ class ModelDefaults(BaseModel):
     engine_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each engine replica.")
     engine_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each engine replica.")
     engine_threads: Count | None = Field(
-        None, description="Torch threads of an engine replica; empty = all cores of the machine."
+        None,
+        description="Torch threads of an engine replica; empty = all cores, on a cluster as many as `engine_cpus`.",
+    )
+    max_model_len: Count | None = Field(
+        None, description="Longest prompt and answer together, in tokens; empty = the model's own context window."
     )
     max_batched_tokens: Count = Field(512, description="Tokens of one engine step: decodes, drafts and prefill chunks.")
     max_num_seqs: Count = Field(64, description="Sequences that run at once in a replica.")
     max_waiting: Count = Field(256, description="Requests that wait in a replica; more are answered 429.")
     kv_cache_bytes: int = Field(GIB, ge=1 << 20, description="Bytes of a replica's KV cache.")
     block_size: Count = Field(16, description="Tokens of one KV block.")
+    prefix_caching: bool = Field(True, description="Keep the KV blocks of prompts for requests that begin alike.")
+    max_draft: int = Field(8, ge=0, le=8, description="Longest draft, whatever an adapter's number of streams.")
     adapter_slots: Count = Field(32, description="Adapters held on the device at once.")
     host_adapter_bytes: int = Field(2 * GIB, ge=1 << 20, description="Bytes of adapters held in host memory.")
+    adapter_fetch_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds until an adapter that is being fetched is given up."
+    )
     adapter_cache_bytes: int = Field(8 * GIB, ge=1 << 20, description="Bytes of downloaded adapters kept on disk.")
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from adapter_registry.records import AdapterDraft, AdapterVersion, canonical_manifest, check_name
 from adapter_registry.store import BlobStore, Store
 from slipstream.adapters.validate import InspectedAdapter, inspect_adapter
-from slipstream.errors import Conflict
 from slipstream.protocol import BaseModelSpec
 
+log = logging.getLogger("slipstream.publishing")
 T = TypeVar("T")
 
 
@@ -44,8 +45,6 @@ async def publish_folder(
     """
     check_name(name)
     check_name(tenant, "tenant")
-    if name in (base.id, base.id.rpartition("/")[2]):
-        raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
     found = await run_to_end(lambda: inspect_adapter(folder, base))
     draft = _draft(found, name, tenant, created_by)
     await store.claim_blobs(tenant, draft.blob_sha256s)
@@ -53,6 +52,32 @@ async def publish_folder(
         await blobs.put_file(tenant, entry.sha256, folder / entry.path)
     await blobs.put_bytes(tenant, draft.digest.removeprefix("sha256:"), canonical_manifest(draft.files))
     return await store.publish(draft)
+
+
+async def sweep_blobs(store: Store, blobs: BlobStore, older_than_s: float) -> int:
+    """Delete every tenant's blobs that nothing has referred to for `older_than_s`; returns how many.
+
+    Several gateways may do this at once. What a sweep that fails half-way has marked, a later one takes over.
+    """
+    swept = 0
+    for tenant in await store.tenants():
+        while found := await store.begin_sweep(tenant, older_than_s):
+            for sha256 in found:
+                await blobs.delete(tenant, sha256)
+            await store.end_sweep(tenant, found)
+            swept += len(found)
+    return swept
+
+
+async def keep_sweeping(store: Store, blobs: BlobStore, *, every_s: float, older_than_s: float) -> NoReturn:
+    """Sweep now and then, until cancelled."""
+    while True:
+        try:
+            swept = await sweep_blobs(store, blobs, older_than_s)
+            log.info("swept %d blobs", swept)
+        except Exception as error:  # a task's top loop: nobody else would hear of it, and the next sweep may succeed
+            log.warning("sweeping blobs failed: %s: %s", type(error).__name__, error)
+        await asyncio.sleep(every_s)
 
 
 def _draft(found: InspectedAdapter, name: str, tenant: str, created_by: str) -> AdapterDraft:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest_asyncio
 from support.tiny_model import NoAdapters, tiny_engine_config
 
 from slipstream.engine.service import EngineService
-from slipstream.errors import ClientError, ContextOverflow
+from slipstream.errors import ClientError, ContextOverflow, InvalidRequest, Overloaded
 from slipstream.protocol import (
     ChatMessage,
     EngineClient,
@@ -44,6 +44,23 @@ async def real_engine() -> AsyncIterator[EngineClient]:
     """The engine itself, in this process, over a tiny random model."""
     with tempfile.TemporaryDirectory() as folder:
         engine = EngineService(tiny_engine_config(Path(folder)), NoAdapters())
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+def small_fake_engine() -> AbstractAsyncContextManager[EngineClient]:
+    """Takes two choices at a time."""
+    return nullcontext(FakeEngine(step_delay_s=0.001, capacity=2))
+
+
+@asynccontextmanager
+async def small_real_engine() -> AsyncIterator[EngineClient]:
+    """Takes two choices at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = EngineService(tiny_engine_config(Path(folder), max_num_seqs=1, max_waiting=1), NoAdapters())
         await engine.start()
         try:
             yield engine
@@ -220,3 +237,15 @@ async def test_the_description_is_plain_data(engine_client: EngineClient) -> Non
     spec = await engine_client.describe()
     assert json.loads(json.dumps(dataclasses.asdict(spec)))["id"] == spec.id
     assert spec.base_digest.startswith("sha256:")
+
+
+@pytest.mark.parametrize("small_engine", [small_fake_engine, small_real_engine])
+async def test_only_what_could_fit_later_is_overload(small_engine: EngineFactory) -> None:
+    async with small_engine() as engine:
+        with pytest.raises(InvalidRequest):
+            await run(engine, asked(n=3))
+        first = engine.generate(asked("r1", n=1, max_tokens=40))
+        await anext(first)
+        with pytest.raises(Overloaded):
+            await run(engine, asked("r2", n=2))
+        await first.aclose()

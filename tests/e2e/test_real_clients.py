@@ -158,3 +158,12 @@ async def test_tenants_cannot_see_each_other(published: Running) -> None:
         same = [r.json()["error"]["message"].replace("snipz", "snips") for r in (other, unknown)]
         assert same[0] == same[1]
         assert (await client.get("/v1/adapters", headers=acme)).json()["data"] == []
+
+
+def test_one_request_id_per_response(published: Running) -> None:
+    with published.client() as client:
+        for path in ("/healthz", "/v1/models", "/nowhere"):
+            assert client.get(path, headers={"x-request-id": "mine-1"}).headers.get_list("x-request-id") == ["mine-1"]
+            for headers in ({}, {"x-request-id": "two words"}, {"x-request-id": "x" * 129}):
+                (given,) = client.get(path, headers=headers).headers.get_list("x-request-id")
+                assert given not in headers.values()

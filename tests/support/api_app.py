@@ -41,6 +41,11 @@ class FlakyStore(MemoryStore):
         self._fail()
         return await super().list(tenant)
 
+    async def tenants(self) -> Any:
+        """As the store, unless it is away."""
+        self._fail()
+        return await super().tenants()
+
     async def ping(self) -> None:
         """As the store, unless it is away."""
         self._fail()

@@ -33,6 +33,7 @@ with warnings.catch_warnings():
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "k8s" / "base"
 KUBERNETES = "1.34"
+PROXY_HOOK = {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": "deployments.proxy:middlewares"}
 MANIFESTS = sorted([*BASE.glob("*.yaml"), *(ROOT / "k8s" / "examples").glob("*.yaml")])
 
 
@@ -220,7 +221,10 @@ def test_secrets_come_from_the_secret_only() -> None:
         for container in pod["spec"]["containers"]:
             names = {variable["name"] for variable in container["env"]}
             assert {"SLIPSTREAM_REDIS_URL", "SLIPSTREAM_ADMIN_KEY"} <= names
+            assert PROXY_HOOK in container["env"]
             for variable in container["env"]:
+                if variable == PROXY_HOOK:
+                    continue
                 reference = variable["valueFrom"]["secretKeyRef"]
                 assert reference["name"] == secret["metadata"]["name"]
                 assert reference["key"] in secret["stringData"]

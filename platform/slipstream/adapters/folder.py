@@ -69,12 +69,17 @@ def _check_entry(name: str, status: os.stat_result) -> int:
     if ".." in name or not _NAME.fullmatch(name):
         advice = "Use letters, digits, '.', '_' and '-', and no '..'"
         reject(Rule.BAD_FILE_NAME, f"{show(name)} is not a safe file name. {advice}.", show(name))
-    if stat.S_ISDIR(status.st_mode):
-        reject(Rule.NESTED_FOLDER, f"{name} is a folder. Publish one flat folder, such as one checkpoint.", name)
-    if not stat.S_ISREG(status.st_mode):
-        reject(Rule.SYMLINK, f"{name} is a link or a special file. Replace it by the file itself.", name)
+    check_is_file(name, status.st_mode)
     _check_kind(name, status.st_size)
     return status.st_size
+
+
+def check_is_file(name: str, mode: int) -> None:
+    """Raise `AdapterRejected` for folders, links and special files; `mode` is `lstat`'s."""
+    if stat.S_ISDIR(mode):
+        reject(Rule.NESTED_FOLDER, f"{name} is a folder. Publish one flat folder, such as one checkpoint.", name)
+    if not stat.S_ISREG(mode):
+        reject(Rule.SYMLINK, f"{name} is a link or a special file. Replace it by the file itself.", name)
 
 
 def _check_kind(name: str, size: int) -> None:

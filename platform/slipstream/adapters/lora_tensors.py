@@ -36,7 +36,7 @@ def check_lora(tensors: Mapping[str, TensorInfo], config: PeftConfig, base: Base
 
 def missing_targets(modules: Mapping[str, int], config: PeftConfig) -> tuple[str, ...]:
     """The entries of `target_modules` that no adapted module answers to."""
-    names = config.target_modules or ()
+    names = config.target_modules if isinstance(config.target_modules, tuple) else ()
     return tuple(name for name in names if not any(p == name or p.endswith(f".{name}") for p in modules))
 
 

@@ -24,7 +24,13 @@ Patterns = tuple[tuple[re.Pattern[str], V], ...]
 def compile_patterns(table: Mapping[str, V], field: str, file: str) -> Patterns[V]:
     """Compile PEFT's `{pattern: value}`, order kept. Raises `AdapterRejected` for invalid or costly patterns."""
     _check_cost(table, field, file)
-    return tuple((_compile(key, field, file), value) for key, value in table.items())
+    return tuple((_compile(rf"(.*\.)?({key})$", key, field, file), value) for key, value in table.items())
+
+
+def compile_whole(pattern: str, field: str, file: str) -> re.Pattern[str]:
+    """Compile a pattern for whole paths, as PEFT's `target_modules` has it. Raises `AdapterRejected` like the above."""
+    _check_cost([pattern], field, file)
+    return _compile(pattern, pattern, field, file)
 
 
 def first_match(patterns: Patterns[V], path: str, default: V) -> V:
@@ -37,11 +43,11 @@ def is_ambiguous(patterns: Patterns[V], path: str) -> bool:
     return len({value for pattern, value in patterns if pattern.match(path)}) > 1
 
 
-def _compile(key: str, field: str, file: str) -> re.Pattern[str]:
+def _compile(pattern: str, key: str, field: str, file: str) -> re.Pattern[str]:
     try:
-        return re.compile(rf"(.*\.)?({key})$")
+        return re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
-        reject(Rule.UNSAFE_PATTERN, f"{file}: the {field} key {show(key)} is not a valid regular expression.", file)
+        reject(Rule.UNSAFE_PATTERN, f"{file}: the {field} pattern {show(key)} is not a valid regular expression.", file)
 
 
 def _check_cost(keys: Iterable[str], field: str, file: str) -> None:
@@ -51,7 +57,9 @@ def _check_cost(keys: Iterable[str], field: str, file: str) -> None:
         total += MAX_COST + 1 if cost is None else cost
         if total > MAX_COST or count > MAX_PATTERNS:
             advice = "Write the module paths out, or use one plain `.*` and no nested repetition"
-            reject(Rule.UNSAFE_PATTERN, f"{file}: the {field} key {show(key)} is too costly to match. {advice}.", file)
+            reject(
+                Rule.UNSAFE_PATTERN, f"{file}: the {field} pattern {show(key)} is too costly to match. {advice}.", file
+            )
 
 
 def _cost(key: str) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from slipstream.adapters.json_file import read_object
-from slipstream.adapters.patterns import Patterns, compile_patterns, first_match, is_ambiguous
+from slipstream.adapters.patterns import Patterns, compile_patterns, compile_whole, first_match, is_ambiguous
 from slipstream.adapters.rejection import Rule, reject, show
 
 PEFT_CONFIG = "adapter_config.json"
@@ -80,7 +80,7 @@ class PeftConfig:
     dora: bool
     rank_pattern: Patterns[int]
     alpha_pattern: Patterns[float]
-    target_modules: tuple[str, ...] | None  # None: a regular expression or "all-linear"; the tensors tell
+    target_modules: tuple[str, ...] | re.Pattern[str] | None  # None: "all-linear", or not said; the tensors tell
     layers: frozenset[int] | None  # None: all
     unknown_keys: tuple[str, ...]  # set to something, and not an option of PEFT 0.21
 
@@ -102,6 +102,8 @@ class PeftConfig:
     def targets(self, path: str) -> bool:
         """Whether PEFT would put a LoRA on `path`; True where only the tensors can tell."""
         names = self.target_modules
+        if isinstance(names, re.Pattern):  # PEFT allows no layers_to_transform beside it
+            return names.fullmatch(path) is not None
         if names is not None and not any(path == name or path.endswith(f".{name}") for name in names):
             return False
         if names is None or self.layers is None:
@@ -193,10 +195,12 @@ def _table(raw: Mapping[str, object], field: str) -> dict[str, object]:
     return value
 
 
-def _targets(raw: Mapping[str, object]) -> tuple[str, ...] | None:
+def _targets(raw: Mapping[str, object]) -> tuple[str, ...] | re.Pattern[str] | None:
     value = raw.get("target_modules")
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and value.lower() == "all-linear"):
         return None
+    if isinstance(value, str):
+        return compile_whole(value, "target_modules", PEFT_CONFIG)
     if not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         _bad("target_modules", value, "a list of module names or a string")
     if len(value) > MAX_TARGETS:

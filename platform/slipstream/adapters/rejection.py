@@ -63,7 +63,10 @@ class Rule(StrEnum):
         "base_changing_init",
         "PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA, saved unconverted: they change the base weights.",
     )
-    UNSAFE_PATTERN = "unsafe_pattern", "A rank or alpha pattern that is no valid or no cheap regular expression."
+    UNSAFE_PATTERN = (
+        "unsafe_pattern",
+        "A rank, alpha or target pattern that is no valid or no cheap regular expression.",
+    )
     # LoRA tensors
     NO_LORA_TENSORS = "no_lora_tensors", "`adapter_model.safetensors` holds no LoRA pair."
     ADAPTER_NAME_IN_KEY = (

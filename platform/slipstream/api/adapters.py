@@ -15,7 +15,7 @@ from slipstream.api.connection import while_connected
 from slipstream.api.runtime import RuntimeDep
 from slipstream.api.sse import Json
 from slipstream.api.uploads import receive_upload
-from slipstream.errors import Conflict, InvalidRequest
+from slipstream.errors import Conflict
 from slipstream.publishing import publish_folder
 
 router = APIRouter(tags=["Adapters"])
@@ -34,6 +34,10 @@ _UPLOAD_FORM: dict[str, Any] = {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
                             "description": "The files of the adapter's folder, each under its own name.",
+                        },
+                        "base": {
+                            "type": "string",
+                            "description": "The base model it is for; needed where several are served.",
                         },
                     },
                 }
@@ -60,16 +64,12 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
         name = check_name(upload.fields["name"])
         if runtime.catalog.is_base_name(name):
             raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
-        bases = await runtime.catalog.bases()
-        if len(bases) != 1:
-            raise InvalidRequest(
-                "This server has several base models; publishing needs to know which. Not supported yet."
-            )
+        base = await runtime.catalog.base(upload.fields.get("base"))
         publishing = publish_folder(
             upload.folder,
             name,
             tenant,
-            bases[0].spec,
+            base.spec,
             store=services.store,
             blobs=services.blobs,
             created_by=caller.key_id,
@@ -103,7 +103,7 @@ async def get_version(name: str, version: VersionNumber, caller: CallerDep, runt
     summary = await runtime.services.store.get(caller.acting_tenant(), check_name(name))
     found = next((each for each in summary.versions if each.version == version), None)
     if found is None:
-        raise NotPublished(f"There is no version {version} of '{name}'.")
+        raise _no_version(name, version)
     return _version_body(found)
 
 
@@ -116,7 +116,11 @@ async def delete_version(name: str, version: VersionNumber, caller: CallerDep, r
 @router.put("/v1/adapters/{name}/aliases/{alias}")
 async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Point an alias at a version; `prod` is what the plain name means."""
-    await runtime.services.store.set_alias(caller.acting_tenant(), check_name(name), check_alias(alias), body.version)
+    tenant, store = caller.acting_tenant(), runtime.services.store
+    try:
+        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version)
+    except NotPublished:
+        raise _no_version(name, body.version) from None
     return {"object": "adapter.alias", "name": name, "alias": alias, "version": body.version}
 
 
@@ -131,6 +135,10 @@ async def _delete(runtime: RuntimeDep, tenant: str, name: str, version: int | No
     removed = await runtime.services.store.delete(tenant, name, version)
     runtime.catalog.forget(tenant, name)
     return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
+
+
+def _no_version(name: str, version: int) -> NotPublished:
+    return NotPublished(f"There is no version {version} of '{name}'.")
 
 
 def _version_body(version: AdapterVersion) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from slipstream.api.metrics import HttpMetrics
 from slipstream.api.runtime import build_runtime
 from slipstream.api.services import ApiServices
 from slipstream.api.uploads import prepare_upload_dir
+from slipstream.publishing import keep_sweeping
 
 _DESCRIPTION = """Many tenants' Turbo LoRA adapters on one shared base model, behind OpenAI's API.
 
@@ -27,7 +29,16 @@ def create_app(services: ApiServices) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         prepare_upload_dir(services.upload_dir)
-        yield
+        sweeping = asyncio.create_task(
+            keep_sweeping(
+                services.store, services.blobs, every_s=services.sweep_every_s, older_than_s=services.sweep_grace_s
+            )
+        )
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            await asyncio.wait({sweeping})
 
     def body_limit(method: str, path: str) -> int:
         is_upload = method == "POST" and path.rstrip("/").endswith("/v1/adapters")

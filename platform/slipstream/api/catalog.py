@@ -70,6 +70,15 @@ class Catalog:
         """Every base model."""
         return [Target(base, engine, await self._spec(base)) for base, engine in self._engines.items()]
 
+    async def base(self, name: str | None) -> Target:
+        """The base model called `name`, or the only one. Raises `InvalidRequest` with the choices."""
+        only = next(iter(self._engines)) if len(self._engines) == 1 else None
+        base = only if name is None else self._base_of(name)
+        if base is None:
+            why = "Several base models are served" if name is None else f"No base model '{name}' is served"
+            raise InvalidRequest(f"{why}: send 'base' as one of {', '.join(self._engines)}.", param="base")
+        return Target(base, self._engines[base], await self._spec(base))
+
     def is_base_name(self, name: str) -> bool:
         """Whether `name` would be answered by a base model, so that no adapter can be reached under it."""
         return self._base_of(name) is not None
@@ -102,7 +111,8 @@ class Catalog:
             if version.base_digest == target.spec.base_digest:
                 return Target(target.base_id, target.engine, target.spec, version)
         # A version without a digest was accepted against some base here by its name alone.
-        named = [t for t in bases if version.base_model in (t.base_id, _basename(t.base_id))] or bases
+        wanted = _basename(version.base_model).lower()
+        named = [t for t in bases if wanted == _basename(t.base_id).lower()] or bases
         if version.base_digest is None and len(named) == 1:
             return Target(named[0].base_id, named[0].engine, named[0].spec, version)
         raise NotFound(

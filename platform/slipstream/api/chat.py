@@ -15,7 +15,7 @@ from slipstream.api.answers import LOWEST_LOGPROB, Reply, usage_body
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.errors import request_id_of
-from slipstream.api.fields import SamplingFields, refused
+from slipstream.api.fields import SamplingFields, Text, refused
 from slipstream.api.generation import Generation
 from slipstream.api.runtime import RuntimeDep
 from slipstream.api.sse import EventStream, Json
@@ -43,7 +43,7 @@ class TextPart(BaseModel):
     text: str
 
 
-Content = Annotated[str, BeforeValidator(_flatten, json_schema_input_type=str | list[TextPart])]
+Content = Annotated[Text, BeforeValidator(_flatten, json_schema_input_type=str | list[TextPart])]
 
 
 class Message(BaseModel):
@@ -53,7 +53,7 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    name: str | None = None  # no chat template here knows names; ignored, as other servers do
+    name: Text | None = None  # no chat template here knows names; ignored, as other servers do
     refusal: None = None
     audio: None = None
     function_call: None = None

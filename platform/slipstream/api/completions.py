@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +17,7 @@ from slipstream.api.answers import LOWEST_LOGPROB, Reply, usage_body
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.errors import request_id_of
-from slipstream.api.fields import MAX_CHOICES, SamplingFields, TokenId, refused
+from slipstream.api.fields import MAX_CHOICES, SamplingFields, TokenId, is_text, refused
 from slipstream.api.generation import Generation
 from slipstream.api.runtime import RuntimeDep
 from slipstream.api.sse import EventStream, Json
@@ -35,10 +36,8 @@ def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         if not value:
             raise refused("prompt", "'prompt' must not be empty.")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise refused("prompt", "'prompt' holds half of a surrogate pair, which is not text.") from None
+        if not is_text(value):
+            raise refused("prompt", "'prompt' holds half of a surrogate pair, which is not text.")
         return value
     if isinstance(value, list) and value and all(map(_is_token_id, value)):
         return tuple(value)
@@ -100,6 +99,8 @@ class _Shown:
 
     echo: str
     offset: int
+    # Half a character has no text yet: the token that completes it brings all of it.
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
 
 @router.post("/v1/completions")
@@ -167,10 +168,19 @@ def _logprobs(tokens: Sequence[TokenLogprob], state: _Shown) -> Json:
     offsets = []
     for token in tokens:
         offsets.append(state.offset)
-        state.offset += len(token.token)
+        state.offset += len(state.decoder.decode(token.utf8))
     return {
-        "tokens": [token.token for token in tokens],
+        "tokens": [_name(token) for token in tokens],
         "token_logprobs": [max(token.logprob, LOWEST_LOGPROB) for token in tokens],
-        "top_logprobs": [{other.token: max(other.logprob, LOWEST_LOGPROB) for other in token.top} for token in tokens],
+        "top_logprobs": [{_name(other): max(other.logprob, LOWEST_LOGPROB) for other in token.top} for token in tokens],
         "text_offset": offsets,
     }
+
+
+def _name(token: TokenLogprob) -> str:
+    """Its text, or its bytes as OpenAI spells them: parts of characters all look alike as text."""
+    try:
+        token.utf8.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.utf8)
+    return token.token

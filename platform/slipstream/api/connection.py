@@ -23,6 +23,11 @@ T = TypeVar("T")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
+def is_sane_id(offered: str) -> bool:
+    """Whether a client's request id is fit for headers and logs."""
+    return _SANE_ID.fullmatch(offered) is not None
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Run `work`, cancelled as soon as the client goes away (then `ClientGone`). The body has been read already."""
     working = asyncio.ensure_future(work)
@@ -67,7 +72,7 @@ class _Exchange:
         self._app, self._scope, self._receive, self._send = app, scope, receive, send
         self._headers = Headers(scope=scope)
         offered = self._headers.get("x-request-id", "")
-        self._id = offered if _SANE_ID.fullmatch(offered) else f"req-{secrets.token_hex(12)}"
+        self._id = offered if is_sane_id(offered) else f"req-{secrets.token_hex(12)}"
         self._status: int | None = None
         self._received = 0
         self._limit = 0
@@ -111,4 +116,6 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self._id
+        elif self._scope["method"] == "HEAD":  # servers do this too, but not all of them
+            message = {**message, "body": b""}
         await self._send(message)

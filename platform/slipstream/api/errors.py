@@ -165,12 +165,13 @@ def validation_problem(errors: Sequence[Any]) -> Problem:
         return Problem(400, f"The body is not valid JSON (at character {position}).", "invalid_json")
     param = str(context.get("param") or ".".join(str(part) for part in where[1:]))[:_LONGEST_NAME] or None
     if param is None:
-        return Problem(
-            400, "The body must be a JSON object, sent with 'Content-Type: application/json'.", "invalid_request"
-        )
+        is_json = isinstance(first.get("input"), list | str | int | float)
+        hint = "neither a list nor a bare value" if is_json else "sent with 'Content-Type: application/json'"
+        return Problem(400, f"The body must be a JSON object, {hint}.", "invalid_request")
     sentences = {
         "missing": f"The field '{param}' is missing.",
         "extra_forbidden": f"Unknown field '{param}': this server does not have it. See /docs for the fields it has.",
+        "model_attributes_type": f"'{param}' must be a JSON object.",
         "refused": first["msg"],
     }
     return Problem(400, sentences.get(kind, f"'{param}': {first['msg']}."), "invalid_value", param)

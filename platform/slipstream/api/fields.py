@@ -9,7 +9,7 @@ import re
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from slipstream.protocol import SamplingParams, Speculation
@@ -34,6 +34,25 @@ _IGNORED = frozenset(
 def refused(param: str, sentence: str) -> PydanticCustomError:
     """An error of pydantic's that keeps its sentence and names its field."""
     return PydanticCustomError("refused", "{sentence}", {"param": param, "sentence": sentence})
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can say it: JSON's escapes can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(value: str) -> str:
+    if not is_text(value):
+        raise PydanticCustomError("not_text", "holds half of a surrogate pair, which is not text")
+    return value
+
+
+# Every string of a body is one of these, or a length is set for it: pydantic then refuses the same.
+Text = Annotated[str, AfterValidator(_text)]
 
 
 class StreamOptions(BaseModel):

@@ -80,7 +80,8 @@ class Generation:
         self._count_prompts()
 
     async def aclose(self) -> None:
-        """Cancel what still runs; the engine has let go of it when this returns."""
+        """Cancel what still runs. An engine in this process has let go of it when this returns; one behind Ray has been
+        told to, and does so with its next step."""
         pulls, self._pulls = list(self._pulls), {}
         for task in pulls:
             task.cancel()

@@ -28,4 +28,6 @@ class ApiServices:
     probe_timeout_s: float = 2.0  # /readyz and /metrics wait no longer than this for a part
     key_cache_s: float = 5.0  # how long a revoked key may still work at another gateway
     outage_cache_s: float = 300.0  # how long known keys and names go on working while the registry is away
+    sweep_every_s: float = 600.0  # between two looks for blobs that nothing refers to
+    sweep_grace_s: float = 3600.0  # how long such a blob is kept: longer than any upload takes
     clock: Callable[[], float] = time.monotonic

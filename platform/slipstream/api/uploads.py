@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")  # as `FileEntry.path`: flat
+_TEXT_FIELDS = ("name", "base")
 _MAX_FILES = 64
 _MAX_TEXT_BYTES = 256  # of a field that is not a file
 _WRITE_BYTES = 1 << 20  # handed to the disk at a time: one hop to a thread per MiB
@@ -160,9 +161,9 @@ class _Form:
         self._field = options.get(b"name", b"").decode("utf-8", "replace")
         if self._field == "files":
             self._file = (self.folder / self._file_name(options.get(b"filename", b""))).open("xb")
-        elif self._field != "name" or self._field in self.fields:
+        elif self._field not in _TEXT_FIELDS or self._field in self.fields:
             raise InvalidRequest(
-                f"Unexpected form field '{self._field[:80]}': send one 'name' and one 'files' per file.",
+                f"Unexpected form field '{self._field[:80]}': send one 'name', one 'files' per file, and 'base' if need be.",
                 param=self._field[:80],
             )
 

@@ -33,6 +33,9 @@ def push(
     folder: Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.", show_default=False)],
     *,
     name: Annotated[str, typer.Option("--name", help="The name that requests use as `model`.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Its base model, where the server has several.", show_default=False)
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     tenant: TenantOption = None,
@@ -48,7 +51,11 @@ def push(
     async def work(client: SlipstreamClient) -> tuple[dict[str, Any], bool]:
         with _upload_bar() as bar:
             task = bar.add_task(name, total=None)
-            return await client.push(folder, name, lambda sent, total: bar.update(task, completed=sent, total=total))
+
+            def show(sent: int, total: int) -> None:
+                bar.update(task, completed=sent, total=total)
+
+            return await client.push(folder, name, show, base=base)
 
     version, is_new = session(context, url, api_key, tenant).run(work)
     if as_json:

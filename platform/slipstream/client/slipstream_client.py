@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import quote
 
 import httpx
 
+from slipstream.adapters.folder import check_is_file
 from slipstream.client.failures import error_of
 from slipstream.errors import InvalidRequest, Unavailable
 
@@ -31,11 +33,11 @@ class SlipstreamClient:
         tenant: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"}
+        headers = {"Authorization": f"Bearer {_visible(api_key, 'API key')}"}
         if tenant is not None:  # only the admin key may name one
-            headers["X-Slipstream-Tenant"] = tenant
+            headers["X-Slipstream-Tenant"] = _visible(tenant, "tenant")
         self._url = _checked_url(url)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, transport=transport)
+        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -49,11 +51,15 @@ class SlipstreamClient:
         """Give the connections back."""
         await self._http.aclose()
 
-    async def push(self, folder: Path, name: str, progress: Progress = lambda sent, total: None) -> tuple[Json, bool]:
+    async def push(
+        self, folder: Path, name: str, progress: Progress = lambda sent, total: None, *, base: str | None = None
+    ) -> tuple[Json, bool]:
         """Publish a folder as a version of `name`; returns the version and whether it is new.
 
-        Sends the folder's own files; hidden ones and sub-folders (training checkpoints) stay here.
+        Hidden files stay here; links and sub-folders (training checkpoints) are refused as the server would refuse them.
+        `base` names the base model where the server has several.
         """
+        fields = {"name": name} if base is None else {"name": name, "base": base}
         paths = adapter_files(folder)
         total, sent = sum(path.stat().st_size for path in paths), 0
 
@@ -65,7 +71,7 @@ class SlipstreamClient:
         with ExitStack() as stack:
             opened = [(path.name, stack.enter_context(_CountedFile(path, count))) for path in paths]
             files = [("files", (name_, file, "application/octet-stream")) for name_, file in opened]
-            response = await self._send("POST", "/v1/adapters", data={"name": name}, files=files)
+            response = await self._send("POST", "/v1/adapters", data=fields, files=files)
         return response.json(), response.status_code == httpx.codes.CREATED
 
     async def list_adapters(self) -> list[Json]:
@@ -104,6 +110,8 @@ class SlipstreamClient:
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **content)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("A name or label holds characters that are not text. Write it anew.") from error
         except httpx.TransportError as error:
             raise Unavailable(f"Cannot reach {self._url}: is the server running, and is this its address?") from error
         if response.is_error:
@@ -112,10 +120,12 @@ class SlipstreamClient:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files that a push sends. Raises `InvalidRequest` when there are none."""
+    """The files that a push sends. Raises `InvalidRequest` when there are none, `AdapterRejected` for what is no file."""
     if not folder.is_dir():
         raise InvalidRequest(f"{folder} is not a folder.", param="folder")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in files:
+        check_is_file(path.name, path.lstat().st_mode)
     if not files:
         raise InvalidRequest(
             f"{folder} holds no files: give the folder that PEFT's save_pretrained wrote.", param="folder"
@@ -130,12 +140,20 @@ def _checked_url(url: str) -> str:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InvalidRequest(f"{url!r} is not a URL of a server, such as http://127.0.0.1:8000.", param="url")
-    return url
+    return url.rstrip("/").removesuffix("/v1")  # as OpenAI's clients want it written
+
+
+def _visible(text: str, what: str) -> str:
+    """Header values that httpx cannot send, or that would be cut or refused on the way."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise InvalidRequest(f"The {what} holds a character that it cannot have, such as a space. Copy it again.")
+    return text
 
 
 def _part(text: str) -> str:
     """One path segment. Dots alone would be resolved away before the request leaves: `..` must stay a refused name."""
-    return quote(text, safe="").replace(".", "%2E") if set(text) <= {"."} else quote(text, safe="")
+    quoted = quote(text, safe="", errors="replace")  # bytes of the command line that are no text: a refused name too
+    return quoted.replace(".", "%2E") if set(text) <= {"."} else quoted
 
 
 class _CountedFile(io.FileIO):

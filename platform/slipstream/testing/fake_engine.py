@@ -52,12 +52,13 @@ class FakeEngine(EngineClient):
     ) -> None:
         self.spec = spec
         self.step_delay_s = step_delay_s
-        self.capacity = capacity  # requests at a time; None = any number
+        self.capacity = capacity  # choices at a time; None = any number
         self.refusal: Exception | None = None  # raised by the first step of every request
         self.outage: Exception | None = None  # raised by `describe` and `stats`
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []  # ids of the requests that were closed before their end
         self.running: set[str] = set()
+        self._open = 0  # choices of what runs
         self._answers: deque[FakeAnswer] = deque()
         self._totals = {"steps": 0, "prompt": 0, "completion": 0, "drafted": 0, "accepted": 0}
 
@@ -100,6 +101,7 @@ class FakeEngine(EngineClient):
             for index in range(request.params.n)
         ]
         self.running.add(request.request_id)
+        self._open += request.params.n
         try:
             while any(not choice.done for choice in choices):
                 await asyncio.sleep(self.step_delay_s)
@@ -113,12 +115,15 @@ class FakeEngine(EngineClient):
             raise
         finally:
             self.running.discard(request.request_id)
+            self._open -= request.params.n
 
     def _admit(self, request: GenerateRequest) -> int:
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
-        if self.capacity is not None and len(self.running) >= self.capacity:
+        if self.capacity and request.params.n > self.capacity:  # 0: full for ever, for tests of what is full
+            raise InvalidRequest(f"This engine runs {self.capacity} choices at most.", param="n")
+        if self.capacity is not None and self._open + request.params.n > self.capacity:
             raise Overloaded("The engine's queue is full. Try again in a moment.", retry_after_s=2)
         if any(token >= self.spec.vocab_size for token in (*request.params.logit_bias, *(request.token_ids or ()))):
             raise InvalidRequest("A token id is outside the model's vocabulary.")

@@ -269,6 +269,8 @@ CASES: list[tuple[Rule, str, Change, str]] = [
         for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
     ),
     (Rule.UNSAFE_PATTERN, "peft", config(PEFT, rank_pattern={"(": 4}), "regular expression"),
+    (Rule.UNSAFE_PATTERN, "peft", config(PEFT, target_modules="("), "target_modules"),
+    (Rule.UNSAFE_PATTERN, "peft", config(PEFT, target_modules="(.+)+x"), "costly"),
     (Rule.UNSAFE_PATTERN, "peft", config(PEFT, rank_pattern={"(a+)+b": 4}), "costly"),
     (Rule.UNSAFE_PATTERN, "peft", config(PEFT, alpha_pattern={".*.*.*.*x": 4}), "alpha_pattern"),
     (Rule.UNSAFE_PATTERN, "peft", config(PEFT, alpha_pattern={f"a{i}": 4 for i in range(3000)}), "costly"),
@@ -292,6 +294,8 @@ CASES: list[tuple[Rule, str, Change, str]] = [
     (Rule.UNKNOWN_MODULE, "peft", rename(LORA, "layers.0.", "layers.9."), "model.layers.9.self_attn"),
     (Rule.UNKNOWN_MODULE, "peft", rename(LORA, "q_proj", "qkv_proj"), "down_proj"),
     (Rule.NOT_TARGETED, "peft", config(PEFT, target_modules=["q_proj"]), "v_proj"),
+    (Rule.NOT_TARGETED, "peft", config(PEFT, target_modules=r".*\.q_proj"), "v_proj"),
+    (Rule.NOT_TARGETED, "peft", config(PEFT, target_modules="(q|v)_proj"), "q_proj"),  # the whole path must match
     (Rule.NOT_TARGETED, "peft", config(PEFT, layers_to_transform=[0, 1]), "layers.2"),
     (Rule.UNPAIRED_TENSOR, "peft", drop(LORA, f"{Q}.lora_B.weight"), "lora_B"),
     (Rule.UNPAIRED_TENSOR, "peft", drop(LORA, f"{Q}.lora_A.weight"), "lora_A"),

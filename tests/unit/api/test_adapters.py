@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from support.api_app import BASE, ApiWorld, form_files, write_adapter
 
 from slipstream.api.uploads import prepare_upload_dir
-from slipstream.testing import FAKE_BASE
+from slipstream.testing import FAKE_BASE, FakeEngine
 
 STRANGE_FILES = ["../evil", "a/b", "/etc/x", "..", ".hidden", "a\\b", "x" * 300, "", "nul\0", "a b", "é"]
 
@@ -249,3 +250,36 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
 
 def test_the_fake_base_has_the_layer_that_the_adapters_here_change() -> None:
     assert FAKE_BASE.linears["model.layers.0.self_attn.q_proj"] == (8, 8)
+
+
+async def test_an_alias_for_a_version_that_is_not_there(http: httpx.AsyncClient, world: ApiWorld) -> None:
+    await world.publish("sql")
+    for name, version in (("sql", 9), ("nobody", 1)):
+        answer = await http.put(f"/v1/adapters/{name}/aliases/prod", json={"version": version})
+        assert refusal(answer, 404)["message"] == f"There is no version {version} of '{name}'."
+
+
+OTHER = replace(FAKE_BASE, id="fake/other-2b", base_digest="sha256:" + "2" * 64)
+
+
+@pytest.mark.parametrize("base", ["fake/other-2b", "other-2b"])
+async def test_with_several_base_models_one_is_named(world: ApiWorld, tmp_path: Path, base: str) -> None:
+    other = FakeEngine(OTHER)
+    world.rebuild(engines={BASE: world.engine, OTHER.id: other})
+    folder = write_adapter(tmp_path / "lora", base="elsewhere/Other-2B")
+    async with world.client(await world.key()) as http:
+        files = form_files(folder)
+        for fields in ({"name": "sql"}, {"name": "sql", "base": "third"}):
+            error = refusal(await http.post("/v1/adapters", data=fields, files=files))
+            assert error["param"] == "base"
+            assert f"{BASE}, {OTHER.id}" in error["message"]
+        wrong = await http.post("/v1/adapters", data={"name": "sql", "base": BASE}, files=files)
+        assert refusal(wrong)["code"] == "base_mismatch"
+        assert (await http.post("/v1/adapters", data={"name": "sql", "base": base}, files=files)).status_code == 201
+        assert (await http.post("/v1/completions", json={"model": "sql", "prompt": "x"})).status_code == 200
+    assert len(other.requests) == 1
+
+
+@pytest.mark.parametrize("name", ["base-1b"])
+async def test_a_base_models_name_is_taken(http: httpx.AsyncClient, folder: Path, name: str) -> None:
+    assert "base model's own name" in refusal(await push(http, folder, name), 409)["message"]

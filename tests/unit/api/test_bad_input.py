@@ -321,3 +321,45 @@ async def test_unknown_routes_and_methods(http: httpx.AsyncClient) -> None:
     response = await http.get(CHAT)
     assert problem(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": HALF}]}, "messages.0.content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "messages.0.content"),
+        (CHAT, {"messages": [{"role": "user", "content": "hi", "name": HALF}]}, "messages.0.name"),
+        (CHAT, {"messages": HELLO, "stop": HALF}, "stop.0"),
+        (CHAT, {"messages": HELLO, "model": HALF}, "model"),
+        (TEXT, {"prompt": ["x", HALF]}, "prompt"),
+        ("/v1/keys", {"tenant": "acme", "label": HALF}, "label"),
+        ("/v1/keys", {"tenant": HALF}, "tenant"),
+    ],
+)
+async def test_half_a_surrogate_pair_is_no_text(
+    http: httpx.AsyncClient, world: ApiWorld, path: str, body: dict[str, Any], param: str
+) -> None:
+    sent = json.dumps(body if path == "/v1/keys" else {"model": BASE, **body})
+    error = problem(await http.post(path, content=sent, headers={"content-type": "application/json"}))
+    assert (error["code"], error["param"]) == ("invalid_value", param)
+    assert world.engine.requests == []
+
+
+@pytest.mark.parametrize("body", [[], [1], "text", 3])
+async def test_a_body_that_is_no_object(http: httpx.AsyncClient, body: Any) -> None:
+    message = problem(await http.post(CHAT, json=body))["message"]
+    assert message == "The body must be a JSON object, neither a list nor a bare value."
+
+
+async def test_a_message_that_is_no_object(http: httpx.AsyncClient) -> None:
+    error = problem(await http.post(CHAT, json={"model": BASE, "messages": [[]]}))
+    assert error["message"] == "'messages.0' must be a JSON object."
+
+
+async def test_more_choices_than_ever_fit_are_no_overload(http: httpx.AsyncClient, world: ApiWorld) -> None:
+    world.engine.capacity = 2
+    assert problem(await http.post(TEXT, json={"model": BASE, "prompt": "x", "n": 3}))["param"] == "n"
+    assert (await http.post(TEXT, json={"model": BASE, "prompt": "x", "n": 2})).status_code == 200

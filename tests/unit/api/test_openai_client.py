@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import openai as openai_package
 import pytest
 from openai import AsyncOpenAI
 from support.api_app import BASE, ApiWorld
 
+from slipstream.api.completions import _logprobs, _Shown
+from slipstream.protocol import TokenLogprob
 from slipstream.testing import FAKE_BASE, FakeAnswer
 
 
@@ -295,3 +299,12 @@ async def test_a_stream_that_breaks_raises_in_the_client(openai: AsyncOpenAI, wo
     assert (await anext(stream)).choices[0].text == "a"
     with pytest.raises(openai_package.APIError, match="on our side"):
         await anext(stream)
+
+
+def test_parts_of_characters_keep_apart_and_have_no_text_yet() -> None:
+    first, second = (TokenLogprob("\ufffd", number, -1.0, part) for number, part in enumerate((b"\xc3", b"\xa9")))
+    after = TokenLogprob("!", 3, -1.0, b"!")
+    scores = _logprobs([replace(first, top=(first, second)), second, after], _Shown("", 5))
+    assert scores["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert scores["top_logprobs"][0] == {"bytes:\\xc3": -1.0, "bytes:\\xa9": -1.0}
+    assert scores["text_offset"] == [5, 5, 6]

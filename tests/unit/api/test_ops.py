@@ -9,7 +9,10 @@ import pytest
 from support.api_app import BASE, ApiWorld
 
 from adapter_registry.errors import StoreUnavailable
-from slipstream.errors import Unavailable
+from adapter_registry.keys import hash_key
+from slipstream.errors import EngineFailed, Unavailable
+from slipstream.protocol import EngineStats
+from slipstream.testing import FakeEngine
 
 
 async def test_ready_when_everything_answers(http: httpx.AsyncClient) -> None:
@@ -82,3 +85,43 @@ async def test_two_requests_with_one_id_stay_apart(world: ApiWorld, http: httpx.
     await asyncio.gather(*(http.post("/v1/completions", json=body, headers=headers) for _ in range(2)))
     first, second = (request.request_id for request in world.engine.requests)
     assert first != second
+
+
+async def test_a_dead_step_loop_is_not_ready(world: ApiWorld) -> None:
+    class Dead(FakeEngine):
+        async def stats(self) -> EngineStats:
+            raise EngineFailed("the step loop died")
+
+    world.engine = Dead()
+    world.rebuild(engines={BASE: world.engine})
+    async with world.client(None) as client:
+        response = await client.get("/readyz")
+    assert (response.status_code, response.json()["missing"]) == (503, [BASE])
+
+
+async def test_probes_may_ask_for_the_head_only(world: ApiWorld) -> None:
+    async with world.client(None) as client:
+        for path in ("/healthz", "/readyz"):
+            head, get = await client.head(path), await client.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == get.headers["content-length"]
+        world.store.outage = StoreUnavailable("away")
+        assert (await client.head("/readyz")).status_code == 503
+
+
+async def test_blobs_are_swept_while_the_application_lives(world: ApiWorld) -> None:
+    await world.publish("sql", content="a")
+    sha = hash_key("a")
+    world.blobs.content["demo", sha] = b"a"
+    await world.store.delete("demo", "sql")
+    world.store.outage = StoreUnavailable("away")
+    world.rebuild(sweep_every_s=0.01, sweep_grace_s=0)
+    before = asyncio.all_tasks()
+    async with world.app.router.lifespan_context(world.app):
+        await asyncio.sleep(0.05)
+        assert await world.blobs.exists("demo", sha)
+        world.store.outage = None
+        async with asyncio.timeout(10):
+            while await world.blobs.exists("demo", sha):
+                await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() == before

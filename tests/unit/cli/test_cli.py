@@ -65,10 +65,26 @@ def test_json_for_scripts(shell: Shell, folder: Path) -> None:
     assert json.loads(shell("adapters", "rm", "sql", "--json").stdout)["versions"] == [1]
 
 
-def test_hidden_files_and_folders_stay_here(shell: Shell, folder: Path) -> None:
+def test_hidden_files_stay_here(shell: Shell, folder: Path) -> None:
     (folder / ".gitattributes").write_text("x")
-    (folder / "checkpoint-10").mkdir()
+    (folder / ".cache").mkdir()
     assert shell("adapters", "push", str(folder), "--name", "sql").exit_code == 0
+
+
+def test_folders_and_links_are_refused_by_name(shell: Shell, folder: Path) -> None:
+    (folder / "checkpoint-10").mkdir()
+    assert "checkpoint-10 is a folder" in shell("adapters", "push", str(folder), "--name", "sql").stderr
+    (folder / "checkpoint-10").rmdir()
+    (folder / "README.md").symlink_to(folder / "adapter_config.json")
+    result = shell("adapters", "push", str(folder), "--name", "sql")
+    assert result.exit_code == 1
+    assert "README.md is a link" in result.stderr
+
+
+def test_the_base_can_be_named(shell: Shell, folder: Path) -> None:
+    assert shell("adapters", "push", str(folder), "--name", "sql", "--base", "base-1b").exit_code == 0
+    refused = shell("adapters", "push", str(folder), "--name", "sql", "--base", "other")
+    assert "No base model 'other'" in refused.stderr
 
 
 def test_the_admin_acts_for_a_tenant(shell: Shell, folder: Path) -> None:
@@ -104,6 +120,11 @@ def test_keys(shell: Shell) -> None:
         (("keys", "create", "--tenant", "x"), "admin key"),
         (("adapters", "list", "--api-key", "wrong"), "unknown or has been revoked"),
         (("adapters", "list", "--api-key", ""), "No key"),
+        (("adapters", "list", "--api-key", "sk-slip-…"), "API key holds a character"),
+        (("adapters", "list", "--api-key", "sk\n"), "API key holds a character"),
+        (("adapters", "list", "--as-tenant", "é"), "tenant holds a character"),
+        (("adapters", "show", "\udcff"), "not a valid adapter name"),
+        (("keys", "create", "--tenant", "x", "--label", "\udcff"), "not text"),
     ],
 )
 def test_refusals_are_a_sentence_and_exit_1(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

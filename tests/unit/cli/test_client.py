@@ -88,6 +88,19 @@ async def test_a_proxys_page_is_an_error_too(body: Any) -> None:
         await answering(502, body).list_adapters()
 
 
+@pytest.mark.parametrize("url", ["http://test", "http://test/", "http://test/v1", "http://test/v1/"])
+async def test_the_address_may_be_openais(url: str) -> None:
+    asked: list[str] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json={"data": []})
+
+    async with SlipstreamClient(url, "key", transport=httpx.MockTransport(note)) as client:
+        await client.list_adapters()
+    assert asked == ["http://test/v1/adapters"]
+
+
 async def test_names_stay_one_path_segment() -> None:
     asked: list[str] = []
 

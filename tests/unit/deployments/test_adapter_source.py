@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapter_registry.records import FileEntry, canonical_manifest
-from deployments.adapter_source import BlobAdapterSource, evict
+from deployments.adapter_source import BlobAdapterSource, evict, remove_abandoned
 from slipstream.errors import AdapterUnavailable
 from slipstream.protocol import AdapterRef
 from slipstream.testing import MemoryBlobs
@@ -134,3 +134,14 @@ async def test_stays_within_its_bytes_and_drops_the_least_recently_used(tmp_path
 def test_evicting_an_empty_cache_is_nothing(tmp_path: Path) -> None:
     evict(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    for name in (".scratch-old", ".scratch-new", "acme"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in (".scratch-old", "acme"):
+        os.utime(tmp_path / name, (0, 0))
+    remove_abandoned(tmp_path)
+    remove_abandoned(tmp_path / "not-there-yet")
+    assert {path.name for path in tmp_path.iterdir()} == {".scratch-new", "acme"}
