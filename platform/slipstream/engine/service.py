@@ -10,11 +10,12 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ from slipstream.protocol import (
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
 MIN_CONTEXT = 2048  # a KV cache that holds less than this, or than the model's context, is a mistake
@@ -99,15 +101,17 @@ class EngineService:
         self._ran = False  # whether the last step computed anything
         self._failure: BaseException | None = None
         self._fetches: set[asyncio.Task[None]] = set()
-        self._thread = threading.Thread(target=self._run, name="slipstream-step", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load the model (seconds) and start stepping."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._load)
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(loaded,), name="slipstream-step", daemon=True)
         self._thread.start()
+        await asyncio.wrap_future(loaded)
 
     async def close(self) -> None:
         """Stop stepping; open calls end with `EngineFailed`."""
@@ -116,7 +120,7 @@ class EngineService:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
     def _load(self) -> None:
@@ -145,7 +149,7 @@ class EngineService:
 
     def check_health(self) -> None:
         """Raises `EngineFailed` when the step loop has died."""
-        if self._failure is not None or not self._thread.is_alive():
+        if self._failure is not None or self._thread is None or not self._thread.is_alive():
             raise EngineFailed("The engine's step loop has stopped; this replica must be replaced.")
 
     # -- EngineClient ---------------------------------------------------------------------------------------------
@@ -223,7 +227,14 @@ class EngineService:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _run(self) -> None:
+    def _run(self, loaded: Future[None]) -> None:
+        """The step thread: it loads the model as well, see docs/decisions/0005."""
+        try:
+            self._load()
+        except Exception as error:  # raised by `start`
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
         try:
             while self._take_commands():
                 outcome = self._core.step()
@@ -327,8 +338,7 @@ class EngineService:
             with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._scratch()) as folder:
                 async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
                     await self._source.fetch(ref, Path(folder))
-                    weights = await asyncio.to_thread(load_adapter, Path(folder))
-                    prepared = await asyncio.to_thread(self._runner.prepare_adapter, weights)
+                    prepared = await _in_own_thread(lambda: self._runner.prepare_adapter(load_adapter(Path(folder))))
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
             log.exception("adapter %s could not be loaded", ref.digest)
             late = isinstance(error, TimeoutError)
@@ -351,6 +361,15 @@ class EngineService:
 
     def _take_victims(self, digest: str) -> list[_Choice]:
         return [self._choices.pop(seq_id) for seq_id in self._core.adapter_failed(digest)]
+
+
+async def _in_own_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread that ends with it: a pooled one would keep its OpenMP team, see docs/decisions/0005."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-adapter")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _put_all(batches: list[tuple[_Call, list[GenerateEvent]]]) -> None:
