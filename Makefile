@@ -15,7 +15,7 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 	@exec $(BIN)/slipstream serve
 
 test: $(VENV)/dev.stamp ## All tests that need no GPU: unit, contract, integration, end to end
-	$(PYTEST) -m "not gpu and not soak" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
 	$(BIN)/ruff format --check .
@@ -27,11 +27,11 @@ fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev.stamp ## Measure, and write benchmarks/README.md's tables
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), http, lossless or drafts, with their options
+	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
-	$(PYTEST) -m soak --timeout 3600 $(ARGS)
+	SLIPSTREAM_FUZZ_EXAMPLES=20000 $(PYTEST) tests/unit/engine/test_scheduler.py --timeout 3600 $(ARGS)
 
 clean: ## Remove the virtual environment and all caches; your data folder stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
