@@ -198,8 +198,9 @@ class ModelRunner:
             ours = self._head(self._forward(batch), batch.slots).float()
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             raise ModelUnsupported(f"{name} cannot run on paged attention: {error}") from error
-        tolerance = (0.02 if self._rescore else 1e-3) * float(reference.abs().max())
-        if float((ours - reference).abs().max()) > tolerance:
+        # Over all logits rather than the worst one: bf16 alone moves single logits of a deep model by several percent.
+        distance = float((ours - reference).norm() / (reference - reference.mean(dim=-1, keepdim=True)).norm())
+        if not distance < (0.1 if self._rescore else 1e-3):
             raise ModelUnsupported(
                 f"{name} does not give transformers' own logits on paged attention: its attention or head does something "
                 "that this engine does not know."
