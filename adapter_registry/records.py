@@ -38,6 +38,7 @@ class AdapterKind(StrEnum):
     LORA = "lora"
     TURBO_LORA = "turbo_lora"
     TURBO = "turbo"  # streams without a LoRA
+    MEDUSA = "medusa"  # streams with LM heads of their own, with or without a LoRA
 
 
 class PromptFormat(StrEnum):
@@ -60,6 +61,13 @@ class FileEntry(Frozen):
     path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,254}$")]  # flat: no folders
     size: Annotated[int, Field(ge=0)]
     sha256: Sha256
+
+
+class SpeculationPolicy(Frozen):
+    """What `"speculation": "auto"` means for a version. Mutable, and no part of its digest."""
+
+    enabled: bool = True
+    reason: Annotated[str, Field(max_length=500)] = ""  # why it is off (or on again), for people
 
 
 def canonical_manifest(files: Iterable[FileEntry]) -> bytes:
@@ -89,6 +97,7 @@ class AdapterDraft(Frozen):
     attachments: tuple[FileEntry, ...] = ()  # cards, curves, pictures: these do not
     warnings: tuple[str, ...] = ()
     created_by: str = ""  # key id
+    speculation: SpeculationPolicy = SpeculationPolicy()  # of a new version; `Store.set_speculation` changes it
 
     @property
     def digest(self) -> str:
@@ -108,7 +117,7 @@ class AdapterDraft(Frozen):
 
 
 class AdapterVersion(AdapterDraft):
-    """One immutable version as the registry keeps it."""
+    """One version as the registry keeps it: immutable, all but its speculation policy."""
 
     version: Annotated[int, Field(ge=1)]
     state: VersionState

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import RedisClusterException, RedisError
 
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
@@ -19,6 +14,7 @@ from adapter_registry.records import (
     AdapterSummary,
     AdapterVersion,
     KeyRecord,
+    SpeculationPolicy,
     VersionSelector,
     VersionState,
     check_alias,
@@ -26,17 +22,16 @@ from adapter_registry.records import (
     check_sha256,
     utc_now,
 )
-from adapter_registry.scripts import SCHEMA_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, load_script, lookup_key
+from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.scripts import SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
 from adapter_registry.store import Store
 
-SCHEMA = "1"
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
 _LIST_BATCH = 100  # adapters read per script, for the same reason
-_QUEUE_WAIT_S = 5.0  # for a free connection
 _CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
 
 
-class RedisStore(Store):
+class RedisStore(RedisConnection, Store):
     """The registry's truth. Build it with `from_url`; one instance serves one event loop."""
 
     def __init__(
@@ -47,14 +42,10 @@ class RedisStore(Store):
         claim_wait_s: float = 10.0,
         sweep_lease_s: float = 900.0,
     ) -> None:
-        self._client = client
-        # One command holds one connection. The cluster client refuses rather than waits when it runs out of them.
-        self._connections = asyncio.Semaphore(max_connections)
+        super().__init__(client, SCRIPTS, max_connections)
         self._claim_wait_s = claim_wait_s
         # Longer than any sweep takes: a sweeper that is merely slow must not meet a publisher who thinks it died.
         self._sweep_lease_s = sweep_lease_s
-        self._scripts = {name: client.register_script(load_script(name)) for name in SCRIPTS}
-        self._schema_checked = False
 
     @classmethod
     def from_url(
@@ -73,20 +64,7 @@ class RedisStore(Store):
         write may safely run twice, which is what a retry after a lost answer does; but a delete whose first try went
         through then finds nothing and raises `NotPublished`.
         """
-        options: dict[str, Any] = {
-            "decode_responses": True,
-            "socket_timeout": timeout_s,
-            "socket_connect_timeout": timeout_s,
-            "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
-            "max_connections": max_connections + 8,  # the cluster client's own look at its nodes comes on top
-            "protocol": 2,  # the scripts' answers are flat arrays; nothing here needs RESP3's handshake
-        }
-        scheme, _, rest = url.partition("://")
-        client: Redis | RedisCluster
-        if scheme.endswith("+cluster"):
-            client = RedisCluster.from_url(f"{scheme.removesuffix('+cluster')}://{rest}", **options)
-        else:
-            client = Redis.from_url(url, **options)
+        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
         return cls(client, max_connections=max_connections, claim_wait_s=claim_wait_s, sweep_lease_s=sweep_lease_s)
 
     async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
@@ -168,6 +146,21 @@ class RedisStore(Store):
         if not await self._command("HDEL", TenantKeys(tenant).adapter(name).aliases, check_alias(alias)):
             raise _not_published(name)
 
+    async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
+        """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
+        key, number = TenantKeys(tenant).adapter(name).versions, str(version)
+        # The new envelope is made here and only swapped in by a script: Lua's JSON would round floats and lose empty
+        # lists. Whoever finds another value than it has read lost against a write that went through, and reads again.
+        while stored := await self._command("HGET", key, number):
+            envelope = json.loads(stored)
+            if envelope["record"]["state"] != VersionState.READY:
+                break
+            envelope["record"]["speculation"] = policy.model_dump(mode="json")
+            changed = json.dumps(envelope, allow_nan=False)
+            if await self._script("replace_version", [key], [number, stored, changed]):
+                return _version(number, changed)
+        raise _not_published(name)
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted; a bounded batch at a time."""
         keys = TenantKeys(tenant)
@@ -217,14 +210,6 @@ class RedisStore(Store):
         await self._command("DEL", lookup_key(KeyRecord.model_validate_json(found).sha256))
         await self._command("HDEL", mine, key_id)
 
-    async def ping(self) -> None:
-        """Raises `StoreUnavailable` when the store does not answer."""
-        await self._command("PING")
-
-    async def close(self) -> None:
-        """Give connections back."""
-        await self._client.aclose()
-
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
         """Those of `names` that have versions."""
         tenant_keys = TenantKeys(tenant)
@@ -240,42 +225,6 @@ class RedisStore(Store):
             for name, (versions, aliases) in zip(names, answer, strict=True)
             if versions
         ]
-
-    async def _script(self, name: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:
-        """Run a script; redis-py sends its text again when the server has forgotten it."""
-        async with self._answering():
-            return await self._scripts[name](keys=keys, args=args)
-
-    async def _command(self, *words: str) -> Any:
-        """Run one command."""
-        async with self._answering():
-            return await self._client.execute_command(*words)
-
-    @asynccontextmanager
-    async def _answering(self) -> AsyncIterator[None]:
-        """The one place where Redis's errors become ours; the cause stays attached for the logs, not for clients."""
-        try:
-            async with asyncio.timeout(_QUEUE_WAIT_S):
-                await self._connections.acquire()
-            try:
-                if not self._schema_checked:
-                    await self._check_schema()
-                yield
-            finally:
-                self._connections.release()
-        except (RedisError, RedisClusterException, OSError) as error:
-            raise StoreUnavailable("The registry cannot be reached or did not answer in time; try again.") from error
-
-    async def _check_schema(self) -> None:
-        """Refuse data that another schema wrote, before a single record of it is read or changed."""
-        await self._client.execute_command("SET", SCHEMA_KEY, SCHEMA, "NX")
-        found = str(await self._client.execute_command("GET", SCHEMA_KEY))
-        if found != SCHEMA:
-            raise StoreUnavailable(
-                f"The registry's data has schema {found[:20]!r} and this Slipstream reads schema {SCHEMA}: "
-                "upgrade Slipstream to the version that wrote it."
-            )
-        self._schema_checked = True
 
 
 def _envelope(draft: AdapterDraft, blobs: Sequence[str]) -> str:

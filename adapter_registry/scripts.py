@@ -13,7 +13,7 @@ from adapter_registry.records import check_name
 PREFIX = "slipstream:"
 SCHEMA_KEY = PREFIX + "schema"
 TENANTS_KEY = PREFIX + "tenants"
-SCRIPTS = ("publish", "resolve", "describe", "delete", "set_alias", "claim", "begin_sweep")
+SCRIPTS = ("publish", "resolve", "describe", "delete", "set_alias", "replace_version", "claim", "begin_sweep")
 
 
 def load_script(name: str) -> str:

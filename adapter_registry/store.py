@@ -14,7 +14,14 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from adapter_registry.records import AdapterDraft, AdapterSummary, AdapterVersion, KeyRecord, VersionSelector
+from adapter_registry.records import (
+    AdapterDraft,
+    AdapterSummary,
+    AdapterVersion,
+    KeyRecord,
+    SpeculationPolicy,
+    VersionSelector,
+)
 
 
 class Store(Protocol):
@@ -27,9 +34,10 @@ class Store(Protocol):
     async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
         """Make a version visible, atomically; returns it and whether it is new.
 
-        An identical digest under the same name returns the existing version. Versions count 1, 2, 3… per name and are
-        never reused, not even after a delete. Raises `BlobMissing` when one of `draft.blob_sha256s` is neither claimed
-        nor in use (never claimed, or the grace period ended and it was swept): claim, put and publish again.
+        An identical digest under the same name returns the existing version, whose speculation policy stays as it is.
+        Versions count 1, 2, 3… per name and are never reused, not even after a delete. Raises `BlobMissing` when one of
+        `draft.blob_sha256s` is neither claimed nor in use (never claimed, or the grace period ended and it was swept):
+        claim, put and publish again.
         """
         ...
 
@@ -59,6 +67,10 @@ class Store(Protocol):
 
     async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
         """Remove an alias. Raises `NotPublished`."""
+        ...
+
+    async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
+        """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
         ...
 
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:

@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.local import LocalEngine, Row
 from benchmarks.report import table
 from benchmarks.workload import TASKS, adapter_folder, model_path, prompt_ids
 from slipstream.adapters.load import load_adapter
+from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.runner import ModelRunner
 from slipstream.protocol import SamplingParams
@@ -29,7 +29,7 @@ def main(count: Annotated[int, typer.Option(help="Prompts of each task.")] = 50)
     """Tokens per step at several temperatures; the texts of both sides are compared as well."""
     torch.set_num_threads(2)
     adapters = {task: load_adapter(adapter_folder(task)) for task in TASKS}
-    engine = LocalEngine(model_path(), "bfloat16", adapters)
+    engine = OfflineEngine(model_path(), "bfloat16", adapters, device="cpu")
     prompts = {task: prompt_ids(task, count) for task in TASKS}
     rows = []
     for task in TASKS:

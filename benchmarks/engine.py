@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.local import LocalEngine, Row
 from benchmarks.report import Series, ratio, table
 from benchmarks.workload import NUM_ADAPTERS, adapter_folder, eight_adapters, model_path, prompt_ids
+from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
@@ -25,7 +25,7 @@ System = Callable[[int], tuple[float, float]]  # requests at once → (output to
 
 
 def ours(
-    engine: LocalEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int, to_end: bool
+    engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int, to_end: bool
 ) -> System:
     """Our engine on fixed-length answers, or to the end of sequence."""
 
@@ -92,7 +92,7 @@ def main(
     torch.set_num_threads(threads)
     path, kind = model_path(), getattr(torch, dtype)
     prompts = prompt_ids("snips", max(CONCURRENCY))
-    engine = LocalEngine(path, dtype, eight_adapters())
+    engine = OfflineEngine(path, dtype, eight_adapters(), device="cpu")
     peft_model, names = peft_mixed(path, kind)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
     systems: dict[str, System] = {

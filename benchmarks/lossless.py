@@ -9,10 +9,10 @@ import typer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.local import LocalEngine, Row
 from benchmarks.report import table
 from benchmarks.workload import TASKS, adapter_folder, model_path, prompt_ids
 from slipstream.adapters.load import load_adapter
+from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 MAX_TOKENS = 64
@@ -43,7 +43,7 @@ def main(
     """Answers that change with speculation, and with company, over 2 × count prompts."""
     torch.set_num_threads(2)
     path = model_path()
-    engine = LocalEngine(path, dtype, {task: load_adapter(adapter_folder(task)) for task in TASKS})
+    engine = OfflineEngine(path, dtype, {task: load_adapter(adapter_folder(task)) for task in TASKS}, device="cpu")
     prompts = {task: prompt_ids(task, count) for task in TASKS}
 
     def run(temperature: float, drafts: int, batch: int) -> list[list[int]]:
@@ -66,7 +66,7 @@ def main(
         _print_oracle(engine, prompts, dtype, oracle)
 
 
-def _print_oracle(engine: LocalEngine, prompts: dict[str, list[list[int]]], dtype: str, count: int) -> None:
+def _print_oracle(engine: OfflineEngine, prompts: dict[str, list[list[int]]], dtype: str, count: int) -> None:
     rows = []
     for task in TASKS:
         base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=getattr(torch, dtype))

@@ -12,6 +12,7 @@ from ray.serve import Application
 from adapter_registry.keys import hash_key
 from deployments.engine_replica import REAL_ENGINE, EngineReplica, ReplicaPlan, on_its_cores
 from deployments.gateway import Gateway, GatewayPlan
+from deployments.training_jobs import TrainingPlan
 from slipstream.base_models import served_id
 from slipstream.config import ModelSettings, Settings, load_settings
 from slipstream.errors import ConfigError
@@ -37,6 +38,9 @@ class AppArgs(BaseModel):
     engine_gpus: float | None = None
     gateway_replicas: int | None = None
     max_upload_bytes: int | None = None
+    training_cpus: float | None = None
+    training_gpus: float | None = None
+    max_training_jobs: int | None = None
     models: list[dict[str, Any]] | None = None
 
 
@@ -66,6 +70,8 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s:
         admin_key_sha256=hash_key(settings.admin_key.get_secret_value()),
         upload_dir=settings.home / "uploads",
         max_upload_bytes=settings.max_upload_bytes,
+        training=_training(settings, blob_url),
+        max_training_jobs=settings.max_training_jobs,
     )
     deployment = serve.deployment(
         name="Gateway",
@@ -77,6 +83,19 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s:
         graceful_shutdown_wait_loop_s=0.2,
     )(serve.ingress()(Gateway))
     return deployment.bind(plan, engines)
+
+
+def _training(settings: Settings, blob_url: str) -> TrainingPlan:
+    assert settings.redis_url is not None
+    return TrainingPlan(
+        redis_url=settings.redis_url,
+        blob_url=blob_url,
+        home=settings.home,
+        base_models={model.id or served_id(model.base_model): model.base_model for model in settings.models},
+        adapter_cache_bytes=settings.adapter_cache_bytes,
+        cpus=settings.training_cpus,
+        gpus=settings.training_gpus,
+    )
 
 
 def deployment_name(model: ModelSettings) -> str:

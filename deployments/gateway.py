@@ -11,8 +11,10 @@ from pydantic import SecretStr
 from ray.serve.handle import DeploymentHandle
 
 from adapter_registry.blobs import ObstoreBlobs
+from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from deployments.engine_client import RayEngineClient
+from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
 
@@ -26,6 +28,8 @@ class GatewayPlan:
     admin_key_sha256: str
     upload_dir: Path
     max_upload_bytes: int
+    training: TrainingPlan
+    max_training_jobs: int = 1
 
 
 class Gateway:
@@ -43,8 +47,11 @@ class Gateway:
             engines={model_id: RayEngineClient(handle) for model_id, handle in self._engines.items()},
             store=self._store,
             blobs=ObstoreBlobs.from_url(plan.blob_url),
+            jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
+            job_runner=RayJobRunner(plan.training),
             admin_key_sha256=plan.admin_key_sha256,
             upload_dir=plan.upload_dir,
             max_upload_bytes=plan.max_upload_bytes,
+            max_running_jobs=plan.max_training_jobs,
         )
         return create_app(services)

@@ -119,7 +119,8 @@ def _scratch_folder(home: Home) -> Iterator[Path]:
 def _cpus_needed(settings: Settings) -> int:
     """Ray's CPUs are only its own book-keeping: on a small machine count enough of them for everything to be placed."""
     engines = sum(model.engine_replicas * model.engine_cpus for model in settings.models)
-    return math.ceil(settings.gateway_replicas * settings.gateway_cpus + engines)
+    training = settings.max_training_jobs * settings.training_cpus
+    return math.ceil(settings.gateway_replicas * settings.gateway_cpus + engines + training)
 
 
 def _keep_logs(scratch: Path, kept: Path) -> None:

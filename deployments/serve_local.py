@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shlex
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -20,13 +22,15 @@ from rich.console import Console
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.redis_store import RedisStore
+from deployments.demos import PublishedDemo, demo_folder, publish_demos
 from deployments.embedded_redis import embedded_redis
 from deployments.home import Home, kept_secret, open_home, write_secret
 from deployments.local_ray import local_ray, prepare_ray_environment, sweep_leftovers
 from deployments.terminal import TerminalProgress
 from slipstream.base_models import prepare_base_model
+from slipstream.client import SlipstreamClient
 from slipstream.config import ModelSettings, Settings
-from slipstream.errors import ConfigError, Unavailable
+from slipstream.errors import ConfigError, InvalidRequest, Unavailable
 
 DEMO_TENANT = "demo"
 _READY_TIMEOUT_S = 300.0
@@ -44,6 +48,7 @@ class Started:
     url: str
     demo_key: str
     model_id: str
+    demos: tuple[PublishedDemo, ...] = ()
 
 
 def serve_local(settings: Settings, console: Console, engine: str | None = None) -> None:
@@ -85,9 +90,12 @@ def start(settings: Settings, console: Console, stack: ExitStack, engine: str | 
     with progress.phase("Loading the model"):
         _run_application(resolved, engine, home)
         _wait_until_ready(url)
-    model_id = models[0].id
-    assert model_id is not None
-    return Started(url, demo_key, model_id)
+    served = [model.id for model in models if model.id is not None]
+    demos: tuple[PublishedDemo, ...] = ()
+    if settings.demo_adapters and (folder := demo_folder()) is not None:
+        with progress.phase("Publishing the demo adapters"):
+            demos = asyncio.run(_publish_demos(resolved, url, folder, served, console))
+    return Started(url, demo_key, served[0], demos)
 
 
 def check_port(host: str, port: int) -> None:
@@ -129,6 +137,24 @@ async def _demo_key(redis_url: str, home: Home) -> str:
         await store.close()
     write_secret(path, secret)
     return secret
+
+
+async def _publish_demos(
+    settings: Settings, url: str, folder: Path, models: Sequence[str], console: Console
+) -> tuple[PublishedDemo, ...]:
+    def warn(text: str) -> None:
+        console.print(f"  {text}", soft_wrap=True, markup=False, highlight=False)
+
+    assert settings.admin_key is not None
+    transport = httpx.AsyncHTTPTransport()  # our own address: never through a proxy that the environment names
+    try:
+        async with SlipstreamClient(
+            url, settings.admin_key.get_secret_value(), tenant=DEMO_TENANT, transport=transport
+        ) as client:
+            return await publish_demos(client, folder, models, warn)
+    except InvalidRequest as error:  # an admin key that no header can carry
+        warn(f"The demo adapters were not published: {error}")
+        return ()
 
 
 def _run_application(settings: Settings, engine: str | None, home: Home) -> None:
@@ -177,21 +203,47 @@ def _shown_host(host: str) -> str:
 
 
 def _announce(started: Started, took_s: float, console: Console) -> None:
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": started.model_id, "messages": [question], "max_tokens": 32, "temperature": 0})
-    lines = (
+    for line in announcement(started, took_s):
+        # No wrapping: the curl line is there to be copied.
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def announcement(started: Started, took_s: float) -> Sequence[str]:
+    """What a person reads when the server is ready; its one curl line shows a Turbo LoRA where there is one."""
+    return (
         "",
         f"Slipstream is ready at {started.url} ({took_s:.0f} s). Documentation: {started.url}/docs",
         f"Key of the tenant {DEMO_TENANT!r}: {started.demo_key}",
-        "Try:",
-        f"  curl {started.url}/v1/chat/completions -H 'Authorization: Bearer {started.demo_key}' \\",
-        f"    -H 'Content-Type: application/json' -d '{body}'",
+        *(_try_demo(started, started.demos[0]) if started.demos else _try_base(started)),
         "",
         "Ctrl-C stops it.",
     )
-    for line in lines:
-        # No wrapping: the curl line is there to be copied.
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _try_base(started: Started) -> Sequence[str]:
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": started.model_id, "messages": [question], "max_tokens": 32, "temperature": 0}
+    return ("Try:", *_curl(started, "/v1/chat/completions", body))
+
+
+def _try_demo(started: Started, shown: PublishedDemo) -> Sequence[str]:
+    demo = shown.demo
+    body = {"model": shown.ref, "prompt": demo.prompt, "max_tokens": demo.max_tokens, "temperature": 0}
+    others = [f"Also published: {other.ref} ({other.demo.description})" for other in started.demos[1:]]
+    return (
+        f"Try a Turbo LoRA, {shown.ref} ({demo.description}):",
+        *_curl(started, "/v1/completions", body),
+        "Its tokens per step: usage.completion_tokens / usage.decode_steps of the answer. A model without its own",
+        'speculator has 1; so has this one with "speculation": false, and the same text.',
+        *others,
+    )
+
+
+def _curl(started: Started, path: str, body: dict[str, object]) -> Sequence[str]:
+    return (
+        f"  curl {started.url}{path} -H 'Authorization: Bearer {started.demo_key}' \\",
+        f"    -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+    )
 
 
 @contextmanager

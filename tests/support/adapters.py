@@ -105,8 +105,9 @@ def random_streams(
     conditioned: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    vocab: int | None = None,
 ) -> StreamWeights:
-    """Random streams in memory: low-rank, or dense for `rank=None`."""
+    """Random streams in memory: low-rank, or dense for `rank=None`; with `vocab`, dense ones with their own LM heads."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -114,6 +115,8 @@ def random_streams(
         scaled: torch.Tensor = noise * hidden**-0.5
         return scaled.to(dtype)
 
+    if vocab is not None:
+        return StreamWeights(bias=draw(hidden), weight=draw(hidden, hidden), head=draw(vocab, hidden))
     if rank is None:
         return StreamWeights(bias=draw(hidden), weight=draw(hidden, hidden))
     c = draw(rank, hidden) if conditioned else None
@@ -126,13 +129,16 @@ def write_own_streams(folder: Path, streams: StreamWeights, *, base_model: str =
 
 
 def write_lorax_streams(folder: Path, streams: StreamWeights, *, base_model: str = TINY_ID) -> None:
-    """Add dense `streams` to `folder` in the LoRAX layout, written by hand and not by the exporter under test."""
+    """Add dense `streams` to `folder` in the LoRAX layout, written by hand and not by the writers under test."""
     folder.mkdir(parents=True, exist_ok=True)
     assert streams.weight is not None, "LoRAX streams are dense: rank=None"
     tensors = {}
     for k in range(streams.num_streams):
         tensors[f"{k}.0.linear.weight"] = streams.weight[k].clone()
         tensors[f"{k}.0.linear.bias"] = streams.bias[k].clone()
+        if streams.head is not None:
+            tensors[f"{k}.1.weight"] = streams.head[k].clone()
     save_file(tensors, folder / "medusa_lm_head.safetensors", metadata={"format": "pt"})
-    config = {"medusa_num_heads": streams.num_streams, "medusa_num_layers": 1, "version": "2"}
+    version = "2" if streams.head is None else "1"
+    config = {"medusa_num_heads": streams.num_streams, "medusa_num_layers": 1, "version": version}
     (folder / "config.json").write_text(json.dumps({"base_model_name_or_path": base_model, **config}))

@@ -15,7 +15,15 @@ from safetensors.numpy import save_file
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, PromptFormat
 from slipstream.api import ApiServices, create_app
-from slipstream.testing import FAKE_BASE, FakeEngine, ManualClock, MemoryBlobs, MemoryStore
+from slipstream.testing import (
+    FAKE_BASE,
+    FakeEngine,
+    ManualClock,
+    MemoryBlobs,
+    MemoryJobs,
+    MemoryStore,
+    ScriptedJobRunner,
+)
 
 ADMIN_KEY = "admin-key-of-the-tests"
 BASE = FAKE_BASE.id
@@ -63,11 +71,14 @@ class ApiWorld:
     engine: FakeEngine = field(default_factory=FakeEngine)
     store: FlakyStore = field(default_factory=FlakyStore)
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
+    jobs: MemoryJobs = field(init=False)
+    runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
     clock: ManualClock = field(default_factory=ManualClock)
     overrides: dict[str, Any] = field(default_factory=dict)
     app: FastAPI = field(init=False)
 
     def __post_init__(self) -> None:
+        self.jobs = MemoryJobs(self.store)
         self.rebuild()
 
     def rebuild(self, **overrides: Any) -> None:
@@ -77,6 +88,8 @@ class ApiWorld:
             engines={BASE: self.engine},
             store=self.store,
             blobs=self.blobs,
+            jobs=self.jobs,
+            job_runner=self.runner,
             admin_key_sha256=hash_key(ADMIN_KEY),
             upload_dir=self.upload_dir,
             clock=self.clock,

@@ -70,6 +70,7 @@ def environment(home: Path, port: int, **more: str) -> dict[str, str]:
         "SLIPSTREAM_HOME": str(home),
         "SLIPSTREAM_BASE_MODEL": str(smollm2_path()),
         "SLIPSTREAM_KV_CACHE_BYTES": str(400 << 20),
+        "SLIPSTREAM_DEMO_ADAPTERS": "false",  # tests publish what they need
         "PORT": str(port),
         **more,
     }

@@ -53,4 +53,4 @@ def _load_streams(folder: Path) -> StreamWeights | None:
 
     bias = stack("bias")
     assert bias is not None  # validation has seen it
-    return StreamWeights(bias=bias, weight=stack("weight"), a=stack("A"), b=stack("B"), c=stack("C"))
+    return StreamWeights(bias, stack("weight"), stack("A"), stack("B"), stack("C"), stack("head"))

@@ -84,7 +84,11 @@ class Rule(StrEnum):
     RANK_TOO_LARGE = "rank_too_large", "A rank over 512."
     DORA_MISMATCH = "dora_mismatch", "`use_dora` without magnitude vectors, or the other way round."
     # streams
-    MEDUSA_V1 = "medusa_v1", "Medusa heads with their own LM head; a later release serves them."
+    MEDUSA_LAYERS = "medusa_layers", "Medusa heads of more than one residual layer."
+    MEDUSA_VERSION = (
+        "medusa_version",
+        "A Medusa version that the tensors contradict: 1 brings LM heads of its own, 2 shares the base's.",
+    )
     TURBO_VERSION = "turbo_version", "A `format_version` of turbo_config.json that this release does not know."
     UNKNOWN_KEY = "unknown_key", "A key that the configuration does not have."
     NUM_STREAMS = "num_streams", "Not 1 to 8 streams, or not as many as the config says."

@@ -1,4 +1,4 @@
-"""Writing adapter folders: our own Turbo layout, and the dense LoRAX layout for other engines."""
+"""Writing adapter folders: our own Turbo layout, and LoRAX's two (dense streams, Medusa-1) for other engines as well."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from slipstream.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class TurboMetadata:
-    """What `turbo_config.json` says besides the shapes."""
+    """What `turbo_config.json`, or `config.json` with `slipstream.json`, says besides the shapes."""
 
     base_model: str
     base_digest: str | None = None
@@ -38,7 +38,12 @@ class TurboMetadata:
 
 
 def save_turbo(folder: Path, streams: StreamWeights, metadata: TurboMetadata, peft_folder: Path | None = None) -> None:
-    """Write our own layout into `folder` (made if need be); `peft_folder`'s LoRA, if given, is copied beside it."""
+    """Write our own layout into `folder` (made if need be); `peft_folder`'s LoRA, if given, is copied beside it.
+
+    Raises `InvalidRequest` for streams with LM heads of their own, which this layout has no place for.
+    """
+    if streams.head is not None:
+        raise InvalidRequest("Streams with LM heads of their own (Medusa-1) are written by save_medusa.")
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format_version": FORMAT_VERSION,
@@ -51,8 +56,20 @@ def save_turbo(folder: Path, streams: StreamWeights, metadata: TurboMetadata, pe
         "prompt_format": metadata.prompt_format.value,
     }
     parts = {"weight": streams.weight, "bias": streams.bias, "A": streams.a, "B": streams.b, "C": streams.c}
-    _save_streams(folder / TURBO_TENSORS, "turbo.{}.{}", parts)
+    _save_streams(folder / TURBO_TENSORS, {f"turbo.{{}}.{part}": stacked for part, stacked in parts.items()})
     _write_json(folder / TURBO_CONFIG, config)
+    if peft_folder is not None:
+        _copy_lora(peft_folder, folder)
+
+
+def save_medusa(folder: Path, streams: StreamWeights, metadata: TurboMetadata, peft_folder: Path | None = None) -> None:
+    """Write dense streams with LM heads of their own as LoRAX's Medusa version 1, as `save_turbo` does ours.
+
+    Raises `InvalidRequest` for streams that share the base's LM head.
+    """
+    if streams.head is None:
+        raise InvalidRequest("These streams share the base's LM head: write them with save_turbo.")
+    _write_lorax(folder, streams, metadata)
     if peft_folder is not None:
         _copy_lora(peft_folder, folder)
 
@@ -69,13 +86,11 @@ def export_lorax(source: Path, target: Path) -> None:
     config = read_turbo_config(source / TURBO_CONFIG)
     streams = load_adapter(source).streams
     assert streams is not None  # there is a turbo_config.json
-    parts = {"weight": dense_weight(streams), "bias": streams.bias}
-    target.mkdir(parents=True, exist_ok=True)
-    _save_streams(target / LORAX_TENSORS, "{}.0.linear.{}", parts)
-    heads = {"medusa_num_heads": streams.num_streams, "medusa_num_layers": 1, "version": "2"}
-    _write_json(target / LORAX_CONFIG, {"base_model_name_or_path": config.base_model, **heads})
-    prompt_format = config.prompt_format or PromptFormat.RAW
-    _write_json(target / SLIPSTREAM_CONFIG, {"base_digest": config.base_digest, "prompt_format": prompt_format.value})
+    assert config.base_model is not None  # required by that layout
+    metadata = TurboMetadata(
+        config.base_model, config.base_digest, config.acceptance, config.prompt_format or PromptFormat.RAW
+    )
+    _write_lorax(target, StreamWeights(streams.bias, dense_weight(streams)), metadata)
     if (source / PEFT_CONFIG).is_file():
         _copy_lora(source, target)
 
@@ -91,10 +106,27 @@ def dense_weight(streams: StreamWeights) -> torch.Tensor:
     return torch.bmm(streams.b.float(), streams.a.float()).to(streams.b.dtype)
 
 
-def _save_streams(path: Path, pattern: str, parts: Mapping[str, torch.Tensor | None]) -> None:
+def _write_lorax(folder: Path, streams: StreamWeights, metadata: TurboMetadata) -> None:
+    """LoRAX's layout for dense streams; what it cannot say goes to `slipstream.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"{}.0.linear.weight": streams.weight, "{}.0.linear.bias": streams.bias, "{}.1.weight": streams.head}
+    _save_streams(folder / LORAX_TENSORS, parts)
+    version = "2" if streams.head is None else "1"
+    heads = {"medusa_num_heads": streams.num_streams, "medusa_num_layers": 1, "version": version}
+    _write_json(folder / LORAX_CONFIG, {"base_model_name_or_path": metadata.base_model, **heads})
+    options: dict[str, object] = {
+        "base_digest": metadata.base_digest,
+        "prompt_format": metadata.prompt_format.value,
+        "acceptance": list(metadata.acceptance),
+    }
+    _write_json(folder / SLIPSTREAM_CONFIG, options)
+
+
+def _save_streams(path: Path, parts: Mapping[str, torch.Tensor | None]) -> None:
+    """`parts`: pattern of a tensor name, with a place for the stream's number → stacked over the streams."""
     tensors = {
-        pattern.format(k, part): row.contiguous().cpu()
-        for part, stacked in parts.items()
+        pattern.format(k): row.contiguous().cpu()
+        for pattern, stacked in parts.items()
         if stacked is not None
         for k, row in enumerate(stacked.unbind())
     }

@@ -36,7 +36,10 @@ _TURBO_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class StreamConfig:
-    """A speculator, whatever its layout. `stream_rank` is None for dense streams."""
+    """A speculator, whatever its layout. `stream_rank` is None for dense streams.
+
+    `own_heads`: each stream has an LM head of its own (Medusa version 1) instead of the base's.
+    """
 
     file: str  # the configuration it came from
     own_layout: bool
@@ -47,9 +50,10 @@ class StreamConfig:
     conditioned: bool
     acceptance: tuple[float, ...]
     prompt_format: PromptFormat | None  # None: not said here
+    own_heads: bool = False
 
-    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the folder must hold, with its shape."""
+    def shapes(self, hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the folder must hold, with its shape; `vocab` counts the base's LM-head rows."""
         parts: dict[str, tuple[int, ...]] = {"bias": (hidden,)}
         if self.stream_rank is None:
             parts["weight"] = (hidden, hidden)
@@ -57,11 +61,15 @@ class StreamConfig:
             parts |= {"A": (self.stream_rank, hidden), "B": (hidden, self.stream_rank)}
             if self.conditioned:
                 parts["C"] = (self.stream_rank, hidden)
+        if self.own_heads:
+            parts["head"] = (vocab, hidden)
         return {self.key(k, part): shape for k in range(self.num_streams) for part, shape in parts.items()}
 
     def key(self, stream: int, part: str) -> str:
-        """The tensor name of one part (`weight`, `bias`, `A`, `B`, `C`) of one stream."""
-        return f"turbo.{stream}.{part}" if self.own_layout else f"{stream}.0.linear.{part}"
+        """The tensor name of one part (`weight`, `bias`, `A`, `B`, `C`, `head`) of one stream."""
+        if self.own_layout:
+            return f"turbo.{stream}.{part}"
+        return f"{stream}.1.weight" if part == "head" else f"{stream}.0.linear.{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,7 @@ class Options:
 
     prompt_format: PromptFormat | None = None
     base_digest: str | None = None
+    acceptance: tuple[float, ...] = ()  # how many there must be, only the speculator tells
 
 
 def read_turbo_config(path: Path) -> StreamConfig:
@@ -96,7 +105,7 @@ def read_turbo_config(path: Path) -> StreamConfig:
         num_streams=num_streams,
         stream_rank=rank,
         conditioned=conditioned,
-        acceptance=_acceptance(raw.get("acceptance") or [], num_streams),
+        acceptance=check_rates(_rates(raw.get("acceptance"), TURBO_CONFIG), num_streams, TURBO_CONFIG),
         prompt_format=_prompt_format(raw.get("prompt_format"), TURBO_CONFIG),
     )
 
@@ -107,20 +116,23 @@ def is_medusa(raw: Mapping[str, object]) -> bool:
 
 
 def read_lorax_config(path: Path) -> StreamConfig:
-    """Read and check a Medusa `config.json` of version 2, whose streams share the base's LM head."""
+    """Read and check a Medusa `config.json`: version 2 streams share the base's LM head, version 1 bring their own."""
     raw = read_object(path)
     heads = _num_streams(raw.get("medusa_num_heads"), "medusa_num_heads", LORAX_CONFIG)
     layers = raw.get("medusa_num_layers", 1)
     try:
         version = float(str(raw.get("version", 1)))
     except ValueError:
-        _bad(LORAX_CONFIG, "version", raw.get("version"), "a number of at least 2")
-    if layers != 1 or not version >= 2:
-        reject_medusa_v1(f"{LORAX_CONFIG} has version {version:g} and medusa_num_layers {show(layers)}", LORAX_CONFIG)
+        _bad(LORAX_CONFIG, "version", raw.get("version"), '"1" or "2"')
+    if layers != 1:
+        reject_medusa_layers(f"{LORAX_CONFIG} has medusa_num_layers {show(layers)}", LORAX_CONFIG)
+    if not (version == 1 or version >= 2):
+        advice = "Version 1 brings its own LM heads, version 2 shares the base's"
+        reject(Rule.MEDUSA_VERSION, f"{LORAX_CONFIG} has version {version:g}. {advice}: say which.", LORAX_CONFIG)
     base = raw.get("base_model_name_or_path") or None
     if base is not None and not isinstance(base, str):
         _bad(LORAX_CONFIG, "base_model_name_or_path", base, "a string")
-    return StreamConfig(LORAX_CONFIG, False, base, None, heads, None, False, (), None)
+    return StreamConfig(LORAX_CONFIG, False, base, None, heads, None, False, (), None, own_heads=version == 1)
 
 
 def read_stream_config(folder: Path) -> StreamConfig | None:
@@ -138,15 +150,26 @@ def read_stream_config(folder: Path) -> StreamConfig | None:
 def read_options(path: Path) -> Options:
     """Read and check `slipstream.json`. Raises `AdapterRejected`."""
     raw = read_object(path)
-    _check_keys(raw, frozenset({"prompt_format", "base_digest"}), SLIPSTREAM_CONFIG)
+    _check_keys(raw, frozenset({"prompt_format", "base_digest", "acceptance"}), SLIPSTREAM_CONFIG)
     prompt_format = _prompt_format(raw.get("prompt_format"), SLIPSTREAM_CONFIG)
-    return Options(prompt_format, _digest(raw.get("base_digest"), SLIPSTREAM_CONFIG))
+    rates = _rates(raw.get("acceptance"), SLIPSTREAM_CONFIG)
+    return Options(prompt_format, _digest(raw.get("base_digest"), SLIPSTREAM_CONFIG), rates)
 
 
-def reject_medusa_v1(finding: str, file: str) -> NoReturn:
-    """Refuse Medusa-1 by name."""
-    reason = "Medusa version 1 (its own LM heads) is not served yet: each head is as large as the base's LM head"
-    reject(Rule.MEDUSA_V1, f"{finding}. {reason}. Train Turbo streams, or Medusa version 2 with one layer.", file)
+def check_rates(rates: tuple[float, ...], num_streams: int, file: str) -> tuple[float, ...]:
+    """The acceptance rates as they are. Raises `AdapterRejected` unless there are none, or one per stream."""
+    if rates and not num_streams:
+        reject(Rule.BAD_ACCEPTANCE, f"{file} has acceptance rates, but the folder holds no streams. Remove them.", file)
+    if len(rates) not in (0, num_streams):
+        message = f"{file}: acceptance must be a list of {num_streams} rates, one per stream, or empty."
+        reject(Rule.BAD_ACCEPTANCE, message, file)
+    return rates
+
+
+def reject_medusa_layers(finding: str, file: str) -> NoReturn:
+    """Refuse deeper Medusa heads by name."""
+    reason = "Only heads of one residual layer are served"
+    reject(Rule.MEDUSA_LAYERS, f"{finding}. {reason}: train with medusa_num_layers 1.", file)
 
 
 def _bad(file: str, field: str, value: object, want: str) -> NoReturn:
@@ -182,14 +205,14 @@ def _digest(value: object, file: str) -> str | None:
     return value
 
 
-def _acceptance(value: object, num_streams: int) -> tuple[float, ...]:
-    if not (isinstance(value, list) and len(value) in (0, num_streams)):
-        message = f"{TURBO_CONFIG}: acceptance must be a list of {num_streams} rates, one per stream, or empty."
-        reject(Rule.BAD_ACCEPTANCE, message, TURBO_CONFIG)
+def _rates(value: object, file: str) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        reject(Rule.BAD_ACCEPTANCE, f"{file}: acceptance must be a list of rates, one per stream, or empty.", file)
     for rate in value:
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
-            message = f"{TURBO_CONFIG}: acceptance holds {show(rate)}; a rate is between 0 and 1."
-            reject(Rule.BAD_ACCEPTANCE, message, TURBO_CONFIG)
+            reject(Rule.BAD_ACCEPTANCE, f"{file}: acceptance holds {show(rate)}; a rate is between 0 and 1.", file)
     return tuple(float(rate) for rate in value)
 
 

@@ -5,6 +5,7 @@ The rules and their codes are `slipstream.adapters.rejection.Rule`; `rules_table
     PEFT LoRA    adapter_config.json + adapter_model.safetensors
     own Turbo    [PEFT LoRA +] turbo_config.json + turbo_streams.safetensors
     LoRAX Turbo  [PEFT LoRA +] config.json (Medusa, version 2) + any other *.safetensors
+    Medusa-1     [PEFT LoRA +] config.json (Medusa, version 1) + any other *.safetensors, with LM heads
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from slipstream.adapters.turbo_config import (
     TURBO_TENSORS,
     Options,
     StreamConfig,
+    check_rates,
     read_options,
     read_stream_config,
 )
@@ -72,7 +74,8 @@ def inspect_adapter(folder: Path, base: BaseModelSpec, *, max_bytes: int = DEFAU
         modules = check_lora(tensors[PEFT_TENSORS], peft, base)
         warnings += _lora_warnings(modules, peft)
     if streams is not None:
-        check_streams(_merge(held for name, held in tensors.items() if name != PEFT_TENSORS), streams, base.hidden_size)
+        check_streams(_merge(held for name, held in tensors.items() if name != PEFT_TENSORS), streams, base)
+    own_rates = check_rates(options.acceptance, streams.num_streams if streams else 0, SLIPSTREAM_CONFIG)
     for name, held in tensors.items():
         check_finite(folder / name, held)
     return InspectedAdapter(
@@ -82,7 +85,7 @@ def inspect_adapter(folder: Path, base: BaseModelSpec, *, max_bytes: int = DEFAU
         rank=max(modules.values(), default=0),
         num_streams=streams.num_streams if streams else 0,
         stream_rank=streams.stream_rank if streams else None,
-        acceptance=streams.acceptance if streams else (),
+        acceptance=(streams and streams.acceptance) or own_rates,
         prompt_format=(streams and streams.prompt_format) or options.prompt_format or PromptFormat.RAW,
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in modules})),
         files=tuple(_entry(folder / name) for name in sorted((*listing.configs, *listing.tensors))),
@@ -188,6 +191,8 @@ def _merge(files: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
 def _kind(peft: PeftConfig | None, streams: StreamConfig | None) -> AdapterKind:
     if streams is None:
         return AdapterKind.LORA
+    if streams.own_heads:
+        return AdapterKind.MEDUSA
     return AdapterKind.TURBO if peft is None else AdapterKind.TURBO_LORA
 
 

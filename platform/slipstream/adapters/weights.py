@@ -34,6 +34,8 @@ class StreamWeights:
     Dense: weight [K, H, H], s_k = h + SiLU(W_k h + b_k). Low rank: a [K, R, H], b [K, H, R] and perhaps c [K, R, H]
     (conditioned on the embedding e of the token just sampled): s_k = h + SiLU(B_k (A_k h + C_k e) + b_k).
     bias: [K, H]. Exactly one of `weight` and (`a`, `b`) is set.
+
+    head: LM heads of the streams' own [K, V, H] (Medusa-1, dense only); None: the streams share the base's.
     """
 
     bias: torch.Tensor
@@ -41,6 +43,7 @@ class StreamWeights:
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     c: torch.Tensor | None = None
+    head: torch.Tensor | None = None
 
     @property
     def num_streams(self) -> int:
@@ -63,5 +66,5 @@ class AdapterWeights:
             parts += [m.a, m.b, m.magnitude]
         if self.streams is not None:
             s = self.streams
-            parts += [s.bias, s.weight, s.a, s.b, s.c]
+            parts += [s.bias, s.weight, s.a, s.b, s.c, s.head]
         return sum(t.numel() * t.element_size() for t in parts if t is not None)

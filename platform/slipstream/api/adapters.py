@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import AdapterSummary, AdapterVersion, check_alias, check_name
+from adapter_registry.records import AdapterSummary, AdapterVersion, SpeculationPolicy, check_alias, check_name
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
+from slipstream.api.downloads import send_file
 from slipstream.api.runtime import RuntimeDep
 from slipstream.api.sse import Json
 from slipstream.api.uploads import receive_upload
-from slipstream.errors import Conflict
+from slipstream.errors import Conflict, InvalidRequest
 from slipstream.publishing import publish_folder
 
 router = APIRouter(tags=["Adapters"])
@@ -39,6 +40,12 @@ _UPLOAD_FORM: dict[str, Any] = {
                             "type": "string",
                             "description": "The base model it is for; needed where several are served.",
                         },
+                        "speculation": {
+                            "type": "string",
+                            "enum": ["on", "off"],
+                            "description": "Whether requests with speculation `auto` draft. A new version's only.",
+                        },
+                        "speculation_reason": {"type": "string", "maxLength": 500, "description": "Why."},
                     },
                 }
             }
@@ -55,6 +62,14 @@ class AliasTarget(BaseModel):
     version: Annotated[int, Field(ge=1, le=10**9)]
 
 
+class SpeculationSetting(SpeculationPolicy):
+    """The body of PUT …/speculation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    enabled: bool
+
+
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
 async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Publish an adapter: 201 with its new version, or 200 with the one that has the same content already."""
@@ -64,6 +79,7 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
         name = check_name(upload.fields["name"])
         if runtime.catalog.is_base_name(name):
             raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
+        policy = _initial_policy(upload.fields)
         base = await runtime.catalog.base(upload.fields.get("base"))
         publishing = publish_folder(
             upload.folder,
@@ -73,6 +89,7 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
             store=services.store,
             blobs=services.blobs,
             created_by=caller.key_id,
+            speculation=policy,
         )
         version, is_new = await while_connected(request.receive, publishing)
     return JSONResponse(_version_body(version), 201 if is_new else 200)
@@ -100,17 +117,46 @@ async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> J
 @router.get("/v1/adapters/{name}/versions/{version}")
 async def get_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One version."""
-    summary = await runtime.services.store.get(caller.acting_tenant(), check_name(name))
-    found = next((each for each in summary.versions if each.version == version), None)
-    if found is None:
-        raise _no_version(name, version)
-    return _version_body(found)
+    return _version_body(await _version(runtime, caller.acting_tenant(), name, version))
 
 
 @router.delete("/v1/adapters/{name}/versions/{version}")
 async def delete_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove one version; 409 while an alias points at it."""
     return await _delete(runtime, caller.acting_tenant(), check_name(name), version)
+
+
+@router.put("/v1/adapters/{name}/versions/{version}/speculation")
+async def set_speculation(
+    name: str, version: VersionNumber, body: SpeculationSetting, caller: CallerDep, runtime: RuntimeDep
+) -> Json:
+    """Say whether requests with speculation `auto` draft, and why. It holds for the next request; weights stay."""
+    tenant, policy = caller.acting_tenant(), SpeculationPolicy(enabled=body.enabled, reason=body.reason)
+    try:
+        changed = await runtime.services.store.set_speculation(tenant, check_name(name), version, policy)
+    except NotPublished:
+        raise _no_version(name, version) from None
+    return _version_body(changed)
+
+
+@router.get("/v1/adapters/{name}/versions/{version}/files")
+async def list_files(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """A version's files: those that make its digest, then what came with them (cards, curves, logs)."""
+    found = await _version(runtime, caller.acting_tenant(), name, version)
+    files = [{**entry.model_dump(), "attachment": False} for entry in found.files]
+    attachments = [{**entry.model_dump(), "attachment": True} for entry in found.attachments]
+    return {"object": "list", "data": files + attachments}
+
+
+@router.get("/v1/adapters/{name}/versions/{version}/files/{path}", response_class=StreamingResponse)
+async def get_file(name: str, version: VersionNumber, path: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
+    """One file's content."""
+    tenant = caller.acting_tenant()
+    found = await _version(runtime, tenant, name, version)
+    entry = next((each for each in (*found.files, *found.attachments) if each.path == path), None)
+    if entry is None:
+        raise NotPublished(f"'{found.ref}' has no file '{path[:80]}'. GET …/versions/{version}/files lists them.")
+    return await send_file(runtime.services, tenant, name=entry.path, sha256=entry.sha256, size=entry.size)
 
 
 @router.put("/v1/adapters/{name}/aliases/{alias}")
@@ -135,6 +181,25 @@ async def _delete(runtime: RuntimeDep, tenant: str, name: str, version: int | No
     removed = await runtime.services.store.delete(tenant, name, version)
     runtime.catalog.forget(tenant, name)
     return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
+
+
+async def _version(runtime: RuntimeDep, tenant: str, name: str, version: int) -> AdapterVersion:
+    summary = await runtime.services.store.get(tenant, check_name(name))
+    found = next((each for each in summary.versions if each.version == version), None)
+    if found is None:
+        raise _no_version(name, version)
+    return found
+
+
+def _initial_policy(fields: dict[str, str]) -> SpeculationPolicy:
+    """What the form says. A version that exists already keeps its own."""
+    asked = fields.get("speculation", "on")
+    if asked not in ("on", "off"):
+        raise InvalidRequest(f"'speculation' is 'on' or 'off', not '{asked[:80]}'.", param="speculation")
+    try:
+        return SpeculationPolicy(enabled=asked == "on", reason=fields.get("speculation_reason", ""))
+    except ValidationError:
+        raise InvalidRequest("'speculation_reason' may have 500 characters.", param="speculation_reason") from None
 
 
 def _no_version(name: str, version: int) -> NotPublished:

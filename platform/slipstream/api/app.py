@@ -8,14 +8,16 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from slipstream.api import adapters, chat, completions, keys, models, ops
+from slipstream.api import adapters, chat, completions, files, fine_tuning, keys, models, ops
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
-from slipstream.api.runtime import build_runtime
+from slipstream.api.runtime import Runtime, build_runtime
 from slipstream.api.services import ApiServices
 from slipstream.api.uploads import prepare_upload_dir
+from slipstream.protocol import BaseModelSpec
 from slipstream.publishing import keep_sweeping
+from slipstream.training.jobs import Rounds, keep_making
 
 _DESCRIPTION = """Many tenants' Turbo LoRA adapters on one shared base model, behind OpenAI's API.
 
@@ -34,21 +36,40 @@ def create_app(services: ApiServices) -> FastAPI:
                 services.store, services.blobs, every_s=services.sweep_every_s, older_than_s=services.sweep_grace_s
             )
         )
+        training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
         try:
             yield
         finally:
-            sweeping.cancel()
-            await asyncio.wait({sweeping})
+            for task in (sweeping, training):
+                task.cancel()
+            await asyncio.wait({sweeping, training})
 
     def body_limit(method: str, path: str) -> int:
-        is_upload = method == "POST" and path.rstrip("/").endswith("/v1/adapters")
-        return services.max_upload_bytes if is_upload else services.max_body_bytes
+        if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):
+            return services.max_upload_bytes
+        if method == "POST" and path.rstrip("/").endswith("/v1/files"):
+            return services.max_file_bytes
+        return services.max_body_bytes
 
     app = FastAPI(title="Slipstream", description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     http_metrics = HttpMetrics()
-    app.state.runtime = build_runtime(services, http_metrics)
+    app.state.runtime = runtime = build_runtime(services, http_metrics)
     install_handlers(app)
     app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
-    for module in (chat, completions, models, adapters, keys, ops):
+    for module in (chat, completions, models, adapters, files, fine_tuning, keys, ops):
         app.include_router(module.router)
     return app
+
+
+def _rounds(services: ApiServices, runtime: Runtime) -> Rounds:
+    async def base(model: str) -> BaseModelSpec:
+        return (await runtime.catalog.base_for_training(model)).spec
+
+    return Rounds(
+        jobs=services.jobs,
+        store=services.store,
+        runner=services.job_runner,
+        base=base,
+        max_running=services.max_running_jobs,
+        stale_s=services.job_stale_s,
+    )

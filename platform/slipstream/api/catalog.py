@@ -10,7 +10,7 @@ from adapter_registry.records import AdapterVersion, PromptFormat, parse_referen
 from adapter_registry.store import Store
 from slipstream.api.recent import RecentAnswers
 from slipstream.errors import InvalidRequest, NotFound
-from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient
+from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient, Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,12 @@ class Target:
         """OpenAI's `system_fingerprint`: changes exactly when the weights do."""
         digest = self.version.digest if self.version else self.spec.base_digest
         return "fp_" + digest.removeprefix("sha256:")[:12]
+
+    def speculation(self, asked: Speculation) -> Speculation:
+        """What goes to the engine: "auto" is what the version's policy says, anything else is the caller's own choice."""
+        if asked is None and self.version is not None and not self.version.speculation.enabled:
+            return False
+        return asked
 
     def check_chat(self) -> None:
         """Raise `InvalidRequest` when chat messages cannot be turned into a prompt for this model."""
@@ -77,6 +83,18 @@ class Catalog:
         if base is None:
             why = "Several base models are served" if name is None else f"No base model '{name}' is served"
             raise InvalidRequest(f"{why}: send 'base' as one of {', '.join(self._engines)}.", param="base")
+        return Target(base, self._engines[base], await self._spec(base))
+
+    async def base_for_training(self, model: str) -> Target:
+        """The base model called `model`. Raises `NotFound` with the choices; adapters are no base."""
+        base = self._base_of(model)
+        if base is None:
+            raise NotFound(
+                f"Fine-tuning starts from a base model that is served here, and '{model[:200]}' is none: send 'model' as "
+                f"one of {', '.join(self._engines)}. To speed an adapter up, name it in 'slipstream.adapter'.",
+                code="model_not_found",
+                param="model",
+            )
         return Target(base, self._engines[base], await self._spec(base))
 
     def is_base_name(self, name: str) -> bool:

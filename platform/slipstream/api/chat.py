@@ -119,7 +119,7 @@ async def chat_completions(request: Request, body: ChatRequest, caller: CallerDe
         params=body.sampling((body.top_logprobs or 0) if body.logprobs else None),
         messages=tuple(message.plain() for message in body.messages),
         adapter=target.adapter,
-        speculation=body.speculation,
+        speculation=target.speculation(body.speculation),
         stream=bool(body.stream),
     )
     generation = Generation(target, [wanted], runtime.services.request_timeout_s, runtime.metrics)

@@ -118,7 +118,7 @@ async def completions(request: Request, body: CompletionRequest, caller: CallerD
             text=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else prompt,
             adapter=target.adapter,
-            speculation=body.speculation,
+            speculation=target.speculation(body.speculation),
             stream=bool(body.stream),
         )
         for number, prompt in enumerate(body.prompts)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_registry.jobs import JobStore
 from adapter_registry.store import BlobStore, Store
 from slipstream.protocol import EngineClient
+from slipstream.training.jobs import JobRunner
 
 MIB = 1 << 20
 
@@ -20,10 +22,17 @@ class ApiServices:
     engines: Mapping[str, EngineClient]  # base model id -> its engine
     store: Store
     blobs: BlobStore
+    jobs: JobStore
+    job_runner: JobRunner
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
     upload_dir: Path  # on the disk that has room for uploads; made when missing
     max_upload_bytes: int = 4096 * MIB  # the whole multipart body
+    max_file_bytes: int = 512 * MIB  # the same, of a data file
     max_body_bytes: int = 8 * MIB  # every other body
+    max_running_jobs: int = 1  # fine-tuning jobs at once, of all tenants; more wait
+    max_waiting_jobs: int = 100  # jobs of one tenant that have not ended; more are answered 429
+    jobs_every_s: float = 1.0  # between two rounds over the jobs
+    job_stale_s: float = 60.0  # a job that is silent for so long has lost its worker
     request_timeout_s: float = 600.0  # from arrival to the last token
     probe_timeout_s: float = 2.0  # /readyz and /metrics wait no longer than this for a part
     key_cache_s: float = 5.0  # how long a revoked key may still work at another gateway

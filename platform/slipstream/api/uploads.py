@@ -28,12 +28,32 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")  # as `FileEntry.path`: flat
-_TEXT_FIELDS = ("name", "base")
 _MAX_FILES = 64
-_MAX_TEXT_BYTES = 256  # of a field that is not a file
+_MAX_TEXT_BYTES = 2048  # of a field that is not a file: 500 characters of any script
 _WRITE_BYTES = 1 << 20  # handed to the disk at a time: one hop to a thread per MiB
 _PREFIX = "upload-"
 _ABANDONED_S = 24 * 3600.0  # older than any upload: its process was killed
+
+
+@dataclass(frozen=True, slots=True)
+class FormShape:
+    """Which parts a form has, and what to say about others."""
+
+    files: str  # the field of its file parts
+    needed: tuple[str, ...]  # text fields
+    others: tuple[str, ...] = ()  # text fields that may be left out
+    one_file: bool = False  # whatever it is called: it is stored as `DATA`
+    summary: str = ""
+
+
+ADAPTER_FORM = FormShape(
+    "files",
+    ("name",),
+    ("base", "speculation", "speculation_reason"),
+    summary="one 'name', one 'files' per file, and if need be 'base', 'speculation' and 'speculation_reason'",
+)
+DATA_FORM = FormShape("file", ("purpose",), one_file=True, summary="one 'file' and its 'purpose'")
+DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,7 @@ class Upload:
 
     fields: dict[str, str]
     folder: Path
+    names: tuple[str, ...] = ()  # of the files, as the client wrote them
 
 
 def prepare_upload_dir(folder: Path) -> None:
@@ -53,24 +74,34 @@ def prepare_upload_dir(folder: Path) -> None:
 
 
 @asynccontextmanager
-async def receive_upload(request: Request, upload_dir: Path) -> AsyncGenerator[Upload]:
+async def receive_upload(request: Request, upload_dir: Path, shape: FormShape = ADAPTER_FORM) -> AsyncGenerator[Upload]:
     """Read the form into a folder of its own, which is gone afterwards, whatever happens."""
-    boundary = _boundary(request)
+    boundary = _boundary(request, shape)
+    async with scratch_folder(upload_dir) as folder:
+        form = _Form(folder, shape)
+        try:
+            await _read(request, MultipartParser(boundary, form.callbacks()), form)
+            form.check_complete()
+            yield Upload(form.fields, folder, tuple(form.names))
+        finally:
+            form.close()
+
+
+@asynccontextmanager
+async def scratch_folder(upload_dir: Path) -> AsyncGenerator[Path]:
+    """A folder that is gone afterwards, whatever happens; one of a killed process goes at a later start."""
     folder = await run_to_end(lambda: _make_folder(upload_dir))
-    form = _Form(folder)
     try:
-        await _read(request, MultipartParser(boundary, form.callbacks()), form)
-        form.check_complete()
-        yield Upload(form.fields, folder)
+        yield folder
     finally:
-        await run_to_end(lambda: _remove(form))
+        await run_to_end(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _boundary(request: Request) -> bytes:
+def _boundary(request: Request, shape: FormShape) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 0 < len(boundary) <= 256:
-        raise InvalidRequest("Send the adapter as multipart/form-data: a field 'name' and one field 'files' per file.")
+        raise InvalidRequest(f"Send multipart/form-data: {shape.summary}.")
     return boundary
 
 
@@ -100,19 +131,15 @@ def _make_folder(upload_dir: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=upload_dir))
 
 
-def _remove(form: _Form) -> None:
-    form.close()
-    shutil.rmtree(form.folder, ignore_errors=True)
-
-
 @dataclass(slots=True)
 class _Form:
     """What the parser's callbacks build. Runs in a thread, one call at a time."""
 
     folder: Path
+    shape: FormShape
     fields: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
     ended: bool = False
-    _names: set[str] = field(default_factory=set)
     _header: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(), bytearray()))
     _disposition: bytes = b""
     _file: BinaryIO | None = None
@@ -133,11 +160,11 @@ class _Form:
         }
 
     def check_complete(self) -> None:
-        """Raise `InvalidRequest` unless both fields came."""
-        if "name" not in self.fields:
-            raise InvalidRequest("The field 'name' is missing: the adapter's name.", param="name")
-        if not self._names:
-            raise InvalidRequest("The field 'files' is missing: one per file of the adapter's folder.", param="files")
+        """Raise `InvalidRequest` unless every needed field came."""
+        missing = [name for name in self.shape.needed if name not in self.fields]
+        if missing or not self.names:
+            param = missing[0] if missing else self.shape.files
+            raise InvalidRequest(f"The field '{param}' is missing: send {self.shape.summary}.", param=param)
 
     def close(self) -> None:
         """Close the file being written, if any."""
@@ -159,28 +186,42 @@ class _Form:
     def _open(self) -> None:
         _, options = parse_options_header(self._disposition.decode("latin-1"))
         self._field = options.get(b"name", b"").decode("utf-8", "replace")
-        if self._field == "files":
+        if self._field == self.shape.files:
             self._file = (self.folder / self._file_name(options.get(b"filename", b""))).open("xb")
-        elif self._field not in _TEXT_FIELDS or self._field in self.fields:
+        elif self._field not in (*self.shape.needed, *self.shape.others) or self._field in self.fields:
             raise InvalidRequest(
-                f"Unexpected form field '{self._field[:80]}': send one 'name', one 'files' per file, and 'base' if need be.",
-                param=self._field[:80],
+                f"Unexpected form field '{self._field[:80]}': send {self.shape.summary}.", param=self._field[:80]
             )
 
     def _file_name(self, raw: bytes) -> str:
         name = raw.decode("utf-8", "replace")
+        if self.shape.one_file:
+            return self._only_file(name)
         if not _FILE_NAME.fullmatch(name):
             raise InvalidRequest(
                 f"'{name[:80]}' is not a file name that is taken here: no folders; letters, digits, '.', '_' and '-'.",
                 code="invalid_file_name",
                 param="files",
             )
-        if name in self._names:
+        if name in self.names:
             raise InvalidRequest(f"The file '{name}' was sent twice.", param="files")
-        if len(self._names) >= _MAX_FILES:
+        if len(self.names) >= _MAX_FILES:
             raise InvalidRequest(f"An adapter has {_MAX_FILES} files at most.", param="files")
-        self._names.add(name)
+        self.names.append(name)
         return name
+
+    def _only_file(self, name: str) -> str:
+        if self.names:
+            raise InvalidRequest("Send one file at a time.", param=self.shape.files)
+        name = name.replace("\\", "/").rpartition("/")[2]  # some clients send a whole path
+        if not 0 < len(name) <= 255 or not name.isprintable():
+            raise InvalidRequest(
+                "The file needs a name of 1 to 255 printable characters, such as train.jsonl.",
+                code="invalid_file_name",
+                param=self.shape.files,
+            )
+        self.names.append(name)
+        return DATA
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._file is not None:

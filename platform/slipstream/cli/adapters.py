@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,15 @@ from slipstream.client import SlipstreamClient, to_reference
 from slipstream.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, help="Publish, look at and remove adapters.", rich_markup_mode="markdown")
+
+
+class Switch(StrEnum):
+    """Speculation of a version, as the command line says it."""
+
+    ON = "on"
+    OFF = "off"
+
+
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 
 
@@ -49,7 +59,7 @@ def push(
     """
 
     async def work(client: SlipstreamClient) -> tuple[dict[str, Any], bool]:
-        with _upload_bar() as bar:
+        with _bar() as bar:
             task = bar.add_task(name, total=None)
 
             def show(sent: int, total: int) -> None:
@@ -124,11 +134,14 @@ def show(
             f"{v['size_bytes'] / 1e6:.1f} MB",
             v["created_at"][:19],
             v["digest"][:19],
+            _speculation(v),
         ]
         for v in adapter["versions"]
     ]
-    show_table(["VERSION", "STATE", "KIND", "BASE", "SIZE", "CREATED", "DIGEST"], rows, "No versions.")
+    show_table(["VERSION", "STATE", "KIND", "BASE", "SIZE", "CREATED", "DIGEST", "SPECULATION"], rows, "No versions.")
     for version in adapter["versions"]:
+        if version["speculation"]["reason"]:
+            typer.echo(f"Speculation {_speculation(version)}: {version['ref']}: {version['speculation']['reason']}")
         for warning in version["warnings"]:
             typer.echo(f"Warning: {version['ref']}: {warning}", err=True)
 
@@ -147,10 +160,7 @@ def rm(
 
     Example: slipstream adapters rm sql@3
     """
-    name, at, tag = to_reference(reference).partition("@")
-    if at and not (tag.isascii() and tag.isdigit()):
-        end(InvalidRequest(f"Give a version's number, as in {name}@3: '{tag}' is none."))
-    version = int(tag) if at else None
+    name, version = _name_and_number(reference)
     removed = session(context, url, api_key, tenant).run(lambda client: client.delete_adapter(name, version))
     if as_json:
         show_json(removed)
@@ -158,7 +168,82 @@ def rm(
     typer.echo("Removed " + ", ".join(f"{name}@{number}" for number in removed["versions"]))
 
 
-def _upload_bar() -> Progress:
+@app.command()
+def speculation(
+    context: typer.Context,
+    reference: Annotated[str, typer.Argument(help="One version: `sql@3`.", show_default=False)],
+    state: Annotated[Switch, typer.Argument(help="What `auto` means for it.", show_default=False)],
+    *,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever looks at it later.")] = "",
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a version's speculation on or off.
+
+    It holds for the next request that leaves `speculation` at `auto`; a request that sends `true` still speculates. The
+    text of the answers never depends on it, only their speed.
+
+    Example: slipstream adapters speculation sql@3 off --reason "accepts too few drafts"
+    """
+    name, version = _name_and_number(reference)
+    if version is None:
+        end(
+            InvalidRequest(f"Give a version's number too, as in {name}@3: each version has its own speculation policy.")
+        )
+    changed = session(context, url, api_key, tenant).run(
+        lambda client: client.set_speculation(name, version, enabled=state is Switch.ON, reason=reason)
+    )
+    if as_json:
+        show_json(changed)
+        return
+    typer.echo(f"Speculation of {changed['ref']} is {state.value}")
+
+
+@app.command()
+def pull(
+    context: typer.Context,
+    reference: Annotated[str, typer.Argument(help="`sql`, or one version: `sql@3`, `sql@prod`.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Where to: a new or empty folder.", show_default=False)],
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a version: its weights, and the card, curves and logs that were published with it.
+
+    Every file is checked against its sha256. After a broken connection, run it again: what is complete is kept.
+
+    Example: slipstream adapters pull sql@3 ./sql-3
+    """
+
+    async def work(client: SlipstreamClient) -> dict[str, Any]:
+        with _bar() as bar:
+            task = bar.add_task(reference, total=None)
+
+            def show(received: int, total: int) -> None:
+                bar.update(task, completed=received, total=total)
+
+            return await client.fetch_files(reference, folder, show)
+
+    version = session(context, url, api_key, tenant).run(work)
+    if as_json:
+        show_json(version)
+        return
+    count = len(version["files"]) + len(version["attachments"])
+    typer.echo(f"{version['ref']} is in {folder}: {count} files ({_kind(version)})")
+
+
+def _name_and_number(reference: str) -> tuple[str, int | None]:
+    name, at, tag = to_reference(reference).partition("@")
+    if at and not (tag.isascii() and tag.isdigit()):
+        end(InvalidRequest(f"Give a version's number, as in {name}@3: '{tag}' is none."))
+    return name, int(tag) if at else None
+
+
+def _bar() -> Progress:
     # On stderr, so that --json on stdout stays clean; and for people only.
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -172,6 +257,12 @@ def _kind(version: dict[str, Any]) -> str:
     if version["num_streams"]:
         parts.append(f"{version['num_streams']} streams")
     return ", ".join(parts)
+
+
+def _speculation(version: dict[str, Any]) -> str:
+    if not version["speculation"]["enabled"]:
+        return Switch.OFF.value
+    return Switch.ON.value if version["num_streams"] else "-"  # a plain LoRA has nothing to draft with
 
 
 def _aliases(adapter: dict[str, Any]) -> str:

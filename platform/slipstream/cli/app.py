@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, keys
+from slipstream.cli import adapters, evaluate, jobs, keys
 
 app = typer.Typer(
     name="slipstream",
@@ -28,7 +28,9 @@ Exit codes: 0 done; 1 refused, the message says what to change; 2 wrong usage; 3
 away.""",
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.command("evaluate")(evaluate.evaluate)
 
 
 @app.command("version")

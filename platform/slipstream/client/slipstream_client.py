@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 
+from adapter_registry.records import SpeculationPolicy
 from slipstream.adapters.folder import check_is_file
+from slipstream.client.connect import TIMEOUT, checked_url, open_rows, path_part, visible
+from slipstream.client.downloads import files_of, pick_version, prepare_folder, save, selector_of
 from slipstream.client.failures import error_of
 from slipstream.errors import InvalidRequest, Unavailable
 
 Json = dict[str, Any]
-Progress = Callable[[int, int], None]  # bytes sent so far, bytes of all files
-_TIMEOUT = httpx.Timeout(30.0, read=600.0, write=120.0)  # a large adapter is checked and stored before the answer comes
+Progress = Callable[[int, int], None]  # bytes sent or received so far, bytes of all files
 
 
 class SlipstreamClient:
@@ -33,11 +33,11 @@ class SlipstreamClient:
         tenant: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        headers = {"Authorization": f"Bearer {_visible(api_key, 'API key')}"}
+        headers = {"Authorization": f"Bearer {visible(api_key, 'API key')}"}
         if tenant is not None:  # only the admin key may name one
-            headers["X-Slipstream-Tenant"] = _visible(tenant, "tenant")
-        self._url = _checked_url(url)
-        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=_TIMEOUT, transport=transport)
+            headers["X-Slipstream-Tenant"] = visible(tenant, "tenant")
+        self._url = checked_url(url)
+        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=TIMEOUT, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -52,14 +52,24 @@ class SlipstreamClient:
         await self._http.aclose()
 
     async def push(
-        self, folder: Path, name: str, progress: Progress = lambda sent, total: None, *, base: str | None = None
+        self,
+        folder: Path,
+        name: str,
+        progress: Progress = lambda sent, total: None,
+        *,
+        base: str | None = None,
+        speculation: SpeculationPolicy | None = None,
     ) -> tuple[Json, bool]:
         """Publish a folder as a version of `name`; returns the version and whether it is new.
 
         Hidden files stay here; links and sub-folders (training checkpoints) are refused as the server would refuse them.
-        `base` names the base model where the server has several.
+        `base` names the base model where the server has several. `speculation` is the policy of a new version; one that
+        has the same content already keeps its own.
         """
         fields = {"name": name} if base is None else {"name": name, "base": base}
+        if speculation is not None:
+            fields["speculation"] = "on" if speculation.enabled else "off"
+            fields["speculation_reason"] = speculation.reason
         paths = adapter_files(folder)
         total, sent = sum(path.stat().st_size for path in paths), 0
 
@@ -80,20 +90,82 @@ class SlipstreamClient:
 
     async def get_adapter(self, name: str) -> Json:
         """One adapter with its versions and aliases."""
-        return dict((await self._send("GET", f"/v1/adapters/{_part(name)}")).json())
+        return dict((await self._send("GET", f"/v1/adapters/{path_part(name)}")).json())
 
     async def delete_adapter(self, name: str, version: int | None = None) -> Json:
         """Remove an adapter, or one of its versions."""
-        path = f"/v1/adapters/{_part(name)}" + ("" if version is None else f"/versions/{version}")
+        path = f"/v1/adapters/{path_part(name)}" + ("" if version is None else f"/versions/{version}")
         return dict((await self._send("DELETE", path)).json())
+
+    async def set_speculation(self, name: str, version: int, *, enabled: bool, reason: str = "") -> Json:
+        """Say whether requests with speculation `auto` draft with this version, and why; returns the version."""
+        path = f"/v1/adapters/{path_part(name)}/versions/{version}/speculation"
+        return dict((await self._send("PUT", path, json={"enabled": enabled, "reason": reason})).json())
+
+    async def fetch_files(
+        self, reference: str, folder: Path, progress: Progress = lambda received, total: None
+    ) -> Json:
+        """Download all files of a version (`name`, `name@3`, `name@alias`), attachments too; returns the version.
+
+        `folder` is made. What is there from an earlier try and right is kept; anything else in it is refused. Every
+        file is checked against its sha256 before it takes its name. Raises `NotFound`, `InvalidRequest`, `Unavailable`.
+        """
+        selector = selector_of(reference)
+        version = pick_version(await self.get_adapter(selector.name), selector)
+        files = files_of(version)
+        missing = prepare_folder(folder, files)
+        total = sum(entry.size for entry in files)
+        received = total - sum(entry.size for entry in missing)
+
+        def count(size: int) -> None:
+            nonlocal received
+            received += size
+            progress(received, total)
+
+        progress(received, total)
+        for entry in missing:
+            path = (
+                f"/v1/adapters/{path_part(selector.name)}/versions/{version['version']}/files/{path_part(entry.path)}"
+            )
+            async with self._receive(path) as response:
+                await save(response.aiter_bytes(), entry, folder, count)
+        return version
 
     async def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version."""
-        await self._send("PUT", f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}", json={"version": version})
+        await self._send("PUT", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}", json={"version": version})
 
     async def delete_alias(self, name: str, alias: str) -> None:
         """Remove an alias."""
-        await self._send("DELETE", f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}")
+        await self._send("DELETE", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}")
+
+    async def upload_file(self, path: Path) -> Json:
+        """Upload training rows; returns the file's record."""
+        with open_rows(path) as file:
+            sent = {"file": (path.name, file, "application/octet-stream")}
+            response = await self._send("POST", "/v1/files", data={"purpose": "fine-tune"}, files=sent)
+        return dict(response.json())
+
+    async def create_job(self, **fields: Any) -> Json:
+        """Queue a fine-tuning job; the fields are those of POST /v1/fine_tuning/jobs."""
+        return dict((await self._send("POST", "/v1/fine_tuning/jobs", json=fields)).json())
+
+    async def list_jobs(self, limit: int = 20) -> list[Json]:
+        """The tenant's newest jobs."""
+        return list((await self._send("GET", "/v1/fine_tuning/jobs", params={"limit": limit})).json()["data"])
+
+    async def get_job(self, job_id: str) -> Json:
+        """One job."""
+        return dict((await self._send("GET", f"/v1/fine_tuning/jobs/{path_part(job_id)}")).json())
+
+    async def list_job_events(self, job_id: str, limit: int = 20) -> list[Json]:
+        """What a job said last, newest first."""
+        path = f"/v1/fine_tuning/jobs/{path_part(job_id)}/events"
+        return list((await self._send("GET", path, params={"limit": limit})).json()["data"])
+
+    async def cancel_job(self, job_id: str) -> Json:
+        """Cancel a job; returns it as it stands."""
+        return dict((await self._send("POST", f"/v1/fine_tuning/jobs/{path_part(job_id)}/cancel")).json())
 
     async def create_key(self, tenant: str, label: str = "") -> Json:
         """A new key; `secret` is in this answer only. Needs the admin key."""
@@ -105,18 +177,32 @@ class SlipstreamClient:
 
     async def revoke_key(self, tenant: str, key_id: str) -> None:
         """Take a key back. Needs the admin key."""
-        await self._send("DELETE", f"/v1/keys/{_part(key_id)}", params={"tenant": tenant})
+        await self._send("DELETE", f"/v1/keys/{path_part(key_id)}", params={"tenant": tenant})
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **content)
         except UnicodeEncodeError as error:
-            raise InvalidRequest("A name or label holds characters that are not text. Write it anew.") from error
+            raise InvalidRequest(
+                "A name, label or reason holds characters that are not text. Write it anew."
+            ) from error
         except httpx.TransportError as error:
             raise Unavailable(f"Cannot reach {self._url}: is the server running, and is this its address?") from error
         if response.is_error:
             raise error_of(response)
         return response
+
+    @asynccontextmanager
+    async def _receive(self, path: str) -> AsyncGenerator[httpx.Response]:
+        """A response whose body is still to come."""
+        try:
+            async with self._http.stream("GET", path) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise error_of(response)
+                yield response
+        except httpx.TransportError as error:
+            raise Unavailable(f"The connection to {self._url} broke off. Try again.") from error
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -131,29 +217,6 @@ def adapter_files(folder: Path) -> list[Path]:
             f"{folder} holds no files: give the folder that PEFT's save_pretrained wrote.", param="folder"
         )
     return files
-
-
-def _checked_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InvalidRequest(f"{url!r} is not a URL of a server, such as http://127.0.0.1:8000.", param="url")
-    return url.rstrip("/").removesuffix("/v1")  # as OpenAI's clients want it written
-
-
-def _visible(text: str, what: str) -> str:
-    """Header values that httpx cannot send, or that would be cut or refused on the way."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise InvalidRequest(f"The {what} holds a character that it cannot have, such as a space. Copy it again.")
-    return text
-
-
-def _part(text: str) -> str:
-    """One path segment. Dots alone would be resolved away before the request leaves: `..` must stay a refused name."""
-    quoted = quote(text, safe="", errors="replace")  # bytes of the command line that are no text: a refused name too
-    return quoted.replace(".", "%2E") if set(text) <= {"."} else quoted
 
 
 class _CountedFile(io.FileIO):

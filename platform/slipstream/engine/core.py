@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -12,6 +13,8 @@ from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.protocol import EngineStats
+
+log = logging.getLogger(__name__)
 
 
 class Prepared(Protocol):
@@ -43,7 +46,7 @@ class Runner(Protocol[P]):
         ...
 
     def load_adapter(self, slot: int, adapter: P) -> None:
-        """Host → device."""
+        """Host → device. When it raises, the slot is still free."""
         ...
 
     def unload_adapter(self, slot: int) -> None:
@@ -57,6 +60,7 @@ class StepOutcome:
 
     emissions: list[Emission] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)  # digests to download now
+    failed: dict[str, list[int]] = field(default_factory=dict)  # digests that no slot could take → sequences dropped
     ran: bool = False
 
 
@@ -95,16 +99,25 @@ class EngineCore(Generic[P]):
         self.residency.fetched(digest, adapter.nbytes, adapter.num_streams)
 
     def adapter_failed(self, digest: str) -> list[int]:
-        """A fetch did not work out: its waiting sequences are dropped; returns their ids."""
+        """A fetch or a load did not work out: its waiting sequences are dropped; returns their ids."""
         self.residency.failed(digest)
+        self._on_host.pop(digest, None)
         victims = [s.seq_id for s in self.scheduler.sequences_of(digest)]
         for seq_id in victims:
             self.abort(seq_id)
         return victims
 
+    def forget_adapter(self, digest: str) -> None:
+        """Free an adapter's slot and host memory; no sequence may be using it. Unknown digests are no error."""
+        slot = self.residency.forget(digest)
+        if slot is not None:
+            self.runner.unload_adapter(slot)
+        self._on_host.pop(digest, None)
+
     def step(self) -> StepOutcome:
         """Move adapters, then: schedule → run → commit."""
-        outcome = StepOutcome(fetch=self._move_adapters())
+        outcome = StepOutcome()
+        self._move_adapters(outcome)
         plan = self.scheduler.schedule()
         if plan.sequences:
             result = self.runner.run(plan)
@@ -116,15 +129,19 @@ class EngineCore(Generic[P]):
                 self._count(self.sequences.pop(emission.seq_id))
         return outcome
 
-    def _move_adapters(self) -> list[str]:
+    def _move_adapters(self, outcome: StepOutcome) -> None:
         plan = self.residency.plan(self.scheduler.waiting_adapters())
         for _, slot in plan.unload:
             self.runner.unload_adapter(slot)
         for digest, slot in plan.load:
-            self.runner.load_adapter(slot, self._on_host[digest])
+            try:
+                self.runner.load_adapter(slot, self._on_host[digest])
+            except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors; the others go on
+                log.exception("adapter %s could not be copied to the device", digest)
+                outcome.failed[digest] = self.adapter_failed(digest)
         for digest in plan.drop:
             del self._on_host[digest]
-        return plan.fetch
+        outcome.fetch = plan.fetch
 
     def _count(self, seq: Sequence) -> None:
         counts = (seq.prompt_len, seq.num_answer, seq.drafted, seq.accepted)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from slipstream.engine.linear import AdapterBank
+from slipstream.engine.linear import AdapterBank, packed_linear
+from slipstream.engine.streams import OwnHead
 
 
 class Head:
@@ -28,6 +30,23 @@ class Head:
         """hidden: [m, H]; slots: int64 [m] → logits [m, V] in the model's dtype."""
         self._bank.use(slots)
         return self._shape(self._member(hidden))
+
+    def drafts(self, states: torch.Tensor, slots: torch.Tensor, own: Sequence[OwnHead]) -> torch.Tensor:
+        """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.
+
+        Own heads come without LoRA, but with the base's bias, scaling and soft cap: they began as copies of its weight.
+        """
+        if not own:
+            return self(states, slots)
+        logits = states.new_empty(states.shape[0], self._weight.shape[0])
+        shared = set(range(states.shape[0]))
+        for head in own:
+            logits[head.rows] = self._shape(packed_linear(states[head.rows], head.weight, self._bias))
+            shared.difference_update(head.rows)
+        if shared:
+            rows = sorted(shared)
+            logits[rows] = self(states[rows], slots[rows])
+        return logits
 
     def exact(self, hidden: torch.Tensor, slot: int, ids: torch.Tensor) -> torch.Tensor:
         """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c]."""

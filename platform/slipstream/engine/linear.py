@@ -28,15 +28,11 @@ class PackedWeight:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.bias = bias
         self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
-        self._packed = can_prepack(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._weight = pack(weight)
 
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """x: [n, in] → [n, out]."""
-        bias = self.bias if with_bias else None
-        if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(x, self._weight, bias)
+        return packed_linear(x, self._weight, self.bias if with_bias else None)
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
@@ -47,6 +43,18 @@ def can_prepack(weight: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] prepacked where that pays, else as it is. Packed, it is of use to `packed_linear` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if can_prepack(weight) else weight
+
+
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: [n, in] → [n, out]; `weight` is what `pack` gave."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True, slots=True)

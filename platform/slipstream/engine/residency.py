@@ -130,6 +130,16 @@ class ResidencyManager:
         self._move(entry, Residency.FAILED)
         entry.blocked_since = None
 
+    def forget(self, digest: str) -> int | None:
+        """Drop an adapter that nobody pins and that is not being fetched; returns the slot it held, for unloading."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            return None
+        assert entry.state is not Residency.FETCHING, "forgetting an adapter that is on its way"
+        slot = self._leave_slot(entry) if entry.slot >= 0 else None
+        del self._entries[digest]
+        return slot
+
     # -- inside ---------------------------------------------------------------------------------------------------
 
     @staticmethod

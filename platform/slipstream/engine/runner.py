@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slipstream.adapters.weights import AdapterWeights
+from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import StepBatch, build_batch, row_request
 from slipstream.engine.head import Head
@@ -72,17 +72,24 @@ class ModelRunner:
         """
         with torch.inference_mode():
             like = torch.empty(0, dtype=self._embedding_dtype())
-            if weights.streams is not None and weights.streams.bias.shape[1] != self._hidden_size:
-                raise ValueError("streams: hidden size does not fit this base model")
-            streams = prepare_streams(weights.streams, like) if weights.streams is not None else None
-            if streams is not None and not all(bool(t.isfinite().all()) for t in streams.tensors()):
-                raise ValueError(f"streams: weights overflow in {like.dtype}")
+            streams = self._prepare_streams(weights.streams, like) if weights.streams is not None else None
             return PreparedAdapter(self._bank.prepare(weights), streams)
 
+    def _prepare_streams(self, weights: StreamWeights, like: torch.Tensor) -> PreparedStreams:
+        if weights.bias.shape[1] != self._hidden_size:
+            raise ValueError("streams: hidden size does not fit this base model")
+        if weights.head is not None and weights.head.shape[1:] != (self._sampler.vocab_size, self._hidden_size):
+            raise ValueError("streams: the LM heads do not fit this base model")
+        streams = prepare_streams(weights, like)
+        if not all(bool(t.isfinite().all()) for t in streams.tensors()):
+            raise ValueError(f"streams: weights overflow in {like.dtype}")
+        return streams.packed() if self.device.type == "cpu" else streams
+
     def load_adapter(self, slot: int, adapter: PreparedAdapter) -> None:
-        """Put an adapter into a free slot, between steps."""
+        """Put an adapter into a free slot, between steps. When it raises, the slot is still free."""
+        streams = adapter.streams.to(self.device) if adapter.streams is not None else None
         self._bank.load(slot, adapter.lora)
-        self._streams.load(slot, adapter.streams.to(self.device) if adapter.streams is not None else None)
+        self._streams.load(slot, streams)
 
     def unload_adapter(self, slot: int) -> None:
         """Empty a slot, between steps."""
@@ -159,7 +166,7 @@ class ModelRunner:
         slots = [part.slot for part, _, _ in wanting]
         states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
         per_row = torch.tensor(slots, device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
-        logits = self._head(states, per_row)
+        logits = self._head.drafts(states, per_row, self._streams.own_heads(slots, counts))
         picked: dict[int, tuple[int, ...]] = {}
         start = 0
         for (part, _, tokens), count in zip(wanting, counts, strict=True):

@@ -283,11 +283,19 @@ class Scheduler:
         )
         seq.decode_steps += 1
         seq.drafted += part.num_drafts
-        seq.accepted += min(len(result.tokens) - 1, emitted)
+        accepted = min(len(result.tokens) - 1, emitted)
+        seq.accepted += accepted
         seq.drafts = list(result.drafts)
         if reason is not None:
             self._finish(seq, reason)
-        return Emission(seq.seq_id, tuple(seq.tokens[before:]), result.logprobs[:emitted], reason is not None)
+        return Emission(
+            seq.seq_id,
+            tuple(seq.tokens[before:]),
+            result.logprobs[:emitted],
+            reason is not None,
+            judged=min(part.num_drafts, emitted),
+            accepted=accepted,
+        )
 
     @staticmethod
     def _stop_reason(seq: Sequence, token: int) -> FinishReason | None:

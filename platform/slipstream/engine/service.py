@@ -55,6 +55,7 @@ T = TypeVar("T")
 
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
 MIN_CONTEXT = 2048  # a KV cache that holds less than this, or than the model's context, is a mistake
+_NO_ROOM = "This replica has no room for the adapter on its device now. Try again; if it stays, tell the operator."
 _BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
 
@@ -238,7 +239,7 @@ class EngineService:
         try:
             while self._take_commands():
                 outcome = self._core.step()
-                self._ran = outcome.ran
+                self._ran = outcome.ran or bool(outcome.failed)  # somebody else may want the slot
                 self._stats = self._core.stats()  # before the events, so that who has the last one sees it counted
                 self._deliver(outcome)
         except Exception as error:  # the top loop: whatever it is, callers must hear of it
@@ -271,6 +272,8 @@ class EngineService:
             self._core.abort(choice.seq.seq_id)
 
     def _deliver(self, outcome: StepOutcome) -> None:
+        for seq_ids in outcome.failed.values():
+            self._fail([self._choices.pop(seq_id) for seq_id in seq_ids], _NO_ROOM)
         for digest in outcome.fetch:
             waiting = self._choices[self._core.scheduler.sequences_of(digest)[0].seq_id]
             ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same
@@ -355,12 +358,13 @@ class EngineService:
 
     def _adapter_failed(self, digest: str, late: bool) -> None:
         why = "took too long to load" if late else "could not be loaded"
-        failure = AdapterUnavailable(f"The adapter {why} on this replica. Try again; if it stays, publish it anew.")
-        for call in {id(c.call): c.call for c in self._take_victims(digest)}.values():
-            self._loop.call_soon_threadsafe(call.queue.put_nowait, failure)
+        victims = [self._choices.pop(seq_id) for seq_id in self._core.adapter_failed(digest)]
+        self._fail(victims, f"The adapter {why} on this replica. Try again; if it stays, publish it anew.")
 
-    def _take_victims(self, digest: str) -> list[_Choice]:
-        return [self._choices.pop(seq_id) for seq_id in self._core.adapter_failed(digest)]
+    def _fail(self, choices: list[_Choice], message: str) -> None:
+        """End the calls of these choices, all of one adapter."""
+        for call in {id(c.call): c.call for c in choices}.values():
+            self._loop.call_soon_threadsafe(call.queue.put_nowait, AdapterUnavailable(message))
 
 
 async def _in_own_thread(work: Callable[[], T]) -> T:

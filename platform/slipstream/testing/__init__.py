@@ -3,6 +3,17 @@
 from slipstream.testing.fake_engine import FAKE_BASE, FakeAnswer, FakeEngine
 from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
+from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
+from slipstream.testing.scripted_jobs import ScriptedJobRunner
 
-__all__ = ["FAKE_BASE", "FakeAnswer", "FakeEngine", "ManualClock", "MemoryBlobs", "MemoryStore"]
+__all__ = [
+    "FAKE_BASE",
+    "FakeAnswer",
+    "FakeEngine",
+    "ManualClock",
+    "MemoryBlobs",
+    "MemoryJobs",
+    "MemoryStore",
+    "ScriptedJobRunner",
+]

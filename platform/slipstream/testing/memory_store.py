@@ -14,6 +14,7 @@ from adapter_registry.records import (
     AdapterSummary,
     AdapterVersion,
     KeyRecord,
+    SpeculationPolicy,
     VersionSelector,
     VersionState,
     check_alias,
@@ -149,6 +150,15 @@ class MemoryStore(Store):
         if self._adapter(tenant, name).aliases.pop(check_alias(alias), None) is None:
             raise _not_published(name)
 
+    async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
+        """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
+        adapter = self._adapter(tenant, name)
+        found = adapter.versions.get(version)
+        if found is None or found.state is not VersionState.READY:
+            raise _not_published(name)
+        adapter.versions[version] = found.model_copy(update={"speculation": policy})
+        return adapter.versions[version]
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
         mine, now = self._look(tenant), self._clock()
@@ -164,6 +174,22 @@ class MemoryStore(Store):
         """The blobs returned by `begin_sweep` are gone."""
         for sha in sha256s:
             self._look(tenant).deleting.pop(check_sha256(sha), None)
+
+    def hold_blob(self, tenant: str, sha256: str) -> None:
+        """One more reference to a claimed blob, as a training file is. Raises `BlobMissing`."""
+        mine = self._enter(tenant)
+        if sha256 not in mine.refs and sha256 not in mine.garbage:
+            raise BlobMissing("The file's content is not held for it any more: upload it again.")
+        mine.refs[sha256] += 1
+        mine.garbage.pop(sha256, None)
+
+    def release_blob(self, tenant: str, sha256: str) -> None:
+        """One reference less; the last one leaves garbage for the sweep."""
+        mine = self._enter(tenant)
+        mine.refs[sha256] -= 1
+        if not mine.refs[sha256]:
+            del mine.refs[sha256]
+            mine.garbage[sha256] = self._clock()
 
     async def tenants(self) -> Sequence[str]:
         """Every tenant that has ever published, claimed blobs or been given a key, by name."""

@@ -32,17 +32,19 @@ def base(tiny: Any) -> BaseModelSpec:
 
 @pytest.fixture(scope="session")
 def valid_folders(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`peft`, `dora`, `own`, `own_dense`, `lorax`, and `own_only` and `lorax_only` without a LoRA."""
+    """`peft`, `dora`, `own`, `own_dense`, `lorax`, `medusa`, and `own_only`, `lorax_only`, `medusa_only` without a LoRA."""
     root = tmp_path_factory.mktemp("valid")
     random_peft_adapter(tiny, root / "peft")
     random_peft_adapter(tiny, root / "dora", use_dora=True)
-    for name in ("own", "own_dense", "lorax"):
+    for name in ("own", "own_dense", "lorax", "medusa"):
         shutil.copytree(root / "peft", root / name)
     for name in ("own", "own_only"):
         write_own_streams(root / name, random_streams(32, 3, rank=4, conditioned=True))
     write_own_streams(root / "own_dense", random_streams(32, 2, rank=None))
     for name in ("lorax", "lorax_only"):
         write_lorax_streams(root / name, random_streams(32, 3, rank=None))
+    for name in ("medusa", "medusa_only"):
+        write_lorax_streams(root / name, random_streams(32, 3, vocab=128))
     return root
 
 

@@ -40,6 +40,8 @@ def edit(path: Path, **fields: object) -> None:
         ("own_only", AdapterKind.TURBO, 0, 3, 4),
         ("lorax", AdapterKind.TURBO_LORA, 4, 3, None),
         ("lorax_only", AdapterKind.TURBO, 0, 3, None),
+        ("medusa", AdapterKind.MEDUSA, 4, 3, None),
+        ("medusa_only", AdapterKind.MEDUSA, 0, 3, None),
     ],
 )
 def test_each_layout(
@@ -115,6 +117,33 @@ def test_prompt_format_and_acceptance(copy_of: CopyOf, base: BaseModelSpec) -> N
     found = inspect_adapter(folder, base)
     assert found.prompt_format is PromptFormat.CHAT
     assert found.acceptance == (0.75, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["own", "lorax", "medusa"])
+def test_acceptance_beside_any_streams(layout: str, copy_of: CopyOf, base: BaseModelSpec) -> None:
+    folder = copy_of(layout)
+    edit(folder / "slipstream.json", acceptance=[0.5, 1, 0])
+    assert inspect_adapter(folder, base).acceptance == (0.5, 1.0, 0.0)
+
+
+def test_the_speculators_own_file_knows_best(copy_of: CopyOf, base: BaseModelSpec) -> None:
+    folder = copy_of("own")
+    edit(folder / "turbo_config.json", acceptance=[0.75, 0.5, 0])
+    edit(folder / "slipstream.json", acceptance=[0.1, 0.1, 0.1])
+    assert inspect_adapter(folder, base).acceptance == (0.75, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("version", ["1", 1, 1.0, "1.0", None])
+def test_every_way_to_write_version_1(version: object, copy_of: CopyOf, base: BaseModelSpec) -> None:
+    folder = copy_of("medusa_only")
+    value = json.loads((folder / "config.json").read_text()) | {"version": version}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+    assert inspect_adapter(folder, base).kind is AdapterKind.MEDUSA
+
+
+def test_lm_heads_count_in_the_budget(valid_folders: Path) -> None:
+    heads = load_adapter(valid_folders / "medusa_only").nbytes - load_adapter(valid_folders / "lorax_only").nbytes
+    assert heads == 3 * 128 * 32 * 4
 
 
 def test_prompt_format_of_a_plain_lora(copy_of: CopyOf, base: BaseModelSpec) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.adapters import TINY_ID, random_streams
 
 from adapter_registry.records import AdapterKind, PromptFormat
 from slipstream.adapters.load import load_adapter
-from slipstream.adapters.save import TurboMetadata, dense_weight, export_lorax, save_turbo
+from slipstream.adapters.save import TurboMetadata, dense_weight, export_lorax, save_medusa, save_turbo
 from slipstream.adapters.validate import inspect_adapter
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.errors import InvalidRequest
@@ -21,7 +22,7 @@ from slipstream.protocol import BaseModelSpec
 
 def assert_same_streams(found: StreamWeights | None, expected: StreamWeights) -> None:
     assert found is not None
-    for part in ("bias", "weight", "a", "b", "c"):
+    for part in ("bias", "weight", "a", "b", "c", "head"):
         ours, theirs = getattr(found, part), getattr(expected, part)
         assert (ours is None) == (theirs is None), part
         assert ours is None or torch.equal(ours, theirs), part
@@ -51,6 +52,60 @@ def test_round_trip(
     assert_same_streams(load_adapter(tmp_path / "new").streams, streams)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_streams", [1, 3, 8])
+@pytest.mark.parametrize("lora", [False, True])
+def test_medusa_round_trip(
+    lora: bool, num_streams: int, dtype: torch.dtype, valid_folders: Path, tmp_path: Path, base: BaseModelSpec
+) -> None:
+    streams = random_streams(32, num_streams, vocab=128, dtype=dtype)
+    rates = tuple(0.9 - 0.1 * k for k in range(num_streams))
+    metadata = TurboMetadata(TINY_ID, base.base_digest, rates, PromptFormat.CHAT)
+    save_medusa(tmp_path / "new", streams, metadata, valid_folders / "peft" if lora else None)
+    found = inspect_adapter(tmp_path / "new", base)
+    assert (found.kind, found.num_streams, found.stream_rank) == (AdapterKind.MEDUSA, num_streams, None)
+    assert (found.base_digest, found.acceptance) == (base.base_digest, rates)
+    assert (found.prompt_format, found.warnings) == (PromptFormat.CHAT, ())
+    loaded = load_adapter(tmp_path / "new")
+    assert_same_streams(loaded.streams, streams)
+    if lora:
+        assert_same_lora(loaded, load_adapter(valid_folders / "peft"))
+    else:
+        assert loaded.lora == {}
+
+
+def test_medusa_1_is_what_lorax_reads(tmp_path: Path) -> None:
+    streams = random_streams(32, 2, vocab=128)
+    save_medusa(tmp_path, streams, TurboMetadata(TINY_ID))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {
+        "base_model_name_or_path": TINY_ID,
+        "medusa_num_heads": 2,
+        "medusa_num_layers": 1,
+        "version": "1",
+    }
+    held = load_file(tmp_path / "medusa_lm_head.safetensors")
+    assert {name: tuple(t.shape) for name, t in held.items()} == {
+        name: shape
+        for k in range(2)
+        for name, shape in {
+            f"{k}.0.linear.weight": (32, 32),
+            f"{k}.0.linear.bias": (32,),
+            f"{k}.1.weight": (128, 32),
+        }.items()
+    }
+    assert streams.head is not None
+    assert torch.equal(held["1.1.weight"], streams.head[1])
+
+
+def test_each_kind_of_heads_has_its_writer(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="save_medusa"):
+        save_turbo(tmp_path / "out", random_streams(32, vocab=128), TurboMetadata(TINY_ID))
+    with pytest.raises(InvalidRequest, match="save_turbo"):
+        save_medusa(tmp_path / "out", random_streams(32, rank=None), TurboMetadata(TINY_ID))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_lora_is_copied_beside_the_streams(valid_folders: Path, tmp_path: Path, base: BaseModelSpec) -> None:
     save_turbo(tmp_path, random_streams(32), TurboMetadata(TINY_ID), valid_folders / "peft")
     assert inspect_adapter(tmp_path, base).kind is AdapterKind.TURBO_LORA
@@ -69,12 +124,13 @@ def test_lorax_export(
     rank: int | None, dtype: torch.dtype, valid_folders: Path, tmp_path: Path, base: BaseModelSpec
 ) -> None:
     streams = random_streams(32, 3, rank=rank, dtype=dtype)
-    metadata = TurboMetadata(TINY_ID, base.base_digest, (), PromptFormat.CHAT)
+    metadata = TurboMetadata(TINY_ID, base.base_digest, (0.9, 0.5, 0.25), PromptFormat.CHAT)
     save_turbo(tmp_path / "own", streams, metadata, valid_folders / "peft")
     export_lorax(tmp_path / "own", tmp_path / "lorax")
     found = inspect_adapter(tmp_path / "lorax", base)
     assert (found.kind, found.num_streams, found.stream_rank) == (AdapterKind.TURBO_LORA, 3, None)
     assert (found.base_digest, found.prompt_format) == (base.base_digest, PromptFormat.CHAT)
+    assert found.acceptance == (0.9, 0.5, 0.25)
     loaded = load_adapter(tmp_path / "lorax")
     assert_same_streams(loaded.streams, StreamWeights(bias=streams.bias, weight=dense_weight(streams)))
     assert_same_lora(loaded, load_adapter(tmp_path / "own"))

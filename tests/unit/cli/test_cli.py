@@ -65,6 +65,36 @@ def test_json_for_scripts(shell: Shell, folder: Path) -> None:
     assert json.loads(shell("adapters", "rm", "sql", "--json").stdout)["versions"] == [1]
 
 
+def test_speculation_of_a_version(shell: Shell, folder: Path) -> None:
+    shell("adapters", "push", str(folder), "--name", "sql")
+    done = shell("adapters", "speculation", "sql/1", "off", "--reason", "accepts too few [drafts]")
+    assert done.stdout == "Speculation of sql@1 is off\n"
+    shown = shell("adapters", "show", "sql").stdout
+    assert "Speculation off: sql@1: accepts too few [drafts]" in shown
+    changed = json.loads(shell("adapters", "speculation", "sql@1", "on", "--json").stdout)
+    assert changed["speculation"] == {"enabled": True, "reason": ""}
+    assert "Speculation off" not in shell("adapters", "show", "sql").stdout
+
+
+def test_the_policy_is_a_column(shell: Shell) -> None:
+    asyncio.run(shell.world.publish("sql"))
+    row = shell("adapters", "show", "sql").stdout.splitlines()[-1]
+    assert row.split()[-1] == "-"  # a plain LoRA has nothing to draft with
+    shell("adapters", "speculation", "sql@1", "off")
+    assert shell("adapters", "show", "sql").stdout.splitlines()[-1].split()[-1] == "off"
+
+
+def test_pull_brings_every_file(shell: Shell, folder: Path, tmp_path: Path) -> None:
+    (folder / "training_card.md").write_text("# Card")
+    shell("adapters", "push", str(folder), "--name", "sql")
+    target = tmp_path / "new" / "folder"
+    pulled = shell("adapters", "pull", "sql", str(target))
+    assert pulled.stdout == f"sql@1 is in {target}: 3 files (lora, rank 2)\n"
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert json.loads(shell("adapters", "pull", "sql@1", str(target), "--json").stdout)["ref"] == "sql@1"
+    assert shell("adapters", "push", str(target), "--name", "copy").stdout.startswith("Published copy@1")
+
+
 def test_hidden_files_stay_here(shell: Shell, folder: Path) -> None:
     (folder / ".gitattributes").write_text("x")
     (folder / ".cache").mkdir()
@@ -117,6 +147,12 @@ def test_keys(shell: Shell) -> None:
         (("adapters", "show", "nobody"), "'nobody'"),
         (("adapters", "show", ".."), "not a valid adapter name"),
         (("adapters", "rm", "sql@prod"), "version's number"),
+        (("adapters", "speculation", "sql", "off"), "version's number too"),
+        (("adapters", "speculation", "sql@prod", "off"), "version's number"),
+        (("adapters", "speculation", "sql@1", "off"), "no version 1 of 'sql'"),
+        (("adapters", "speculation", "sql@1", "off", "--reason", "\udcff"), "not text"),
+        (("adapters", "pull", "nobody", "/nowhere"), "'nobody'"),
+        (("adapters", "pull", "Bad Name", "/nowhere"), "not a valid adapter name"),
         (("keys", "create", "--tenant", "x"), "admin key"),
         (("adapters", "list", "--api-key", "wrong"), "unknown or has been revoked"),
         (("adapters", "list", "--api-key", ""), "No key"),
@@ -175,6 +211,7 @@ def test_help_teaches(arguments: tuple[str, ...]) -> None:
 def test_wrong_usage_is_exit_2() -> None:
     assert CliRunner().invoke(app, ["adapters", "push"]).exit_code == 2
     assert CliRunner().invoke(app, ["nonsense"]).exit_code == 2
+    assert CliRunner().invoke(app, ["adapters", "speculation", "sql@1", "maybe"]).exit_code == 2
 
 
 def test_version() -> None:

@@ -1,0 +1,228 @@
+"""The base model under PEFT, with its speculator beside it: one module that a Trainer trains.
+
+LoRA stays in stock PEFT; the speculator is a module of its own (methods.md 1.6): no new PEFT type, no copied LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+
+from slipstream.adapters.peft_config import PEFT_CONFIG
+from slipstream.engine.loader import pick_device
+from slipstream.errors import InvalidRequest, ModelUnsupported
+from slipstream.training.config import Method, TrainingConfig
+from slipstream.training.objective import HeadShape, find_positions, head_losses
+from slipstream.training.streams import MedusaHeads, TurboStreams
+
+TRAINABLE = "trainable.safetensors"
+EAGER_UP_TO = 256  # columns: on a CPU, plain matmuls beat the fused attention's backward pass up to about here
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSums:
+    """What one forward pass gives: a differentiable `loss` (divided by `num_items`) and sums for the log, all detached.
+
+    losses, hits, counts: [K+1], the LM first; chain: [K] positions where streams 0..k were all right; reach: [K] positions
+    that have a target for every stream 0..k.
+    """
+
+    loss: torch.Tensor
+    losses: torch.Tensor
+    hits: torch.Tensor
+    counts: torch.Tensor
+    chain: torch.Tensor
+
+    def stacked(self) -> torch.Tensor:
+        """All sums as one float64 vector, for adding up over batches and workers: [4 K + 3]."""
+        parts = (self.losses, self.hits, self.counts, self.chain)
+        return torch.cat([part.detach().double().flatten() for part in parts])
+
+
+class TurboModel(nn.Module):
+    """Base model, LoRA and speculator. Only what is trained has `requires_grad`."""
+
+    def __init__(self, base: nn.Module, streams: TurboStreams | None, config: TrainingConfig) -> None:
+        super().__init__()
+        self.base = base  # a PeftModel, or the bare model
+        self.streams = streams
+        causal = base.get_base_model() if isinstance(base, PeftModel) else base
+        self._causal: list[PreTrainedModel] = [causal]  # in a list: not a second registration of the same weights
+        self.config = causal.config  # transformers' Trainer looks here
+        self._shape = HeadShape.of(causal.config.get_text_config())
+        self._options = config
+        self._trains_trunk = any(p.requires_grad for p in base.parameters())
+        self.gate = 0.0
+        self._seen: torch.Tensor | None = None
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model, its linears wrapped by PEFT if there is a LoRA."""
+        return self._causal[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
+        num_items: torch.Tensor | int | None = None,
+    ) -> ForwardSums:
+        """A `PackedBatch` → `ForwardSums`. `num_items`: trained tokens of the whole optimiser step; default this batch's."""
+        depth = self.streams.num_streams if self.streams is not None else 0
+        positions = find_positions(labels, segments, depth)
+        with self._autocast(input_ids.device):
+            with nullcontext() if self._trains_trunk else torch.no_grad():
+                decoder = self.causal.get_decoder()
+                out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+                h = out.last_hidden_state.flatten(0, 1)[positions.rows]
+            states = self._stream_states(h, positions.next_ids)
+            head = self.causal.get_output_embeddings()
+            own = self.streams.head if isinstance(self.streams, MedusaHeads) else None
+            soft = self._options.soft_targets if depth else 0.0
+            weight = head.weight.to(h.dtype)
+            ids = self._draft_ids() if self.training and depth else None
+            sums = head_losses(
+                h, states, positions, weight, self._shape, soft,
+                own_heads=own, bias=getattr(head, "bias", None), draft_ids=ids,
+            )  # fmt: skip
+        items = positions.rows.numel() if num_items is None else num_items
+        lm = sums.losses[0] if self._trains_trunk else sums.losses[0].detach()
+        decay = self._options.stream_decay
+        loss = lm + sum(decay ** (k + 1) * sums.losses[k + 1] for k in range(depth))
+        chain = sums.correct[1:].cumprod(0).sum(1)
+        return ForwardSums(loss / max(1, items) if isinstance(items, int) else loss / items, sums.losses.detach(),
+                           sums.correct.sum(1), sums.counts, chain)  # fmt: skip
+
+    def _stream_states(self, h: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor | None:
+        if self.streams is None:
+            return None
+        # The gate (methods.md 1.3): the streams see h itself, but only `gate` of their gradient goes on into the LoRA.
+        seen = h.detach() if self.gate == 0 else self.gate * h + (1 - self.gate) * h.detach()
+        embedding = None
+        if self.streams.conditioned:
+            embedding = self.causal.get_input_embeddings()(next_ids).to(h.dtype).detach()
+        states: torch.Tensor = self.streams(seen, embedding)
+        return states
+
+    def limit_drafts(self, seen: torch.Tensor) -> None:
+        """Let the streams' training softmax run over `seen` (int64 [n], every target among them) and some random others."""
+        self._seen = seen
+
+    def _draft_ids(self) -> torch.Tensor | None:
+        """The vocabulary of this step's drafts. The random part keeps every other token's logit from drifting upwards."""
+        if self._seen is None:
+            return None
+        others = torch.randint(0, self.causal.get_output_embeddings().weight.shape[0], (self._options.negatives,))
+        return torch.cat([self._seen, others]).unique().to(self.causal.device)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self._options.bf16 else nullcontext()
+
+    def lora_parameters(self) -> Iterator[nn.Parameter]:
+        """What PEFT trains."""
+        return (p for p in self.base.parameters() if p.requires_grad)
+
+    def stream_parameters(self) -> Iterator[nn.Parameter]:
+        """What the speculator trains."""
+        return iter(()) if self.streams is None else (p for p in self.streams.parameters() if p.requires_grad)
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """Name → tensor of everything that moves, on the CPU."""
+        return {n: p.detach().cpu().contiguous() for n, p in self.named_parameters() if p.requires_grad}
+
+    def save_trainable(self, folder: Path) -> None:
+        """Write `trainable_state` into a checkpoint."""
+        save_file(self.trainable_state(), folder / TRAINABLE)
+
+    def load_trainable(self, folder: Path) -> None:
+        """Read it back. Raises `InvalidRequest` when the checkpoint is of another run."""
+        found = load_file(folder / TRAINABLE)
+        mine = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        if {n: t.shape for n, t in found.items()} != {n: p.shape for n, p in mine.items()}:
+            raise InvalidRequest(f"{folder} is a checkpoint of another configuration. Start anew in an empty output folder.")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(found[name])
+
+
+def build_model(config: TrainingConfig, path: Path, longest: int) -> TurboModel:
+    """Load the base model and put on it what `config.method` trains. `longest`: tokens of the longest row."""
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)  # PEFT draws LoRA's A from the global generator
+    causal = load_base(config, path, device, longest)
+    base = _with_lora(causal, config)
+    streams = _speculator(causal, config)
+    if config.gradient_checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = TurboModel(base, streams, config)
+    return model.to(device)
+
+
+def load_base(config: TrainingConfig, path: Path, device: torch.device, longest: int) -> PreTrainedModel:
+    """The base model, frozen, in bf16 (or float32), with the attention that is fastest for packs of rows this long."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    attention = "eager" if device.type == "cpu" and longest <= EAGER_UP_TO else "sdpa"
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    except (ValueError, OSError) as error:
+        raise ModelUnsupported(f"{path} could not be loaded as a causal language model: {error}") from error
+    if type(causal.get_output_embeddings()) is not nn.Linear:
+        raise ModelUnsupported(f"{type(causal).__name__} has no plain linear LM head.")
+    return causal.to(device).requires_grad_(False)
+
+
+def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
+    if config.method.trains_lora:
+        targets = config.lora_targets
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=config.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            peft: nn.Module = get_peft_model(causal, lora)
+        except ValueError as error:
+            raise InvalidRequest(f"lora_targets: {error}", param="lora_targets") from error
+        head = causal.get_output_embeddings()
+        if any(p.requires_grad for p in head.parameters()):
+            raise InvalidRequest("lora_targets names the LM head, which the streams share and nobody may move.")
+        return peft
+    if config.adapter is not None and (config.adapter / PEFT_CONFIG).is_file():
+        frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
+        return frozen.requires_grad_(False)
+    return causal
+
+
+def _speculator(causal: PreTrainedModel, config: TrainingConfig) -> TurboStreams | None:
+    if not config.method.trains_streams:
+        return None
+    head = causal.get_output_embeddings().weight
+    if config.method is Method.MEDUSA:
+        return MedusaHeads(config.streams, head)
+    embedding = causal.get_input_embeddings().weight
+    return TurboStreams(
+        config.streams,
+        head.shape[1],
+        config.stream_rank,
+        conditioned=config.conditioned and config.stream_rank is not None,
+        condition_scale=_condition_scale(embedding),
+        seed=config.seed,
+    )
+
+
+def _condition_scale(embedding: torch.Tensor) -> float:
+    """Brings embeddings to unit size."""
+    return float(1.0 / embedding.detach().float().pow(2).mean().sqrt().clamp(min=1e-6))

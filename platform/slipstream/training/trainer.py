@@ -1,0 +1,298 @@
+"""transformers' Trainer with our objective, parameter groups, schedules, checkpoints and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from slipstream.training.config import TrainingConfig
+from slipstream.training.data import IGNORE, Encoded
+from slipstream.training.events import CheckpointSaved, Message, Metrics, Observer
+from slipstream.training.metrics import named_metrics
+from slipstream.training.model import TurboModel
+from slipstream.training.packing import MicroBatches, pack
+from slipstream.training.schedule import Clock, gate_value, learning_rate_factor
+
+CLOCK = "clock.json"
+CPU_PACK, CUDA_PACK = 256, 4096  # columns of a pack where no row is longer
+
+
+class TurboTrainer(Trainer):
+    """Trains a `TurboModel`. A batch of its data loader is one micro-batch of rows; see `packing.MicroBatches`."""
+
+    def __init__(
+        self,
+        model: TurboModel,
+        config: TrainingConfig,
+        train: Sequence[Encoded],
+        valid: Sequence[Encoded],
+        pad_id: int,
+        observer: Observer,
+        workers: int = 1,
+    ) -> None:
+        self._options = config
+        self._valid = list(valid)[: config.eval_rows]
+        self._pad_id = pad_id
+        self._pack_length = CUDA_PACK if next(model.parameters()).is_cuda else CPU_PACK
+        per_step = _micro_batches(config, workers, len(train))
+        self._items = MicroBatches(
+            train, epochs=config.epochs, batch_size=config.batch_size, per_step=per_step, seed=config.seed
+        )
+        steps = max(1, len(self._items) // per_step)
+        self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
+        self._streams = model.streams.num_streams if model.streams is not None else 0
+        self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
+        arguments = _arguments(config, per_step // workers, self.clock.total_steps, bool(self._valid))
+        callbacks = [_Clockwork(self, observer)]
+        if config.negatives is not None and self._streams:
+            model.limit_drafts(torch.tensor(sorted({i for row in train for i in row.labels if i != IGNORE})))
+        super().__init__(
+            model=model, args=arguments, train_dataset=self._items, eval_dataset=self._valid or None, callbacks=callbacks
+        )
+        self.model_accepts_loss_kwargs = True  # our loss is a sum over num_items_in_batch, not a mean per micro-batch
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    @property
+    def turbo(self) -> TurboModel:
+        """The model without what distributed training wraps around it."""
+        found = self.accelerator.unwrap_model(self.model)
+        assert isinstance(found, TurboModel)
+        return found
+
+    # --- what a step is -------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective; its sums are kept for the log."""
+        out = model(**inputs, num_items=num_items_in_batch)
+        if model.training:
+            self._sums += out.stacked().cpu()
+        # As Trainer does: gradients are averaged over workers, but ours are already divided by everybody's tokens.
+        loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of its own for LoRA and for the speculator, without weight decay."""
+        if self.optimizer is None:
+            turbo = self.turbo
+            groups = [
+                {"params": list(turbo.lora_parameters()), "lr": self._options.learning_rate},
+                {"params": list(turbo.stream_parameters()), "lr": self._options.stream_learning_rate},
+            ]
+            self.optimizer = AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Driven by the clock, so that a time limit stretches it."""
+        if self.lr_scheduler is None:
+            assert self.optimizer is not None
+
+            def factor(step: int) -> float:
+                return learning_rate_factor(self.clock.progress, self._options.warmup)
+
+            self.lr_scheduler = LambdaLR(self.optimizer, factor)
+        return self.lr_scheduler
+
+    def clip(self) -> None:
+        """Clip LoRA and speculator each by its own norm: the streams' large early gradients must not slow the LoRA."""
+        for parameters in (self.turbo.lora_parameters(), self.turbo.stream_parameters()):
+            found = [p for p in parameters if p.grad is not None]
+            if found:
+                torch.nn.utils.clip_grad_norm_(found, self._options.clip)
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches in their planned order."""
+        loader = DataLoader(self._items, batch_size=1, collate_fn=lambda items: self._pack(items[0]))
+        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(loader)
+        return prepared
+
+    def _pack(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        return pack(rows, self._pack_length, self._pad_id).as_dict()
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Teacher-forced metrics on the validation rows, logged and returned with their prefix."""
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self._valid).items()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    @torch.no_grad()
+    def measure(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        """`named_metrics` with chains, over `rows` shared out among the workers."""
+        model = self.turbo
+        training = model.training
+        model.eval()
+        sums = torch.zeros_like(self._sums)
+        size = self._options.micro_batch_size or self._options.batch_size
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for start in range(rank * size, len(rows), world * size):
+            batch = {n: t.to(self.args.device) for n, t in self._pack(rows[start : start + size]).items()}
+            sums += model(**batch).stacked().cpu()
+        model.train(training)
+        return named_metrics(self._all(sums), self._streams, self._options.stream_decay, chains=True)
+
+    def _all(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        gathered: torch.Tensor = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum")
+        return gathered.cpu().double()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        sums, self._sums = self._all(self._sums), torch.zeros_like(self._sums)
+        return named_metrics(sums, self._streams, self._options.stream_decay, chains=False) if sums[0] > 0 else {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with our sums in place of its running loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.take_metrics(), "gate": self.turbo.gate}
+        super().log(logs, start_time)
+
+    # --- checkpoints: only what is trained ------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.turbo.save_trainable(folder)
+        (folder / CLOCK).write_text(json.dumps({"seconds": self.clock.seconds}), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.turbo.load_trainable(folder)
+        self.clock.seconds_before = float(json.loads((folder / CLOCK).read_text("utf-8"))["seconds"])
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self.turbo.load_trainable(Path(best))
+
+
+class _Clockwork(TrainerCallback):  # type: ignore[misc]
+    """Ties clock, gate, clipping, stopping and reporting to Trainer's events."""
+
+    def __init__(self, trainer: TurboTrainer, observer: Observer) -> None:
+        self._trainer = trainer
+        self._observer = observer
+        self._stop = threading.Event()
+        self.stopped_by_signal = False
+        self._best = math.inf
+        self._worse = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        clock = self._trainer.clock
+        clock.step = state.global_step
+        clock.start()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        options = self._trainer._options
+        self._trainer.turbo.gate = gate_value(self._trainer.clock.progress, options.gate_warmup, options.gate)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.clip()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.clock.step = state.global_step + 1  # the scheduler steps next, for the step after this one
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        clock = self._trainer.clock
+        if self._stop.is_set():
+            self.stopped_by_signal = True
+            control.should_save = True
+            control.should_training_stop = True
+        if clock.max_seconds and clock.seconds >= clock.max_seconds:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        clock = self._trainer.clock
+        total = None if clock.max_seconds else clock.total_steps
+        data = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
+        if "train_runtime" not in data:
+            self._observer(Metrics(state.global_step, total, clock.progress, {**data, "seconds": clock.seconds}))
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        patience = self._trainer._options.patience
+        loss = metrics["eval_loss"]
+        self._worse = 0 if loss < self._best else self._worse + 1
+        self._best = min(self._best, loss)
+        if patience is not None and self._worse >= patience:
+            self._observer(Message(f"Stopped early: {patience} evaluations without a lower loss than {self._best:.4f}."))
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._observer(CheckpointSaved(state.global_step, str(path), {}))
+
+    def request_stop(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler: save after the running step, and stop."""
+        self._stop.set()
+
+
+@contextmanager
+def stop_on_sigterm(trainer: TurboTrainer) -> Iterator[_Clockwork]:
+    """While the body runs, SIGTERM means: save a checkpoint after the running step, then stop."""
+    clockwork = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Clockwork))
+    if threading.current_thread() is not threading.main_thread():
+        yield clockwork  # signals belong to the main thread: a worker's parent stops it
+        return
+    before = signal.signal(signal.SIGTERM, clockwork.request_stop)
+    try:
+        yield clockwork
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
+    """Forward passes of one optimiser step, over all workers."""
+    size = config.micro_batch_size or config.batch_size
+    wanted = -(-min(config.batch_size, rows) // size)
+    return max(workers, -(-wanted // workers) * workers)
+
+
+def _arguments(config: TrainingConfig, accumulation: int, steps: int, evaluates: bool) -> TrainingArguments:
+    cadence: dict[str, Any] = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
+    if evaluates:
+        cadence |= {"eval_strategy": "steps", "eval_steps": config.eval_every}
+        if config.patience is not None:
+            cadence |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+            cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
+    return TrainingArguments(
+        output_dir=str(config.output / "checkpoints"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        max_grad_norm=0.0,  # ours: see `TurboTrainer.clip`
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=1,
+        logging_first_step=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        **cadence,
+    )
