@@ -30,11 +30,11 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if config["name"] == "stubborn" else save)
     print("the worker has started")
-    say("phase", phase="data")
+    say("phase", phase="Preparing")
     if config["name"] == "bad-row":
         say("error", code="invalid_training_file", message=bad_row(Path(config["data"])), param="data")
         return 1
-    say("phase", phase="training")
+    say("phase", phase="Training")
     for step in range(1, 4):
         say("metrics", step=step, total=3, progress=step / 4, data={"train/loss": 1 / step})
     return end(config, output, say)
@@ -44,7 +44,12 @@ def end(config: dict[str, Any], output: Path, say: Any) -> int:
     """What becomes of it, by the job's name."""
     name = config["name"]
     if name == "oom":
-        say("error", code="out_of_memory", message="The GPU's memory is full. Lower 'batch_size'.", param=None)
+        say(
+            "error",
+            code="out_of_memory",
+            message="The GPU's memory is full. Lower 'micro_batch_size'.",
+            param="micro_batch_size",
+        )
         return 1
     if name == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,7 +67,7 @@ def end(config: dict[str, Any], output: Path, say: Any) -> int:
         (output / "adapter" / "evil.bin").write_bytes(b"pickle")
     pays = name != "slow"
     gate = {"speculation": pays, "reason": "It pays." if pays else "Expected speed-up 1.02.", "expected_speedup": 1.9}
-    say("result", folder=str(output / "adapter"), metrics={"trained_tokens": 1234}, gate=gate)
+    say("result", folder=str(output / "adapter"), metrics={"eval_loss": 0.5}, gate=gate, tokens=1234)
     return 0
 
 

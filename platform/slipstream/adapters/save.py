@@ -74,6 +74,16 @@ def save_medusa(folder: Path, streams: StreamWeights, metadata: TurboMetadata, p
         _copy_lora(peft_folder, folder)
 
 
+def save_options(folder: Path, metadata: TurboMetadata) -> None:
+    """Write `slipstream.json`: what a plain PEFT or LoRAX folder cannot say."""
+    options: dict[str, object] = {
+        "base_digest": metadata.base_digest,
+        "prompt_format": metadata.prompt_format.value,
+        "acceptance": list(metadata.acceptance),
+    }
+    _write_json(folder / SLIPSTREAM_CONFIG, options)
+
+
 def export_lorax(source: Path, target: Path) -> None:
     """Write `source`, a validated folder in our own layout, as LoRAX, TGI and vLLM read it: dense, W_k = B_k A_k.
 
@@ -114,12 +124,7 @@ def _write_lorax(folder: Path, streams: StreamWeights, metadata: TurboMetadata) 
     version = "2" if streams.head is None else "1"
     heads = {"medusa_num_heads": streams.num_streams, "medusa_num_layers": 1, "version": version}
     _write_json(folder / LORAX_CONFIG, {"base_model_name_or_path": metadata.base_model, **heads})
-    options: dict[str, object] = {
-        "base_digest": metadata.base_digest,
-        "prompt_format": metadata.prompt_format.value,
-        "acceptance": list(metadata.acceptance),
-    }
-    _write_json(folder / SLIPSTREAM_CONFIG, options)
+    save_options(folder, metadata)
 
 
 def _save_streams(path: Path, parts: Mapping[str, torch.Tensor | None]) -> None:

@@ -155,6 +155,16 @@ class TurboModel(nn.Module):
             for name, parameter in mine.items():
                 parameter.copy_(found[name])
 
+    def load_lora(self, folder: Path) -> None:
+        """Take the LoRA of another phase, and freeze it."""
+        found = load_file(folder / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad and name.startswith("base."):
+                    parameter.copy_(found[name])
+        self.base.requires_grad_(False)
+        self._trains_trunk = False
+
 
 def build_model(config: TrainingConfig, path: Path, longest: int) -> TurboModel:
     """Load the base model and put on it what `config.method` trains. `longest`: tokens of the longest row."""

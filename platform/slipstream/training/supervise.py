@@ -35,12 +35,14 @@ from adapter_registry.store import BlobStore, Store
 from slipstream.errors import AdapterRejected, SlipstreamError
 from slipstream.protocol import AdapterRef, BaseModelSpec
 from slipstream.publishing import publish_folder
+from slipstream.training.config import TrainingOptions
 from slipstream.training.jobs import Superseded, job_event
 from slipstream.training.options import DATA_FILE, VALIDATION_FILE, JobFolder, job_config
 from slipstream.training.worker_process import EventTail, WorkerProcess
 
 log = logging.getLogger("slipstream.training")
 T = TypeVar("T")
+_READING = "Preparing"  # the trainer's first phase: rows are read, and the model is loaded
 SIGTERM_STATUS = 128 + signal.SIGTERM
 _KILLED = JobError(
     code="worker_killed",
@@ -222,22 +224,18 @@ class JobSupervisor:
             await self._update(lambda job: job.moved(JobState.CANCELLED, finished_at=utc_now()))
             await self._say("The job was cancelled.")
         else:
-            tokens = self._trained_tokens()
+            tokens = (self._seen.result or {}).get("tokens")
             done: dict[str, Any] = {"fine_tuned_model": end.ref, "trained_tokens": tokens, "finished_at": utc_now()}
             await self._update(lambda job: job.moved(JobState.SUCCEEDED, **done))
             await self._say(f"Published {end.ref}.")
-
-    def _trained_tokens(self) -> int | None:
-        found = ((self._seen.result or {}).get("metrics") or {}).get("trained_tokens")
-        return int(found) if found is not None else None
 
     async def _take(self, event: dict[str, Any]) -> None:
         """One line of the worker's."""
         kind, now = event.get("type"), utc_now()
         if kind == "phase":
-            if event.get("phase") != "data":
+            if event.get("phase") != _READING:
                 await self._now_trains()
-            await self._say(f"Phase: {event.get('phase')}.")
+            await self._say(f"{event.get('phase')} …")
         elif kind == "message":
             level = {"warning": "warn", "error": "error"}.get(str(event.get("level")), "info")
             await self._tell(job_event(str(event.get("message")), level, now))  # type: ignore[arg-type]
@@ -317,6 +315,8 @@ def _error_of(event: dict[str, Any]) -> JobError:
     message, param = str(event.get("message") or "The training failed."), event.get("param")
     if event.get("code") == "invalid_training_file":
         param = VALIDATION_FILE if message.startswith(f"{VALIDATION_FILE}.") else DATA_FILE
+    elif param in TrainingOptions.model_fields:
+        param = f"slipstream.{param}"
     return JobError(code=str(event.get("code") or "training_failed"), message=message, param=param)
 
 

@@ -24,7 +24,7 @@ from slipstream.training.data import IGNORE, Encoded
 from slipstream.training.events import CheckpointSaved, Message, Metrics, Observer
 from slipstream.training.metrics import named_metrics
 from slipstream.training.model import TurboModel
-from slipstream.training.packing import MicroBatches, pack
+from slipstream.training.packing import NO_SEGMENT, MicroBatches, pack
 from slipstream.training.schedule import Clock, gate_value, learning_rate_factor
 
 CLOCK = "clock.json"
@@ -42,6 +42,8 @@ class TurboTrainer(Trainer):
         valid: Sequence[Encoded],
         pad_id: int,
         observer: Observer,
+        *,
+        output: Path,
         workers: int = 1,
     ) -> None:
         self._options = config
@@ -56,7 +58,8 @@ class TurboTrainer(Trainer):
         self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
         self._streams = model.streams.num_streams if model.streams is not None else 0
         self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
-        arguments = _arguments(config, per_step // workers, self.clock.total_steps, bool(self._valid))
+        self.tokens = 0  # seen by this worker since it began, padding left out
+        arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
             model.limit_drafts(torch.tensor(sorted({i for row in train for i in row.labels if i != IGNORE})))
@@ -83,6 +86,7 @@ class TurboTrainer(Trainer):
         out = model(**inputs, num_items=num_items_in_batch)
         if model.training:
             self._sums += out.stacked().cpu()
+            self.tokens += int((inputs["segments"] != NO_SEGMENT).sum())
         # As Trainer does: gradients are averaged over workers, but ours are already divided by everybody's tokens.
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
@@ -167,8 +171,12 @@ class TurboTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with our sums in place of its running loss."""
         if "loss" in logs:
-            logs = {**logs, **self.take_metrics(), "gate": self.turbo.gate}
+            logs = {**logs, **self.take_metrics(), "gate": self.turbo.gate, "tokens_per_second": self._speed()}
         super().log(logs, start_time)
+
+    def _speed(self) -> float:
+        """Input tokens/s over all workers since this process began."""
+        return self.tokens * self.accelerator.num_processes / max(1e-9, self.clock.seconds - self.clock.seconds_before)
 
     # --- checkpoints: only what is trained ------------------------------------------------------------------------
 
@@ -272,7 +280,7 @@ def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
     return max(workers, -(-wanted // workers) * workers)
 
 
-def _arguments(config: TrainingConfig, accumulation: int, steps: int, evaluates: bool) -> TrainingArguments:
+def _arguments(config: TrainingConfig, output: Path, accumulation: int, steps: int, evaluates: bool) -> TrainingArguments:
     cadence: dict[str, Any] = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
     if evaluates:
         cadence |= {"eval_strategy": "steps", "eval_steps": config.eval_every}
@@ -280,7 +288,7 @@ def _arguments(config: TrainingConfig, accumulation: int, steps: int, evaluates:
             cadence |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
             cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
     return TrainingArguments(
-        output_dir=str(config.output / "checkpoints"),
+        output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,

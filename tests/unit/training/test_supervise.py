@@ -139,7 +139,7 @@ async def test_a_speculator_that_does_not_pay_is_published_switched_off(world: W
     ("name", "rows", "code", "param", "says"),
     [
         ("bad-row", BAD_AT_17, "invalid_training_file", "training_file", "row 17"),
-        ("oom", ROWS, "out_of_memory", None, "batch_size"),
+        ("oom", ROWS, "out_of_memory", "slipstream.micro_batch_size", "batch_size"),
         ("killed", ROWS, "worker_killed", None, "memory"),
         ("crash", ROWS, "worker_failed", None, "status 3"),
         ("silent", ROWS, "worker_failed", None, "no result"),

@@ -1,0 +1,260 @@
+"""A whole run: data, training, evaluation, gate, and an adapter folder ready to publish."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from adapter_registry.records import PromptFormat
+from slipstream.adapters.peft_config import PEFT_CONFIG
+from slipstream.base_models import PreparedModel, prepare_base_model
+from slipstream.config import load_settings
+from slipstream.engine.loader import base_digest
+from slipstream.errors import InvalidRequest
+from slipstream.evaluation import Evaluation, EvaluationOptions, evaluate, open_adapter
+from slipstream.evaluation.variants import BASE
+from slipstream.training.config import Method, TrainingConfig
+from slipstream.training.data import Encoded, Row, encode_prompt, encode_rows, file_sha256, format_of, read_rows
+from slipstream.training.distill import distil, load_rows, save_rows
+from slipstream.training.events import Message, Observer, Phase
+from slipstream.training.export import BaseIdentity, export_adapter
+from slipstream.training.gate import METRICS, Gate, compare_with_lora, decide
+from slipstream.training.phase import Fit, PhaseJob, PhaseOutcome, fit_here, load_phase_model, set_threads
+from slipstream.training.report import Report, write_report
+
+HELD_OUT, MOST_HELD_OUT = 0.05, 200  # of the training rows, where no validation file is given
+GATE_CONCURRENCY = 4
+DISTILL_SHARE = 0.3  # of max_minutes, for a second phase
+EVENTS = "events.jsonl"
+
+
+class Interrupted(Exception):
+    """SIGTERM came; a checkpoint was saved, and `resume` goes on from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """A finished run. folder: the adapter, its card, curve and log; metrics: the last evaluation's, by name."""
+
+    folder: Path
+    gate: Gate
+    metrics: dict[str, float]
+    evaluation: Evaluation | None
+    steps: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For events and `--json`."""
+        gate = {"speculation": self.gate.speculation, "reason": self.gate.reason}
+        return {
+            "folder": str(self.folder),
+            "gate": {**gate, "expected_speedup": self.gate.expected_speedup},
+            "metrics": self.metrics,
+            "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+
+def train(config: TrainingConfig, observer: Observer = lambda event: None, fit: Fit = fit_here) -> TrainingResult:
+    """Train what `config` says and leave `config.output / "adapter"` ready to publish.
+
+    Raises `InvalidData` for rows that cannot be used, `InvalidRequest` for options that do not go together, `ConfigError`
+    for the base model, and `Interrupted` when SIGTERM ended it early. With `config.resume` a run goes on where it was.
+    """
+    transformers_logging.disable_progress_bar()  # it would draw over ours
+    set_threads(config.threads)
+    return _Run(config, observer, fit).run()
+
+
+class _Run:
+    """One run's parts, in the order in which they happen."""
+
+    def __init__(self, config: TrainingConfig, observer: Observer, fit: Fit) -> None:
+        self._config, self._tell, self._fit = config, observer, fit
+        self._notes: list[str] = []
+
+    def run(self) -> TrainingResult:
+        config = self._config
+        self._check_output()
+        self._tell(Phase("Preparing"))
+        self._base: PreparedModel = prepare_base_model(config.base, load_settings().home)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._base.path)
+        rows, held_out = self._read()
+        self._format: PromptFormat = format_of(rows, config.prompt_format)
+        train_rows, valid_rows = self._encode(rows, "training"), self._encode(held_out, "validation")
+        self._identity = BaseIdentity(self._base.id, base_digest(self._base.path))
+        outcome, last = self._train(rows, train_rows, valid_rows)
+        metrics = _last_evaluation(outcome)
+        folder = config.output / "adapter"
+        self._export(last, folder)
+        evaluation = self._answer(folder, held_out)
+        gate = self._gate(folder, evaluation)
+        if evaluation is not None and config.method.trains_streams:
+            self._export(last, folder, evaluation.variants[_fast(evaluation)].acceptance)
+        report = self._report(outcome, metrics, evaluation, gate, rows, held_out)
+        write_report(report, folder)
+        (config.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        return TrainingResult(folder, gate, metrics, evaluation, outcome.steps, outcome.tokens, outcome.seconds)
+
+    def _check_output(self) -> None:
+        output = self._config.output
+        if (output / EVENTS).exists() and not self._config.resume:
+            raise InvalidRequest(f"{output} holds a run already. Resume it, or give another folder.", param="output")
+        output.mkdir(parents=True, exist_ok=True)
+        (output / EVENTS).touch()
+
+    def _read(self) -> tuple[list[Row], list[Row]]:
+        rows = read_rows(self._config.data)
+        if self._config.valid is not None:
+            return rows, read_rows(self._config.valid)
+        count = min(MOST_HELD_OUT, int(len(rows) * HELD_OUT))
+        if count == 0:
+            self._note("Too few rows to hold any out: nothing is evaluated.")
+            return rows, []
+        self._note(f"No validation file: the last {count} rows were held out.")
+        return rows[:-count], rows[-count:]
+
+    def _encode(self, rows: list[Row], what: str) -> list[Encoded]:
+        if not rows:
+            return []
+        encoded, longer = encode_rows(self._tokenizer, rows, self._format, self._config.max_length)
+        if longer:
+            self._note(f"{longer} of {len(rows)} {what} rows are longer than {self._config.max_length} tokens: left out.")
+        return encoded
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        self._tell(Message(text))
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def _train(
+        self, rows: list[Row], train_rows: list[Encoded], valid_rows: list[Encoded]
+    ) -> tuple[PhaseOutcome, PhaseJob]:
+        config = self._config
+        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        if not config.method.trains_lora:
+            if config.distills:
+                train_rows = self._distilled(rows, config.adapter)
+            return self._run_phase(
+                PhaseJob(config, self._base.path, train_rows, valid_rows, pad, config.output / "phase"), "Training"
+            )
+        second = config.distills
+        joint = config.model_copy(update={"max_minutes": _share(config.max_minutes, 1 - DISTILL_SHARE)}) if second else config
+        job = PhaseJob(joint, self._base.path, train_rows, valid_rows, pad, config.output / "phase")
+        outcome, job = self._run_phase(job, "Training")
+        if not second:
+            return outcome, job
+        adapter = config.output / "phase" / "adapter"
+        self._export(job, adapter)
+        update = {"epochs": 1, "soft_targets": 1.0, "gate": 0.0, "max_minutes": _share(config.max_minutes, DISTILL_SHARE)}
+        follow = replace(
+            job,
+            config=config.model_copy(update=update),
+            train=self._distilled(rows, adapter),
+            folder=config.output / "phase-distilled",
+            lora_from=job.folder,
+        )
+        # The streams go on from where the first phase left them; the LoRA stays.
+        after, follow = self._run_phase(follow, "Training on the model's own answers")
+        together = PhaseOutcome(
+            outcome.steps + after.steps,
+            outcome.tokens + after.tokens,
+            outcome.seconds + after.seconds,
+            history=[*outcome.history, *({**row, "step": row["step"] + outcome.steps} for row in after.history)],
+        )
+        return together, follow
+
+    def _run_phase(self, job: PhaseJob, title: str) -> tuple[PhaseOutcome, PhaseJob]:
+        self._tell(Phase(title))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        outcome = self._fit(job, self._tell)
+        if outcome.stopped:
+            raise Interrupted(f"Stopped after step {outcome.steps}; a checkpoint is saved. Go on with resume.")
+        return outcome, job
+
+    def _distilled(self, rows: list[Row], adapter: Path | None) -> list[Encoded]:
+        config = self._config
+        path = config.output / "distilled.jsonl"
+        if path.is_file():
+            return load_rows(path)
+        self._tell(Phase("Answering the training prompts"))
+        prompts = [encode_prompt(self._tokenizer, row, self._format) for row in rows[: config.distill_rows]]
+        longest = config.max_length // 2
+        dtype = "bfloat16" if config.bf16 else "float32"
+        answers = distil(self._base.path, adapter, prompts, longest, dtype, self._tell)
+        save_rows(answers, path)
+        return answers
+
+    # --- afterwards -----------------------------------------------------------------------------------------------
+
+    def _export(self, job: PhaseJob, folder: Path, acceptance: tuple[float, ...] = ()) -> None:
+        model = load_phase_model(job, finished=True)
+        export_adapter(model, self._config, folder, self._identity, self._format, acceptance)
+
+    def _answer(self, folder: Path, held_out: list[Row]) -> Evaluation | None:
+        rows = held_out[: self._config.gate_rows]
+        if not rows:
+            return None
+        self._tell(Phase("Answering held-out rows"))
+        dtype = "bfloat16" if self._config.bf16 else "float32"
+        opened = open_adapter(folder, self._base, dtype, GATE_CONCURRENCY)
+        variants = [v for v in opened.variants if v.name != BASE or len(opened.variants) < 3]
+        options = EvaluationOptions(GATE_CONCURRENCY, self._config.max_length // 2, self._format)
+        return evaluate(opened.engine, opened.tokenizer, rows, variants, options)
+
+    def _gate(self, folder: Path, evaluation: Evaluation | None) -> Gate:
+        if not self._config.method.trains_streams:
+            return decide(None, None, BASE)
+        slow = "lora" if (folder / PEFT_CONFIG).is_file() else BASE
+        gate = decide(evaluation, None if evaluation is None else _fast(evaluation), slow)
+        if evaluation is None:
+            gate = Gate(True, "Not measured: there were no held-out rows to answer.")
+        self._tell(Message(gate.reason, "info" if gate.speculation else "warning"))
+        return gate
+
+    def _report(
+        self,
+        outcome: PhaseOutcome,
+        metrics: dict[str, float],
+        evaluation: Evaluation | None,
+        gate: Gate,
+        rows: list[Row],
+        held_out: list[Row],
+    ) -> Report:
+        config = self._config
+        lora = ""
+        if config.method is Method.TURBO_LORA and "eval_lora_loss" in metrics:
+            lora, warns = compare_with_lora(metrics["eval_lora_loss"], config.gate, config.lora_reference)
+            self._tell(Message(lora, "warning" if warns else "info"))
+        files = {"training": (config.data.name, file_sha256(config.data), len(rows))}
+        if config.valid is not None:
+            files["validation"] = (config.valid.name, file_sha256(config.valid), len(held_out))
+        return Report(
+            config, self._identity.id, self._format.value, files, outcome.steps, outcome.tokens, outcome.seconds,
+            outcome.history, metrics, evaluation, gate, lora, tuple(self._notes),
+        )  # fmt: skip
+
+
+def _fast(evaluation: Evaluation) -> str:
+    """The variant that speculates."""
+    return next(name for name in ("turbo_lora", "turbo", "medusa") if name in evaluation.variants)
+
+
+def _share(minutes: float | None, of: float) -> float | None:
+    return None if minutes is None else minutes * of
+
+
+def _last_evaluation(outcome: PhaseOutcome) -> dict[str, float]:
+    rows = [row for row in outcome.history if "eval_loss" in row]
+    return {k: v for k, v in rows[-1].items() if k.startswith("eval_")} if rows else {}
+
+
