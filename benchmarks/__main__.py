@@ -1,16 +1,18 @@
-"""`python -m benchmarks engine|http|lossless|drafts`: see README.md for what each measures."""
+"""`python -m benchmarks engine|http|lossless|drafts|training|ablations`: see README.md for what each measures."""
 
 from __future__ import annotations
 
 import typer
 
-from benchmarks import drafts, engine, http, lossless
+from benchmarks import ablations, drafts, engine, http, lossless, training
 
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
 app.command("http")(http.main)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)
+app.command("training")(training.main)
+app.command("ablations")(ablations.main)
 
 if __name__ == "__main__":
     app()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143  # 128 + SIGTERM
 # Options whose text is not simply a number, a choice or a path.
-_PARSED = {
+_PARSED: dict[str, tuple[str, Callable[[str], Any]]] = {
     "stream_rank": ("R|dense", lambda text: None if text == "dense" else text),
     "negatives": ("N|all", lambda text: None if text == "all" else text),
     "lora_targets": ("NAMES", lambda text: text if text == "all-linear" else tuple(text.split(","))),
@@ -58,9 +58,9 @@ _TRAIN_HELP = """Train an adapter: a LoRA, a Turbo LoRA, or a speculator for a f
     --method turbo        a speculator for the base model, or with --adapter for a finished LoRA
     --method medusa       the same with Medusa-1 heads: the classic baseline, much larger
 
-Rows: JSONL with `prompt` and `completion` or chat `messages`, or CSV with the columns prompt and completion. A few thousand rows
-with answers of at least 10 tokens are a good start. The run's folder gets checkpoints, a log, a learning curve and a
-card; `adapter/` in it can be published. SIGTERM saves a checkpoint; `--resume` goes on from the newest.
+Rows: JSONL with `prompt` and `completion` or chat `messages`, or CSV with the first two as columns. A few thousand
+rows with answers of at least 10 tokens are a good start. The run's folder gets checkpoints, a log, a learning curve
+and a card; `adapter/` in it can be published. SIGTERM saves a checkpoint; `--resume` goes on from the newest.
 
 Example: slipstream train --data train.jsonl --valid valid.jsonl --output runs/sql --max-minutes 15 --publish sql
 """
@@ -158,7 +158,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool and name != "resume" else [flag]
     option = typer.Option(*flags, help=text, metavar=metavar, show_default=False)
-    annotation = Annotated[kind if required else kind | None, option]
+    annotation: Any = Annotated[kind if required else kind | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=... if required else None, annotation=annotation
     )

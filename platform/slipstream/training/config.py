@@ -50,7 +50,9 @@ class TrainingOptions(BaseModel):
     )
     max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Longer rows (in tokens) are left out.")
     lora_rank: Annotated[int, Field(ge=1, le=512)] = Field(16, description="LoRA rank.")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="LoRA alpha; the update is scaled by alpha / rank.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(
+        32, description="LoRA alpha; the update is scaled by alpha / rank."
+    )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before each LoRA.")
     lora_targets: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="Linear layers that get a LoRA, by the end of their names."
@@ -64,7 +66,9 @@ class TrainingOptions(BaseModel):
     stream_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         2e-3, description="Peak learning rate of the streams."
     )
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the run with a rising learning rate.")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Share of the run with a rising learning rate."
+    )
     gate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="How much of the streams' gradient reaches the LoRA; 0 leaves the LoRA exactly as it would be."
     )
@@ -72,7 +76,9 @@ class TrainingOptions(BaseModel):
     soft_targets: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="Weight of the model's own distribution, beside the data's next token, as the streams' target."
     )
-    stream_decay: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Stream k weighs decay^(k+1) in the loss.")
+    stream_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Stream k weighs decay^(k+1) in the loss."
+    )
     negatives: Annotated[int, Field(ge=0)] | None = Field(
         2048,
         description="The streams' training softmax runs over the tokens that occur in the data's answers and so many "
@@ -83,11 +89,18 @@ class TrainingOptions(BaseModel):
         description="Train the speculator on the model's own answers: always sensible for turbo and medusa (the default "
         "there); for turbo_lora it adds a second phase with the LoRA frozen.",
     )
-    distill_rows: Annotated[int, Field(ge=1)] = Field(2000, description="Prompts that are answered for self-distillation.")
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest gradient norm, of LoRA and streams separately.")
+    warm_start: bool = Field(False, description="Go on from the streams that the adapter already has (turbo).")
+    distill_rows: Annotated[int, Field(ge=1)] = Field(
+        2000, description="Prompts that are answered for self-distillation."
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Largest gradient norm, of LoRA and streams separately."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
     bf16: bool = Field(True, description="Compute in bfloat16; LoRA, streams and optimiser stay in float32.")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Order of the data, initial weights and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Order of the data, initial weights and dropout."
+    )
     eval_every: Annotated[int, Field(ge=1)] = Field(50, description="Optimiser steps between two evaluations.")
     eval_rows: Annotated[int, Field(ge=1)] = Field(200, description="Rows of the validation data used each time.")
     save_every: Annotated[int, Field(ge=1)] = Field(50, description="Optimiser steps between two checkpoints.")
@@ -101,7 +114,9 @@ class TrainingOptions(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> TrainingOptions:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         if self.conditioned and self.stream_rank is None and self.method in (Method.TURBO, Method.TURBO_LORA):
             raise ValueError("dense streams (stream_rank null) cannot be conditioned: set conditioned to false")
         return self
@@ -127,7 +142,9 @@ class TrainingConfig(TrainingOptions):
     name: Name | None = Field(None, description="The adapter's name, for its card.")
     resume: bool = Field(False, description="Go on from the newest checkpoint in `output`.")
     device: str = Field("auto", description="Torch device; auto takes a GPU when there is one.")
-    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="Torch threads; by default torch's own choice.")
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Torch threads; by default torch's own choice."
+    )
     workers: Annotated[int, Field(ge=1)] = Field(1, description="Ray Train workers that share each batch.")
     fsdp: bool = Field(False, description="Shard the model over the workers (FSDP): for models that do not fit on one.")
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="Trackers to write to.")

@@ -77,7 +77,9 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
         raise InvalidData(f"{path.name} has no rows.", param="data")
     if len({row.is_chat for row in rows}) > 1:
         odd = next(row for row in rows if row.is_chat != rows[0].is_chat)
-        raise _bad(path, odd.number, "has another form than the rows before it: use prompt/completion or messages throughout")
+        raise _bad(
+            path, odd.number, "has another form than the rows before it: use prompt/completion or messages throughout"
+        )
     return rows
 
 

@@ -41,7 +41,7 @@ def distil(
     fitting = [p for p in prompts if len(p) < engine.max_length]
     outcome = engine.run([EngineRow(p, params, name) for p in fitting], finished, concurrency=CONCURRENCY)
     return [
-        Encoded([*prompt, *result.tokens], [IGNORE] * len(prompt) + result.tokens)
+        Encoded([*prompt, *result.tokens], [IGNORE] * len(prompt) + list(result.tokens))
         for prompt, result in zip(fitting, outcome.results, strict=True)
     ]
 

@@ -28,7 +28,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Numbers of one optimiser step or evaluation; `total` is None while a time limit decides."""
+    """Numbers of one optimiser step (`train/loss`, `train/turbo_0_top1` …) or evaluation (`eval/turbo_0_cond` …), under the
+    names that trackers show; `total` is None while a time limit decides."""
 
     step: int
     total: int | None

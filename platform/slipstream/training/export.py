@@ -51,7 +51,10 @@ def export_adapter(
 def _export_lora(model: TurboModel, folder: Path, base: BaseIdentity) -> None:
     peft = model.base
     assert isinstance(peft, PeftModel)
-    state = {n: t.detach().to(torch.bfloat16) for n, t in get_peft_model_state_dict(peft, save_embedding_layers=False).items()}
+    state = {
+        n: t.detach().to(torch.bfloat16)
+        for n, t in get_peft_model_state_dict(peft, save_embedding_layers=False).items()
+    }
     scratch = folder / "peft"
     # PEFT strips its adapter name from the keys it is given, so it gets them as the model has them.
     full = {n: p.detach().to(torch.bfloat16) for n, p in peft.state_dict().items() if "lora_" in n}

@@ -7,11 +7,11 @@ import torch
 
 def named_metrics(sums: torch.Tensor, streams: int, decay: float, *, chains: bool) -> dict[str, float]:
     """`ForwardSums.stacked`, added up → `loss`, `lora_loss`, `turbo_{k}_loss`, `turbo_{k}_top1`; with `chains` also
-    `turbo_{k}_cond` (right, given that streams 0..k-1 were), `turbo_chain_{k}` (0..k all right) and `expected_tokens` per step.
+    `turbo_{k}_cond` (right, given that streams 0..k-1 were), `turbo_chain_{k}` (0..k all right), `expected_tokens` per step.
 
     The denominators: each loss and top-1 its own positions; a chain all trained positions, since a step may start at any.
     """
-    losses, hits, counts, chain = (part.tolist() for part in sums.split([streams + 1] * 3 + [streams]))
+    losses, hits, counts, chain = (part.tolist() for part in torch.split(sums, [streams + 1] * 3 + [streams]))
     items = max(1.0, counts[0])
     found = {"lora_loss": losses[0] / items, "lora_top1": hits[0] / items}
     found["loss"] = (losses[0] + sum(decay ** (k + 1) * losses[k + 1] for k in range(streams))) / items

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
+from slipstream.adapters.load import load_adapter
 from slipstream.adapters.peft_config import PEFT_CONFIG
 from slipstream.engine.loader import pick_device
 from slipstream.errors import InvalidRequest, ModelUnsupported
@@ -58,8 +59,9 @@ class TurboModel(nn.Module):
         self.streams = streams
         causal = base.get_base_model() if isinstance(base, PeftModel) else base
         self._causal: list[PreTrainedModel] = [causal]  # in a list: not a second registration of the same weights
-        self.config = causal.config  # transformers' Trainer looks here
-        self._shape = HeadShape.of(causal.config.get_text_config())
+        config_of_model: Any = causal.config
+        self.config = config_of_model  # transformers' Trainer looks here
+        self._shape = HeadShape.of(config_of_model.get_text_config())
         self._options = config
         self._trains_trunk = any(p.requires_grad for p in base.parameters())
         self.gate = 0.0
@@ -121,10 +123,12 @@ class TurboModel(nn.Module):
 
     def _draft_ids(self) -> torch.Tensor | None:
         """The vocabulary of this step's drafts. The random part keeps every other token's logit from drifting upwards."""
-        if self._seen is None:
+        if self._seen is None or self._options.negatives is None:
             return None
-        others = torch.randint(0, self.causal.get_output_embeddings().weight.shape[0], (self._options.negatives,))
-        return torch.cat([self._seen, others]).unique().to(self.causal.device)
+        vocab = int(self.causal.get_output_embeddings().weight.shape[0])
+        others = torch.randint(0, vocab, (self._options.negatives,))
+        ids: torch.Tensor = torch.cat([self._seen, others]).unique()  # type: ignore[no-untyped-call]
+        return ids.to(self.causal.device)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=torch.bfloat16) if self._options.bf16 else nullcontext()
@@ -150,18 +154,15 @@ class TurboModel(nn.Module):
         found = load_file(folder / TRAINABLE)
         mine = {n: p for n, p in self.named_parameters() if p.requires_grad}
         if {n: t.shape for n, t in found.items()} != {n: p.shape for n, p in mine.items()}:
-            raise InvalidRequest(f"{folder} is a checkpoint of another configuration. Start anew in an empty output folder.")
+            raise InvalidRequest(
+                f"{folder} is a checkpoint of another configuration. Start anew in an empty output folder."
+            )
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(found[name])
 
-    def load_lora(self, folder: Path) -> None:
-        """Take the LoRA of another phase, and freeze it."""
-        found = load_file(folder / TRAINABLE)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad and name.startswith("base."):
-                    parameter.copy_(found[name])
+    def freeze_lora(self) -> None:
+        """The LoRA is finished: from here on only the streams move."""
         self.base.requires_grad_(False)
         self._trains_trunk = False
 
@@ -197,7 +198,7 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
         targets = config.lora_targets
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
@@ -211,7 +212,7 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             raise InvalidRequest("lora_targets names the LM head, which the streams share and nobody may move.")
         return peft
     if config.adapter is not None and (config.adapter / PEFT_CONFIG).is_file():
-        frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
+        frozen = cast(nn.Module, PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False))
         return frozen.requires_grad_(False)
     return causal
 
@@ -223,7 +224,7 @@ def _speculator(causal: PreTrainedModel, config: TrainingConfig) -> TurboStreams
     if config.method is Method.MEDUSA:
         return MedusaHeads(config.streams, head)
     embedding = causal.get_input_embeddings().weight
-    return TurboStreams(
+    streams = TurboStreams(
         config.streams,
         head.shape[1],
         config.stream_rank,
@@ -231,6 +232,15 @@ def _speculator(causal: PreTrainedModel, config: TrainingConfig) -> TurboStreams
         condition_scale=_condition_scale(embedding),
         seed=config.seed,
     )
+    if config.warm_start and config.adapter is not None:
+        found = load_adapter(config.adapter).streams
+        if found is None or not streams.start_from(found):
+            raise InvalidRequest(
+                f"{config.adapter} holds no streams of this shape to go on from. Give their number, rank and kind, or "
+                "leave warm_start out.",
+                param="warm_start",
+            )
+    return streams
 
 
 def _condition_scale(embedding: torch.Tensor) -> float:

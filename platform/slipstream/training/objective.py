@@ -5,7 +5,7 @@
 where z = LMHead(h), z^k = LMHead(s_k) and z_{t+1+k} is the tuned model's own prediction of the same token: what
 verification will compare with. Every term is divided by the same number of trained tokens.
 
-Full logits are never kept: `_HeadLoss` walks over chunks of positions and leaves only gradients with respect to the states behind.
+Full logits are never kept: `_HeadLoss` walks over chunks of positions and keeps only gradients with respect to the states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUDA_CHUNK_BYTES = 512 << 20
 @dataclass(frozen=True, slots=True)
 class Positions:
     """Where a batch is trained. `rows`: flat index of every t whose next token is trained [N], in order; `next_ids`: that
-    token [N]; `reach`: how many of the following tokens are trained without a break [N], so that stream k has a target iff reach > k."""
+    token [N]; `reach`: how many of the following tokens are trained without a break [N]; stream k has one iff reach > k."""
 
     rows: torch.Tensor
     next_ids: torch.Tensor
@@ -73,7 +73,9 @@ class HeadShape:
     @classmethod
     def of(cls, config: Any) -> HeadShape:
         """Read from a transformers text config."""
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
     def apply(self, raw: torch.Tensor) -> torch.Tensor:
@@ -93,7 +95,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveSums:
-    """Sums over positions. losses: [K+1], the LM's first, differentiable; correct: bool [K+1, N] by label (row 0: the LM's own
+    """Sums over positions. losses: [K+1], the LM's first, differentiable; correct: bool [K+1, N] by label (row 0: the LM's
     token t+1; row k+1: stream k's token t+2+k); counts: [K+1] positions with a target."""
 
     losses: torch.Tensor
@@ -148,7 +150,11 @@ class _Call:
     def target(self, stream: int) -> torch.Tensor:
         """Targets as indices into what the softmax runs over."""
         ids = self.positions.target(stream)
-        return ids if self.draft_ids is None else torch.searchsorted(self.draft_ids, ids).clamp_(max=len(self.draft_ids) - 1)
+        return (
+            ids
+            if self.draft_ids is None
+            else torch.searchsorted(self.draft_ids, ids).clamp_(max=len(self.draft_ids) - 1)
+        )
 
     def teacher(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tuned model's distribution over what a stream's softmax runs over. p: [n, V]."""
@@ -208,8 +214,10 @@ class _HeadLoss(torch.autograd.Function):
                 grad_s[k, here] = head.backward(pk, zk, target, 1 - beta, ~there)
                 if grad_w is not None:
                     grad = (head.grad.t() @ streams[k, here]).to(grad_w.dtype)
-                    grad_w[k] += grad if call.draft_ids is None else torch.zeros_like(grad_w[k]).index_add_(
-                        0, call.draft_ids, grad
+                    grad_w[k] += (
+                        grad
+                        if call.draft_ids is None
+                        else torch.zeros_like(grad_w[k]).index_add_(0, call.draft_ids, grad)
                     )
         ctx.grads = (grad_h, grad_s, grad_w)
         ctx.mark_non_differentiable(correct)
@@ -264,8 +272,8 @@ class _Head:
         own: torch.Tensor | None = None,
         beta: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """states: [n, H]; target: [n]; own: the teacher's probabilities of the first rows [≤ n, V] → probabilities [n, V] in
-        the scratch buffer, the logits where the backward pass needs them, the loss [n], and whether the target is the likeliest token [n]."""
+        """states: [n, H]; target: [n]; own: the teacher's probabilities of the first rows [≤ n, V] → probabilities [n, V]
+        in the scratch buffer, the logits if `backward` needs them, the loss [n], whether the target is likeliest [n]."""
         n = states.shape[0]
         raw = torch.mm(states, self._weight.t(), out=self._scratch.raw[:n])
         if self._bias is not None:
@@ -289,9 +297,10 @@ class _Head:
         hard: float,
         without: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient with respect to the states [n, H], for d loss / d logits = p - hard · onehot(target); zero for rows `without`.
+        """The gradient with respect to the states [n, H], for d loss / d logits = p - hard · onehot(target).
 
-        The target's entry is worked out before rounding: in bfloat16 first p and then 1 - p would lose most of it.
+        It is zero for rows `without`. The target's entry is worked out before rounding: in bfloat16 first p and then 1 - p
+        would lose most of it.
         """
         rows = torch.arange(p.shape[0], device=p.device)
         at_target = p[rows, target] - hard

@@ -1,8 +1,8 @@
 """From rows to tensors: which rows each optimiser step sees, and how they share a tensor without seeing each other.
 
 A step is `batch_size` rows, whatever their lengths, so that packing never changes what a step learns from. A step's rows
-are packed, first fit in decreasing length, into as few and as equal packs as they fit; position ids start anew with each row, which
-is what transformers makes its block-diagonal attention mask from.
+are packed, first fit in decreasing length; position ids start anew with each row, which is what transformers makes its
+block-diagonal attention mask from.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PackedBatch:
 
 def pack(rows: Sequence[Encoded], pack_length: int, pad_id: int) -> PackedBatch:
     """Pack rows into tensors of at most max(pack_length, longest row) columns."""
-    bins = first_fit(rows, max(pack_length, max(len(row.ids) for row in rows)))
+    bins = first_fit(rows, max(pack_length, *(len(row.ids) for row in rows)))
     width = max(sum(len(rows[i].ids) for i in members) for members in bins)
     shape = (len(bins), width)
     batch = PackedBatch(

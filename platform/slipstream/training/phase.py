@@ -23,7 +23,7 @@ OUTCOME = "outcome.json"
 class PhaseJob:
     """Everything a phase needs; plain data, so that it travels to workers.
 
-    folder: the phase's own, for checkpoints and its outcome. lora_from: a finished phase whose LoRA is loaded and frozen.
+    folder: the phase's own, for checkpoints and its outcome. after: a finished phase to go on from, its LoRA frozen.
     """
 
     config: TrainingConfig
@@ -32,7 +32,7 @@ class PhaseJob:
     valid: list[Encoded]
     pad_id: int
     folder: Path
-    lora_from: Path | None = None
+    after: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,14 @@ def run_phase(job: PhaseJob, observer: Observer, workers: int = 1) -> PhaseOutco
     """Train in this process, as one of `workers` when torch.distributed is set up."""
     model = load_phase_model(job)
     trainer = TurboTrainer(
-        model, job.config, job.train, job.valid, job.pad_id, observer, workers=workers, output=job.folder / "checkpoints"
+        model,
+        job.config,
+        job.train,
+        job.valid,
+        job.pad_id,
+        observer,
+        workers=workers,
+        output=job.folder / "checkpoints",
     )
     checkpoint = _newest_checkpoint(job.folder / "checkpoints") if job.config.resume else None
     if checkpoint is not None:
@@ -84,8 +91,9 @@ def run_phase(job: PhaseJob, observer: Observer, workers: int = 1) -> PhaseOutco
 def load_phase_model(job: PhaseJob, *, finished: bool = False) -> TurboModel:
     """The phase's model as it begins, or with the weights that the phase ended with."""
     model = build_model(job.config, job.base, max(len(row.ids) for row in job.train))
-    if job.lora_from is not None:
-        model.load_lora(job.lora_from)
+    if job.after is not None:
+        model.load_trainable(job.after)
+        model.freeze_lora()
     if finished:
         model.load_trainable(job.folder)
     return model

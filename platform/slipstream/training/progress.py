@@ -47,8 +47,8 @@ class TerminalObserver:
             case Message(message, level):
                 self._console.print(f"[yellow]Warning:[/] {message}" if level == "warning" else message, soft_wrap=True)
             case Metrics(step, total, progress, data):
-                evaluation = {k.removeprefix("eval_"): v for k, v in data.items() if k.startswith("eval_")}
-                numbers = describe(evaluation or data)
+                evaluation = _of("eval/", data)
+                numbers = describe(evaluation or _of("train/", data))
                 self._progress.update(self._task, completed=progress, numbers="" if evaluation else numbers)
                 if evaluation:
                     self._console.print(f"step {step}: evaluation  {numbers}", soft_wrap=True)
@@ -60,6 +60,10 @@ class TerminalObserver:
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:  # a bar would fill a log file
             self._console.print(text, soft_wrap=True)
+
+
+def _of(prefix: str, data: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
 
 
 def describe(data: Mapping[str, float]) -> str:

@@ -40,7 +40,8 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write card, picture and log into an adapter folder."""
-    lines = [json.dumps(dict(row), sort_keys=True) for row in report.history]
+    # Four digits: the log travels with every version.
+    lines = [json.dumps({k: float(f"{v:.4g}") for k, v in sorted(row.items())}) for row in report.history]
     (folder / LOG).write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_curves(report.history, report.config.streams if report.config.method.trains_streams else 0, folder / PICTURE)
     (folder / CARD).write_text(card(report), encoding="utf-8")
@@ -64,7 +65,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], streams: int, path: Path
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _curve(axes: object, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str) -> None:

@@ -127,7 +127,9 @@ class _Run:
             return []
         encoded, longer = encode_rows(self._tokenizer, rows, self._format, self._config.max_length)
         if longer:
-            self._note(f"{longer} of {len(rows)} {what} rows are longer than {self._config.max_length} tokens: left out.")
+            self._note(
+                f"{longer} of {len(rows)} {what} rows are longer than {self._config.max_length} tokens: left out."
+            )
         return encoded
 
     def _note(self, text: str) -> None:
@@ -148,22 +150,30 @@ class _Run:
                 PhaseJob(config, self._base.path, train_rows, valid_rows, pad, config.output / "phase"), "Training"
             )
         second = config.distills
-        joint = config.model_copy(update={"max_minutes": _share(config.max_minutes, 1 - DISTILL_SHARE)}) if second else config
+        joint = (
+            config.model_copy(update={"max_minutes": _share(config.max_minutes, 1 - DISTILL_SHARE)})
+            if second
+            else config
+        )
         job = PhaseJob(joint, self._base.path, train_rows, valid_rows, pad, config.output / "phase")
         outcome, job = self._run_phase(job, "Training")
         if not second:
             return outcome, job
         adapter = config.output / "phase" / "adapter"
         self._export(job, adapter)
-        update = {"epochs": 1, "soft_targets": 1.0, "gate": 0.0, "max_minutes": _share(config.max_minutes, DISTILL_SHARE)}
+        update = {
+            "epochs": 1,
+            "soft_targets": 1.0,
+            "gate": 0.0,
+            "max_minutes": _share(config.max_minutes, DISTILL_SHARE),
+        }
         follow = replace(
             job,
             config=config.model_copy(update=update),
             train=self._distilled(rows, adapter),
             folder=config.output / "phase-distilled",
-            lora_from=job.folder,
+            after=job.folder,
         )
-        # The streams go on from where the first phase left them; the LoRA stays.
         after, follow = self._run_phase(follow, "Training on the model's own answers")
         together = PhaseOutcome(
             outcome.steps + after.steps,
@@ -256,5 +266,3 @@ def _share(minutes: float | None, of: float) -> float | None:
 def _last_evaluation(outcome: PhaseOutcome) -> dict[str, float]:
     rows = [row for row in outcome.history if "eval_loss" in row]
     return {k: v for k, v in rows[-1].items() if k.startswith("eval_")} if rows else {}
-
-

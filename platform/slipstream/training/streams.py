@@ -16,11 +16,19 @@ class TurboStreams(nn.Module):
 
     Low rank: s_k = h + SiLU(B_k (A_k h + C_k e) + b_k); dense: s_k = h + SiLU(W_k h + b_k). Parameters are float32.
     At the start B (or W) and b are zero, so every stream is h itself, exactly; SiLU'(0) = 0.5 lets gradients through.
-    `condition_scale` is folded into C on export: embeddings are much smaller than final hidden states, and Adam's step does not know.
+    `condition_scale` is folded into C on export: embeddings are much smaller than final hidden states, and Adam's step does
+    not know.
     """
 
     def __init__(
-        self, streams: int, hidden: int, rank: int | None, *, conditioned: bool, condition_scale: float = 1.0, seed: int = 0
+        self,
+        streams: int,
+        hidden: int,
+        rank: int | None,
+        *,
+        conditioned: bool,
+        condition_scale: float = 1.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_streams, self.rank, self.condition_scale = streams, rank, condition_scale
@@ -43,7 +51,7 @@ class TurboStreams(nn.Module):
         return self.c is not None
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
-        """h: [N, H] final hidden states; embedding: [N, H] of each row's next token → stream states [K, N, H] in h's dtype."""
+        """h: [N, H] final hidden states; embedding: [N, H] of each row's next token → states [K, N, H] in h's dtype."""
         if self.weight is not None:
             inner = torch.einsum("nh,koh->kno", h, self.weight.to(h.dtype))
         else:
@@ -53,9 +61,25 @@ class TurboStreams(nn.Module):
             if self.c is not None:
                 assert embedding is not None
                 low = low + F.linear(embedding * self.condition_scale, self.c.flatten(0, 1).to(h.dtype))
-            low = low.unflatten(-1, (self.num_streams, -1)).transpose(0, 1)
+            low = low.view(-1, self.num_streams, low.shape[-1] // self.num_streams).transpose(0, 1)
             inner = torch.bmm(low, self.b.to(h.dtype).transpose(1, 2))
         return h + F.silu(inner + self.bias.to(h.dtype).unsqueeze(1))
+
+    @torch.no_grad()
+    def start_from(self, weights: StreamWeights) -> bool:
+        """Take over trained streams; False, and nothing changed, when they are of another shape."""
+        c = None if weights.c is None else weights.c.float() / self.condition_scale
+        pairs = (
+            (self.bias, weights.bias), (self.weight, weights.weight), (self.a, weights.a), (self.b, weights.b), (self.c, c)
+        )  # fmt: skip
+        if any((mine is None) != (theirs is None) for mine, theirs in pairs) or weights.head is not None:
+            return False
+        both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        if any(mine.shape != theirs.shape for mine, theirs in both):
+            return False
+        for mine, theirs in both:
+            mine.copy_(theirs)
+        return True
 
     def export(self, dtype: torch.dtype) -> StreamWeights:
         """The streams as the serving side reads them."""

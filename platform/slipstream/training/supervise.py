@@ -323,7 +323,7 @@ def _error_of(event: dict[str, Any]) -> JobError:
 def _metrics_line(event: dict[str, Any]) -> str:
     shown = ", ".join(f"{name}={value:.4g}" for name, value in (event.get("data") or {}).items())
     total = event.get("total")
-    return f"Step {event.get('step')}{f'/{total}' if total else ''}: {shown}"
+    return f"Step {event.get('step')}{f'/{total}' if total else ''}{': ' if shown else ''}{shown}"
 
 
 def _keep_the_log_only(folder: JobFolder) -> None:

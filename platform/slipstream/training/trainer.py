@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import rewrite_logs
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slipstream.training.config import TrainingConfig
@@ -31,8 +32,12 @@ CLOCK = "clock.json"
 CPU_PACK, CUDA_PACK = 256, 4096  # columns of a pack where no row is longer
 
 
-class TurboTrainer(Trainer):
+class TurboTrainer(Trainer):  # type: ignore[misc]
     """Trains a `TurboModel`. A batch of its data loader is one micro-batch of rows; see `packing.MicroBatches`."""
+
+    optimizer: Any  # Trainer's own, which it does not declare
+    lr_scheduler: Any
+    control: Any
 
     def __init__(
         self,
@@ -58,13 +63,17 @@ class TurboTrainer(Trainer):
         self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
         self._streams = model.streams.num_streams if model.streams is not None else 0
         self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
-        self.tokens = 0  # seen by this worker since it began, padding left out
+        self.tokens = 0  # that this worker has seen, padding left out
         arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
             model.limit_drafts(torch.tensor(sorted({i for row in train for i in row.labels if i != IGNORE})))
         super().__init__(
-            model=model, args=arguments, train_dataset=self._items, eval_dataset=self._valid or None, callbacks=callbacks
+            model=model,
+            args=arguments,
+            train_dataset=self._items,
+            eval_dataset=self._valid or None,
+            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # our loss is a sum over num_items_in_batch, not a mean per micro-batch
         self.remove_callback(PrinterCallback)
@@ -175,8 +184,9 @@ class TurboTrainer(Trainer):
         super().log(logs, start_time)
 
     def _speed(self) -> float:
-        """Input tokens/s over all workers since this process began."""
-        return self.tokens * self.accelerator.num_processes / max(1e-9, self.clock.seconds - self.clock.seconds_before)
+        """Input tokens/s over all workers, evaluations and checkpoints included."""
+        workers: int = self.accelerator.num_processes
+        return self.tokens * workers / max(1e-9, self.clock.seconds)
 
     # --- checkpoints: only what is trained ------------------------------------------------------------------------
 
@@ -184,12 +194,15 @@ class TurboTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.turbo.save_trainable(folder)
-        (folder / CLOCK).write_text(json.dumps({"seconds": self.clock.seconds}), encoding="utf-8")
+        (folder / CLOCK).write_text(
+            json.dumps({"seconds": self.clock.seconds, "tokens": self.tokens}), encoding="utf-8"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.turbo.load_trainable(folder)
-        self.clock.seconds_before = float(json.loads((folder / CLOCK).read_text("utf-8"))["seconds"])
+        before = json.loads((folder / CLOCK).read_text("utf-8"))
+        self.clock.seconds_before, self.tokens = float(before["seconds"]), int(before["tokens"])
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -237,7 +250,7 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         total = None if clock.max_seconds else clock.total_steps
         data = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
         if "train_runtime" not in data:
-            self._observer(Metrics(state.global_step, total, clock.progress, {**data, "seconds": clock.seconds}))
+            self._observer(Metrics(state.global_step, total, clock.progress, rewrite_logs(data)))
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -247,7 +260,9 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         self._worse = 0 if loss < self._best else self._worse + 1
         self._best = min(self._best, loss)
         if patience is not None and self._worse >= patience:
-            self._observer(Message(f"Stopped early: {patience} evaluations without a lower loss than {self._best:.4f}."))
+            self._observer(
+                Message(f"Stopped early: {patience} evaluations without a lower loss than {self._best:.4f}.")
+            )
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -280,12 +295,18 @@ def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
     return max(workers, -(-wanted // workers) * workers)
 
 
-def _arguments(config: TrainingConfig, output: Path, accumulation: int, steps: int, evaluates: bool) -> TrainingArguments:
+def _arguments(
+    config: TrainingConfig, output: Path, accumulation: int, steps: int, evaluates: bool
+) -> TrainingArguments:
     cadence: dict[str, Any] = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
     if evaluates:
         cadence |= {"eval_strategy": "steps", "eval_steps": config.eval_every}
         if config.patience is not None:
-            cadence |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+            cadence |= {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_loss",
+                "greater_is_better": False,
+            }
             cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
     return TrainingArguments(
         output_dir=str(output),

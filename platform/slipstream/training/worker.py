@@ -1,4 +1,4 @@
-"""`python -m slipstream.training.worker JOB/config.json`: one run in a process of its own, told to its supervisor line by line.
+"""`python -m slipstream.training.worker JOB/config.json`: one run in a process of its own, told line by line.
 
 Events go to `events.jsonl` beside the configuration; the last line is a `result` or an `error`. SIGTERM saves a checkpoint
 and ends with status 143, so that the same command goes on from there with `resume`.
@@ -47,7 +47,9 @@ def main(config_path: Path) -> int:
         if _is_out_of_memory(error):
             log.write(_error("out_of_memory", _OUT_OF_MEMORY, "micro_batch_size"))
         else:
-            log.write(_error("training_failed", f"The training failed: {type(error).__name__}. Its log says more.", None))
+            log.write(
+                _error("training_failed", f"The training failed: {type(error).__name__}. Its log says more.", None)
+            )
     else:
         log.write({"type": "result", **result.to_json()})
         return 0
@@ -64,7 +66,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     """torch has a class for CUDA only; its CPU allocator raises RuntimeError with these words."""
     if type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
 
 
 def _error(code: str, message: str, param: str | None) -> dict[str, str | None]:
