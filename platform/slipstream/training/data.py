@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adapter_registry.records import PromptFormat
@@ -126,7 +127,11 @@ def encode_rows(
         raise InvalidRequest("The base model's tokenizer has no end-of-sequence token, so no answer could ever end.")
     kept: list[Encoded] = []
     for done, row in enumerate(rows):
-        encoded = encode_row(tokenizer, row, prompt_format)
+        try:
+            encoded = encode_row(tokenizer, row, prompt_format)
+        except (ValueError, TypeError, TemplateError) as error:
+            message = f"Row {row.number}: the base model's chat template refuses it, or there is none: {error}"
+            raise InvalidData(message, param="data") from error
         if len(encoded.ids) <= max_length:
             kept.append(encoded)
         tick(done + 1)
@@ -184,7 +189,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     raise _bad(path, number, f"is longer than {MAX_ROW_CHARS} characters")
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise _bad(path, number, f"is not JSON ({error})") from error
     except UnicodeDecodeError as error:
         raise InvalidData(f"{path.name} is not UTF-8 text (byte {error.start}).", param="data") from error
@@ -212,6 +217,8 @@ def _row(path: Path, number: int, raw: Any) -> Row:
         if not isinstance(value, str) or not value.strip():
             found = "is missing" if field not in raw else "must be text that is not empty"
             raise _bad(path, number, f"cannot be used: {field!r} {found}")
+        if any("\ud800" <= char <= "\udfff" for char in value):  # JSON can spell it, no tokeniser can read it
+            raise _bad(path, number, f"cannot be used: {field!r} holds half of a surrogate pair")
     return Row(number, prompt=raw["prompt"], completion=raw["completion"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -177,7 +177,8 @@ def build_model(config: TrainingConfig, path: Path, longest: int) -> TurboModel:
     if config.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = TurboModel(base, streams, config)
-    return model.to(device)
+    # One that is to be sharded waits in main memory: it may be too large for a device.
+    return model if config.fsdp else model.to(device)
 
 
 def load_base(config: TrainingConfig, path: Path, device: torch.device, longest: int) -> PreTrainedModel:
@@ -190,7 +191,7 @@ def load_base(config: TrainingConfig, path: Path, device: torch.device, longest:
         raise ModelUnsupported(f"{path} could not be loaded as a causal language model: {error}") from error
     if type(causal.get_output_embeddings()) is not nn.Linear:
         raise ModelUnsupported(f"{type(causal).__name__} has no plain linear LM head.")
-    return causal.to(device).requires_grad_(False)
+    return (causal if config.fsdp else causal.to(device)).requires_grad_(False)
 
 
 def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
@@ -212,9 +213,10 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             raise InvalidRequest("lora_targets names the LM head, which the streams share and nobody may move.")
         return peft
     if config.adapter is not None and (config.adapter / PEFT_CONFIG).is_file():
-        frozen = cast(nn.Module, PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False))
+        frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
         return frozen.requires_grad_(False)
-    return causal
+    bare: nn.Module = causal
+    return bare
 
 
 def _speculator(causal: PreTrainedModel, config: TrainingConfig) -> TurboStreams | None:

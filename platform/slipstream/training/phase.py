@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +11,13 @@ from typing import Any, Protocol
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
+from slipstream.engine.loader import pick_device
+from slipstream.errors import InvalidRequest
 from slipstream.training.config import TrainingConfig
 from slipstream.training.data import Encoded
 from slipstream.training.events import Message, Observer
 from slipstream.training.model import TRAINABLE, TurboModel, build_model
+from slipstream.training.sharding import shard_frozen
 from slipstream.training.trainer import TurboTrainer, stop_on_sigterm
 
 OUTCOME = "outcome.json"
@@ -60,9 +64,18 @@ def fit_here(job: PhaseJob, observer: Observer) -> PhaseOutcome:
     return done if done is not None else run_phase(job, observer)
 
 
-def run_phase(job: PhaseJob, observer: Observer, workers: int = 1) -> PhaseOutcome:
-    """Train in this process, as one of `workers` when torch.distributed is set up."""
+def run_phase(
+    job: PhaseJob, observer: Observer, workers: int = 1, should_stop: Callable[[], bool] | None = None
+) -> PhaseOutcome:
+    """Train in this process, as one of `workers` with torch.distributed set up; the first writes into `job.folder`.
+
+    `should_stop`, where SIGTERM cannot say so: asked after each step; one worker's yes stops all, with a checkpoint.
+    """
     model = load_phase_model(job)
+    if job.config.fsdp:
+        if workers == 1:
+            raise InvalidRequest("fsdp shares the model out among workers: give workers 2 or more.", param="fsdp")
+        shard_frozen(model, pick_device(job.config.device))
     trainer = TurboTrainer(
         model,
         job.config,
@@ -76,11 +89,11 @@ def run_phase(job: PhaseJob, observer: Observer, workers: int = 1) -> PhaseOutco
     checkpoint = _newest_checkpoint(job.folder / "checkpoints") if job.config.resume else None
     if checkpoint is not None:
         observer(Message(f"Going on from {checkpoint.name}."))
-    with stop_on_sigterm(trainer) as clockwork:
+    with stop_on_sigterm(trainer, should_stop) as clockwork:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     history = [{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
     outcome = PhaseOutcome(
-        trainer.state.global_step, trainer.tokens * workers, trainer.clock.seconds, clockwork.stopped_by_signal, history
+        trainer.state.global_step, trainer.tokens, trainer.clock.seconds, clockwork.stopped_by_signal, history
     )
     if trainer.is_world_process_zero() and not outcome.stopped:
         trainer.turbo.save_trainable(job.folder)

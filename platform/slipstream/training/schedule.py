@@ -18,6 +18,7 @@ class Clock:
     step: int = 0
     seconds_before: float = 0.0  # trained before this process: a resumed run keeps its time limit
     now: Callable[[], float] = time.monotonic
+    agreed: float | None = None  # `seconds` after the last step as several workers agreed on it
     _began: float = field(default=0.0, init=False)
 
     def start(self) -> None:
@@ -33,8 +34,17 @@ class Clock:
     def progress(self) -> float:
         """0 at the first step, 1 at the end."""
         by_steps = self.step / max(1, self.total_steps)
-        by_time = self.seconds / self.max_seconds if self.max_seconds else 0.0
-        return min(1.0, max(by_steps, by_time))
+        return min(1.0, max(by_steps, self._by_time))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time limit has been reached."""
+        return self._by_time >= 1.0
+
+    @property
+    def _by_time(self) -> float:
+        seconds = self.seconds if self.agreed is None else self.agreed
+        return seconds / self.max_seconds if self.max_seconds else 0.0
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:

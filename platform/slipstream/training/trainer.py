@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from slipstream.training.metrics import named_metrics
 from slipstream.training.model import TurboModel
 from slipstream.training.packing import NO_SEGMENT, MicroBatches, pack
 from slipstream.training.schedule import Clock, gate_value, learning_rate_factor
+from slipstream.training.sharding import average_gradients
 
 CLOCK = "clock.json"
 CPU_PACK, CUDA_PACK = 256, 4096  # columns of a pack where no row is longer
@@ -35,7 +36,8 @@ CPU_PACK, CUDA_PACK = 256, 4096  # columns of a pack where no row is longer
 class TurboTrainer(Trainer):  # type: ignore[misc]
     """Trains a `TurboModel`. A batch of its data loader is one micro-batch of rows; see `packing.MicroBatches`."""
 
-    optimizer: Any  # Trainer's own, which it does not declare
+    # Trainer's own, which it does not declare:
+    optimizer: AdamW | None
     lr_scheduler: Any
     control: Any
 
@@ -63,7 +65,8 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
         self._streams = model.streams.num_streams if model.streams is not None else 0
         self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
-        self.tokens = 0  # that this worker has seen, padding left out
+        self.tokens = 0  # that all workers have seen, padding left out
+        self._tokens_of_step = 0  # of this worker
         arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
@@ -95,7 +98,7 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         out = model(**inputs, num_items=num_items_in_batch)
         if model.training:
             self._sums += out.stacked().cpu()
-            self.tokens += int((inputs["segments"] != NO_SEGMENT).sum())
+            self._tokens_of_step += int((inputs["segments"] != NO_SEGMENT).sum())
         # As Trainer does: gradients are averaged over workers, but ours are already divided by everybody's tokens.
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
@@ -160,17 +163,21 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         sums = torch.zeros_like(self._sums)
         size = self._options.micro_batch_size or self._options.batch_size
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for start in range(rank * size, len(rows), world * size):
-            batch = {n: t.to(self.args.device) for n, t in self._pack(rows[start : start + size]).items()}
-            sums += model(**batch).stacked().cpu()
+        for start in range(0, len(rows), world * size):
+            mine = rows[start + rank * size : start + (rank + 1) * size]
+            # Nothing left for this worker? It makes the pass all the same: a sharded model takes all of them.
+            batch = {n: t.to(self.args.device) for n, t in self._pack(mine or rows[:1]).items()}
+            found = model(**batch).stacked().cpu()
+            if mine:
+                sums += found
         model.train(training)
         return named_metrics(self._all(sums), self._streams, self._options.stream_decay, chains=True)
 
     def _all(self, sums: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
             return sums
-        gathered: torch.Tensor = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum")
-        return gathered.cpu().double()
+        gathered: torch.Tensor = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        return gathered.cpu()
 
     def take_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call."""
@@ -185,8 +192,25 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
 
     def _speed(self) -> float:
         """Input tokens/s over all workers, evaluations and checkpoints included."""
-        workers: int = self.accelerator.num_processes
-        return self.tokens * workers / max(1e-9, self.clock.seconds)
+        return self.tokens / max(1e-9, self.clock.seconds)
+
+    # --- several workers ------------------------------------------------------------------------------------------
+
+    def agree(self, stop: bool) -> bool:
+        """After each step: whether any worker wants to stop. Their clocks are made one too, for learning rates and gates
+        that differed would let their weights drift apart."""
+        told = torch.tensor([[self.clock.seconds, float(stop), float(self._tokens_of_step)]], dtype=torch.float64)
+        self._tokens_of_step = 0
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.gather(told.to(self.args.device)).cpu()
+            self.clock.agreed = float(told[:, 0].max())
+        self.tokens += int(told[:, 2].sum())
+        return bool(told[:, 1].any())
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if self._options.fsdp and training and model is self.model:
+            return average_gradients(model)  # accelerate's DDP refuses a model that is partly sharded
+        return super()._wrap_model(model, training, dataloader)
 
     # --- checkpoints: only what is trained ------------------------------------------------------------------------
 
@@ -217,6 +241,8 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
         self._observer = observer
         self._stop = threading.Event()
+        self._stopping = False  # agreed by all workers
+        self.should_stop: Callable[[], bool] = self._stop.is_set
         self.stopped_by_signal = False
         self._best = math.inf
         self._worse = 0
@@ -235,14 +261,15 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.clock.step = state.global_step + 1  # the scheduler steps next, for the step after this one
+        self._stopping = self._trainer.agree(self.should_stop())
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         clock = self._trainer.clock
-        if self._stop.is_set():
+        if self._stopping:
             self.stopped_by_signal = True
             control.should_save = True
             control.should_training_stop = True
-        if clock.max_seconds and clock.seconds >= clock.max_seconds:
+        if clock.is_over:
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
@@ -275,11 +302,16 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def stop_on_sigterm(trainer: TurboTrainer) -> Iterator[_Clockwork]:
-    """While the body runs, SIGTERM means: save a checkpoint after the running step, then stop."""
+def stop_on_sigterm(trainer: TurboTrainer, should_stop: Callable[[], bool] | None = None) -> Iterator[_Clockwork]:
+    """While the body runs, SIGTERM means: save a checkpoint after the running step, then stop.
+
+    With `should_stop`, asked after each step, that means it instead: what a worker has that is told to stop otherwise.
+    """
     clockwork = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Clockwork))
-    if threading.current_thread() is not threading.main_thread():
-        yield clockwork  # signals belong to the main thread: a worker's parent stops it
+    if should_stop is not None:
+        clockwork.should_stop = should_stop
+    if should_stop is not None or threading.current_thread() is not threading.main_thread():
+        yield clockwork  # signals belong to the main thread
         return
     before = signal.signal(signal.SIGTERM, clockwork.request_stop)
     try:
