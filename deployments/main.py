@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from slipstream.cli import app
+from slipstream.cli.train import use_workers
 from slipstream.errors import ServerError
+
+if TYPE_CHECKING:
+    from slipstream.training.config import TrainingConfig
+    from slipstream.training.phase import Fit
+
+
+def _on_ray(config: TrainingConfig) -> Fit:
+    from deployments.train_workers import fit_on_ray  # noqa: PLC0415 - with it come torch and Ray
+
+    return fit_on_ray(config)
+
+
+use_workers(_on_ray)
 
 
 @app.command()

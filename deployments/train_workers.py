@@ -20,8 +20,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from deployments.local_ray import prepare_ray_environment
@@ -99,7 +98,6 @@ def _ray(workers: int) -> Iterator[None]:
                 log_to_driver=False,
                 _temp_dir=scratch,
                 _node_ip_address="127.0.0.1",
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
             )
             yield
         finally:
@@ -151,7 +149,7 @@ class _Run:
     def _fit(self, trainer: Any) -> None:
         try:
             self._result = trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        except BaseException as error:
             self._error = error
 
     def _pass_on(self, position: int) -> int:

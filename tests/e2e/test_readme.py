@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.serving import ROOT, Running
 
-pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(900)]
 
 MARK = "<!-- executed by tests/e2e/test_readme.py -->"
 
@@ -37,7 +37,7 @@ def checkout(folder: Path) -> None:
 def test_the_quick_start_works_word_for_word(server: Running, tmp_path: Path) -> None:
     checkout(tmp_path)
     found = blocks()
-    assert [language for language, _ in found] == ["bash", "bash", "python"]
+    assert [language for language, _ in found] == ["bash", "bash", "python", "bash", "python", "python"]
     environment = os.environ | {
         "SLIPSTREAM_URL": server.url,
         "SLIPSTREAM_API_KEY": server.key,
@@ -48,7 +48,7 @@ def test_the_quick_start_works_word_for_word(server: Running, tmp_path: Path) ->
     for language, code in found:
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
@@ -56,3 +56,7 @@ def test_the_quick_start_works_word_for_word(server: Running, tmp_path: Path) ->
     assert "first" in printed[1]
     assert "first@1" in printed[2]
     assert "tokens per step" in printed[2]
+    assert "Published dates@1" in printed[3]
+    assert "turbo_lora" in printed[3]
+    assert "succeeded dates-job@1" in printed[4]
+    assert "dates-sdk@1" in printed[5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from slipstream.errors import InvalidRequest
 
 IGNORE = -100  # the label of a token that is not trained, as everywhere in this field
 MAX_ROW_CHARS = 1 << 20
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class InvalidData(InvalidRequest):
@@ -217,7 +219,7 @@ def _row(path: Path, number: int, raw: Any) -> Row:
         if not isinstance(value, str) or not value.strip():
             found = "is missing" if field not in raw else "must be text that is not empty"
             raise _bad(path, number, f"cannot be used: {field!r} {found}")
-        if any("\ud800" <= char <= "\udfff" for char in value):  # JSON can spell it, no tokeniser can read it
+        if _HALF_PAIR.search(value):  # JSON can spell it, no tokeniser can read it
             raise _bad(path, number, f"cannot be used: {field!r} holds half of a surrogate pair")
     return Row(number, prompt=raw["prompt"], completion=raw["completion"])
 
