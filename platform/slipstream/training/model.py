@@ -5,8 +5,9 @@ LoRA stays in stock PEFT; the speculator is a module of its own (methods.md 1.6)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             task_type="CAUSAL_LM",
         )
         try:
-            peft: nn.Module = get_peft_model(causal, lora)
+            with _quiet_peft():
+                peft: nn.Module = get_peft_model(causal, lora)
         except ValueError as error:
             raise InvalidRequest(f"lora_targets: {error}", param="lora_targets") from error
         head = causal.get_output_embeddings()
@@ -213,10 +215,19 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             raise InvalidRequest("lora_targets names the LM head, which the streams share and nobody may move.")
         return peft
     if config.adapter is not None and (config.adapter / PEFT_CONFIG).is_file():
-        frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
+        with _quiet_peft():
+            frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
         return frozen.requires_grad_(False)
     bare: nn.Module = causal
     return bare
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 for a name that is about to go: nothing that a user could change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _speculator(causal: PreTrainedModel, config: TrainingConfig) -> TurboStreams | None:
