@@ -47,6 +47,7 @@ class _Wanted:
     dtype: str | None
     concurrency: int
     max_tokens: int
+    max_draft: int
     picture: Path | None
 
 
@@ -69,6 +70,7 @@ def evaluate(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Rows answered at once; tokens/s depends on it.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    max_draft: Annotated[int, typer.Option(help="Longest draft, whatever the number of streams.", min=1, max=8)] = 8,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the comparison into this .png (or .svg, .pdf).", show_default=False)
     ] = None,
@@ -91,7 +93,7 @@ def evaluate(
 
     Example: slipstream evaluate sql@3 --data test.jsonl --json
     """
-    wanted = _Wanted(target, data, limit, base, dtype, concurrency, max_tokens, picture)
+    wanted = _Wanted(target, data, limit, base, dtype, concurrency, max_tokens, max_draft, picture)
     try:
         evaluation, opened = _run(wanted, session(context, url, api_key, tenant))
     except SlipstreamError as error:
@@ -120,7 +122,7 @@ def _run(wanted: _Wanted, connection: Session) -> tuple[Evaluation, OpenedAdapte
     with _folder(wanted.target, connection) as folder:
         base, dtype = _base(wanted, console)
         with _status(console, f"Loading {base.id}"):
-            opened = open_adapter(folder, base, dtype, wanted.concurrency)
+            opened = open_adapter(folder, base, dtype, wanted.concurrency, wanted.max_draft)
     options = EvaluationOptions(wanted.concurrency, wanted.max_tokens, opened.prompt_format)
     with _bar(console, len(rows) * len(opened.variants)) as advance:
         evaluation = compare(opened.engine, opened.tokenizer, rows, opened.variants, options, advance)

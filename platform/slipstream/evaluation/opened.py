@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from adapter_registry.records import PromptFormat
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.rejection import Rule
+from slipstream.adapters.turbo_config import MAX_STREAMS
 from slipstream.adapters.validate import inspect_adapter
 from slipstream.base_models import PreparedModel
 from slipstream.engine import loader
@@ -31,7 +32,9 @@ class OpenedAdapter:
     warnings: tuple[str, ...]
 
 
-def open_adapter(folder: Path, base: PreparedModel, dtype: str, max_num_seqs: int) -> OpenedAdapter:
+def open_adapter(
+    folder: Path, base: PreparedModel, dtype: str, max_num_seqs: int, max_draft: int = MAX_STREAMS
+) -> OpenedAdapter:
     """Check `folder` as publishing would, and load it with its base. Seconds for a small model.
 
     Raises `AdapterRejected` (for another base too), `ModelUnsupported` and `AdapterUnavailable`.
@@ -49,4 +52,6 @@ def open_adapter(folder: Path, base: PreparedModel, dtype: str, max_num_seqs: in
     weights = load_adapter(folder)
     eos = loader.eos_ids(loaded, tokenizer)
     engine = OfflineEngine(loaded, adapters={ADAPTER: weights}, eos=eos, max_num_seqs=max_num_seqs)
-    return OpenedAdapter(engine, tokenizer, variants_of(weights, ADAPTER), found.prompt_format, found.warnings)
+    return OpenedAdapter(
+        engine, tokenizer, variants_of(weights, ADAPTER, max_draft), found.prompt_format, found.warnings
+    )

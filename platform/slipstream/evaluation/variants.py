@@ -19,10 +19,10 @@ class Variant:
     draft_cap: int = 0
 
 
-def variants_of(weights: AdapterWeights, adapter: str) -> tuple[Variant, ...]:
+def variants_of(weights: AdapterWeights, adapter: str, max_draft: int = MAX_STREAMS) -> tuple[Variant, ...]:
     """Base, then the adapter with speculation off where that differs from the base, then with it on.
 
-    `adapter` is the name it has in the engine.
+    `adapter` is the name it has in the engine; `max_draft`: the longest draft of the last one.
     """
     found = [Variant(BASE)]
     if weights.lora:
@@ -30,5 +30,5 @@ def variants_of(weights: AdapterWeights, adapter: str) -> tuple[Variant, ...]:
     if weights.streams is not None:
         shared = "turbo_lora" if weights.lora else "turbo"
         fast = shared if weights.streams.head is None else "medusa"
-        found.append(Variant(fast, adapter, MAX_STREAMS))
+        found.append(Variant(fast, adapter, max_draft))
     return tuple(found)

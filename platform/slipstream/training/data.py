@@ -231,6 +231,8 @@ def _chat_row(path: Path, number: int, messages: Any) -> Row:
     for i, message in enumerate(messages):
         try:
             turns.append(Turn.model_validate(message))
+            if _HALF_PAIR.search(turns[-1].content):
+                raise _bad(path, number, f"cannot be used: 'messages.{i}.content' holds half of a surrogate pair")
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(["messages", str(i), *map(str, first["loc"])])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -166,6 +166,14 @@ class TurboModel(nn.Module):
         """The LoRA is finished: from here on only the streams move."""
         self.base.requires_grad_(False)
         self._trains_trunk = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but a frozen model stays as it answers: the streams learn what it says without dropout."""
+        super().train(mode)
+        if not self._trains_trunk:
+            self.base.eval()
+        return self
 
 
 def build_model(config: TrainingConfig, path: Path, longest: int) -> TurboModel:

@@ -96,7 +96,7 @@ def card(report: Report) -> str:
         f"Base model `{report.base_id}`, prompt format **{report.prompt_format}**, made {datetime.now(UTC):%Y-%m-%d}: "
         f"{report.steps} optimiser steps, {report.tokens} tokens, {report.seconds / 60:.1f} minutes.",
         f"Speculation **{'on' if report.gate.speculation else 'off'}**. {report.gate.reason}".rstrip(),
-        *([f"LoRA: {report.lora}"] if config.method.trains_lora else []),
+        *([f"LoRA: {report.lora}"] if report.lora else []),
         *(f"Note: {note}" for note in report.notes),
         _table(["data", "file", "rows", "sha256"], [[k, f, str(n), f"`{h}`"] for k, (f, h, n) in report.data.items()]),
     ]

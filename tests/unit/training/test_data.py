@@ -90,7 +90,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, bad: str, words: str)
         ({"messages": ["a"]}, "'messages.0'"),
         ({"messages": []}, "at least one message"),
         ({"messages": "a"}, "must be a list"),
-        (message(("user", "\ud800"), ("assistant", "b")), "'messages.0.content'"),
+        (message(("user", "\ud800"), ("assistant", "b")), "'messages.0.content' holds half of a surrogate pair"),
         (GOOD, "has another form than the rows before it"),
     ],
 )
@@ -211,7 +211,7 @@ def test_raw_trains_the_completion_and_its_end() -> None:
     tokenizer = tiny_tokenizer()
     encoded = encode_row(tokenizer, Row(1, "Hé: ", "ho"), PromptFormat.RAW)
     prompt = tokenizer("Hé: ")["input_ids"]
-    assert encoded.ids == [*prompt, *tokenizer("ho")["input_ids"], 258]
+    assert encoded.ids == [*prompt, *tokenizer("ho")["input_ids"], tokenizer.eos_token_id]
     assert encoded.labels == [IGNORE] * len(prompt) + encoded.ids[len(prompt) :]
     assert encoded.num_trained == 3
     assert trained_text(tokenizer, encoded) == ["ho</s>"]

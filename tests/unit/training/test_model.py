@@ -88,14 +88,15 @@ def test_packed_rows_do_not_see_each_other(
     model = build(base)
     model.gate = gate
     assert model.causal.config._attn_implementation == attention
+    tolerance = 1e-6 if attention == "eager" else 1e-12  # transformers' eager attention has its softmax in float32
     alone = [forward(model, [row], length=1) for row in ROWS]
     torch.stack([out.loss for out in alone]).sum().backward()
     expected = gradients(model)
     for length in (1, 20, 33, 64):  # from two rows a pack to all in one, with padding
         out = forward(model, ROWS, length)
-        torch.testing.assert_close(out.stacked(), torch.stack([a.stacked() for a in alone]).sum(0))
+        torch.testing.assert_close(out.stacked(), torch.stack([a.stacked() for a in alone]).sum(0), rtol=1e-7, atol=0)
         out.loss.backward()
-        same(gradients(model), expected, rtol=1e-8, atol=1e-11)
+        same(gradients(model), expected, rtol=0, atol=tolerance)
 
 
 def lora_gradients(model: TurboModel) -> dict[str, torch.Tensor]:
@@ -126,7 +127,8 @@ def test_the_gate_scales_what_the_streams_ask_of_the_lora(base: Path) -> None:
         found[gate] = lora_gradients(model)
     for name in found[0.0]:
         whole = found[1.0][name] - found[0.0][name]
-        torch.testing.assert_close(found[0.25][name] - found[0.0][name], 0.25 * whole, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[0.25][name] - found[0.0][name], 0.25 * whole, rtol=0, atol=1e-6)
+        assert whole.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,14 @@ def test_an_existing_lora_is_used_and_frozen(base: Path, tmp_path: Path, method:
     assert not torch.allclose(first.losses[0], forward(plain, ROWS).losses[0])
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # 5.23's new name
 def test_gradient_checkpointing_changes_no_gradient(base: Path) -> None:
     found = []
     for on in (False, True):
         torch.manual_seed(3)
         model = build(base, gradient_checkpointing=on, lora_dropout=0.2)
         model.gate = 0.5
-        assert model.causal.is_gradient_checkpointing is on
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) is on
         torch.manual_seed(4)
         forward(model, ROWS).loss.backward()
         found.append(gradients(model))
@@ -210,7 +213,8 @@ def test_trainable_weights_are_saved_and_read_back(base: Path, tmp_path: Path) -
 def test_a_later_phase_takes_lora_and_streams_and_freezes_the_lora(base: Path, tmp_path: Path) -> None:
     trained, follow = build(base, lora_dropout=0.3), build(base, noise=0.0, lora_dropout=0.3)
     trained.save_trainable(tmp_path)
-    follow.load_lora(tmp_path)
+    follow.load_trainable(tmp_path)
+    follow.freeze_lora()
     state = trained.trainable_state()
     assert not any(True for _ in follow.lora_parameters())
     same(follow.trainable_state(), {n: t for n, t in state.items() if n.startswith("streams.")}, rtol=0, atol=0)
