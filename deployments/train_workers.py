@@ -30,6 +30,7 @@ from slipstream.training.events import CheckpointSaved, Event, EventLog, Message
 from slipstream.training.phase import Fit, PhaseJob, PhaseOutcome, read_outcome, run_phase, set_threads
 
 EVENTS, STOP, FAILURE = "worker-events.jsonl", "stop", "workers.log"
+STOPPED = 143  # 128 + SIGTERM
 POLL_S = 0.2
 PLACEMENT_TRIES = 10  # of a minute each: a cluster that is full, or must first grow
 _OBJECT_STORE_BYTES = 512 << 20  # the training rows go through it
@@ -98,6 +99,7 @@ def _ray(workers: int) -> Iterator[None]:
                 log_to_driver=False,
                 _temp_dir=scratch,
                 _node_ip_address="127.0.0.1",
+                _system_config={"worker_niceness": 0},  # by default Ray's workers yield to everything else
             )
             yield
         finally:
@@ -119,7 +121,7 @@ class _Run:
         trainer = self._trainer()
         # In a thread: this one hears signals and passes on events meanwhile.
         thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
-        with _on_sigterm((self._job.folder / STOP).touch):
+        with _on_sigterm(self._stop):
             thread.start()
             told = 0
             while thread.is_alive():
@@ -128,6 +130,12 @@ class _Run:
         if self._error is not None:
             raise self._failure(self._error) from self._error
         return self._outcome()
+
+    def _stop(self) -> None:
+        """The workers look after each step. Asked again, before there may be any workers: at once, without a checkpoint."""
+        if (self._job.folder / STOP).exists():
+            raise SystemExit(STOPPED)
+        (self._job.folder / STOP).touch()
 
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.tiny_model import save_tiny_model
 
 from slipstream.training.config import TrainingConfig
 from slipstream.training.data import IGNORE, Encoded
@@ -31,6 +32,15 @@ QUICK: dict[str, Any] = {
 def quick_config(base: Path, data: Path, output: Path, **changes: Any) -> TrainingConfig:
     """A run of few small steps in float32."""
     return TrainingConfig(base=str(base), data=data, output=output, **{**QUICK, **changes})
+
+
+def save_sharp_model(folder: Path, **shape: Any) -> None:
+    """`save_tiny_model` with larger embeddings and LM head: a frozen head as small as a random one could never be sure."""
+    model = save_tiny_model(folder, **shape)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        model.model.embed_tokens.weight.mul_(30)
+    model.save_pretrained(folder)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

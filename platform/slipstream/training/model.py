@@ -66,6 +66,7 @@ class TurboModel(nn.Module):
         self._options = config
         self._trains_trunk = any(p.requires_grad for p in base.parameters())
         self.gate = 0.0
+        self.step = 0  # of the optimiser: what this step's random drafts are drawn by
         self._seen: torch.Tensor | None = None
 
     @property
@@ -127,7 +128,9 @@ class TurboModel(nn.Module):
         if self._seen is None or self._options.negatives is None:
             return None
         vocab = int(self.causal.get_output_embeddings().weight.shape[0])
-        others = torch.randint(0, vocab, (self._options.negatives,))
+        # A generator of its own: the LoRA's dropout must not depend on whether there are streams.
+        generator = torch.Generator().manual_seed(self._options.seed * 1_000_003 + self.step)
+        others = torch.randint(0, vocab, (self._options.negatives,), generator=generator)
         ids: torch.Tensor = torch.cat([self._seen, others]).unique()  # type: ignore[no-untyped-call]
         return ids.to(self.causal.device)
 

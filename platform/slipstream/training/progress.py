@@ -71,7 +71,7 @@ def describe(data: Mapping[str, float]) -> str:
     parts = [f"loss {data[key]:.3f}" for key in ("lora_loss",) if key in data]
     top1 = [data[f"turbo_{k}_top1"] for k in range(8) if f"turbo_{k}_top1" in data]
     if top1:
-        parts.append("top-1 " + "/".join(f"{value:.2f}"[1:] if value < 1 else "1" for value in top1))
+        parts.append("top-1 " + "/".join(f"{value:.2f}"[1:] if value < 0.995 else "1" for value in top1))
     if "expected_tokens" in data:
         parts.append(f"{data['expected_tokens']:.2f} tokens/step")
     if "tokens_per_second" in data:

@@ -80,6 +80,7 @@ class _Run:
     def __init__(self, config: TrainingConfig, observer: Observer, fit: Fit) -> None:
         self._config, self._tell, self._fit = config, observer, fit
         self._notes: list[str] = []
+        self._metrics: dict[str, float] = {}  # of what the last phase kept
 
     def run(self) -> TrainingResult:
         config = self._config
@@ -89,16 +90,18 @@ class _Run:
         self._tokenizer = AutoTokenizer.from_pretrained(self._base.path)
         rows, held_out = self._read()
         self._format: PromptFormat = format_of(rows, config.prompt_format)
+        if held_out:
+            format_of(held_out, self._format)  # refuses chats that are to be raw
         train_rows, valid_rows = self._encode(rows, "training"), self._encode(held_out, "validation")
         self._identity = BaseIdentity(self._base.id, base_digest(self._base.path))
         outcome, last = self._train(rows, train_rows, valid_rows)
-        metrics = _last_evaluation(outcome)
+        metrics = self._metrics
         folder = config.output / "adapter"
         self._export(last, folder)
         evaluation = self._answer(folder, held_out)
         gate = self._gate(folder, evaluation)
         if evaluation is not None and config.method.trains_streams:
-            self._export(last, folder, evaluation.variants[_fast(evaluation)].acceptance)
+            self._export(last, folder, _rates(evaluation, config.streams))
         report = self._report(outcome, metrics, evaluation, gate, rows, held_out)
         write_report(report, folder)
         (config.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -189,6 +192,7 @@ class _Run:
         outcome = self._fit(job, self._tell)
         if outcome.stopped:
             raise Interrupted(f"Stopped after step {outcome.steps}; a checkpoint is saved. Go on with resume.")
+        self._metrics = _kept_evaluation(outcome, best=self._config.patience is not None)
         return outcome, job
 
     def _distilled(self, rows: list[Row], adapter: Path | None) -> list[Encoded]:
@@ -211,12 +215,16 @@ class _Run:
         export_adapter(model, self._config, folder, self._identity, self._format, acceptance)
 
     def _answer(self, folder: Path, held_out: list[Row]) -> Evaluation | None:
-        rows = held_out[: self._config.gate_rows]
-        if not rows:
+        if not held_out or self._config.gate_rows == 0:
             return None
         self._tell(Phase("Answering held-out rows"))
         dtype = "bfloat16" if self._config.bf16 else "float32"
         opened = open_adapter(folder, self._base, dtype, GATE_CONCURRENCY)
+        room = min(opened.engine.max_length, self._config.max_length)
+        fits = [row for row in held_out if len(encode_prompt(self._tokenizer, row, self._format)) < room]
+        rows = fits[: self._config.gate_rows]
+        if not rows:
+            return None
         variants = [v for v in opened.variants if v.name != BASE or len(opened.variants) < 3]
         options = EvaluationOptions(GATE_CONCURRENCY, self._config.max_length // 2, self._format)
         return evaluate(opened.engine, opened.tokenizer, rows, variants, options)
@@ -259,10 +267,20 @@ def _fast(evaluation: Evaluation) -> str:
     return next(name for name in ("turbo_lora", "turbo", "medusa") if name in evaluation.variants)
 
 
+def _rates(evaluation: Evaluation, streams: int) -> tuple[float, ...]:
+    """One rate for each stream; the last known one stands for positions that no answer was long enough to judge."""
+    found = evaluation.variants[_fast(evaluation)].acceptance
+    return found + found[-1:] * (streams - len(found))
+
+
 def _share(minutes: float | None, of: float) -> float | None:
     return None if minutes is None else minutes * of
 
 
-def _last_evaluation(outcome: PhaseOutcome) -> dict[str, float]:
+def _kept_evaluation(outcome: PhaseOutcome, *, best: bool) -> dict[str, float]:
+    """The evaluation of the weights that the phase ended with: the last, or with early stopping the best."""
     rows = [row for row in outcome.history if "eval_loss" in row]
-    return {k: v for k, v in rows[-1].items() if k.startswith("eval_")} if rows else {}
+    if not rows:
+        return {}
+    kept = min(rows, key=lambda row: row["eval_loss"]) if best else rows[-1]
+    return {k: v for k, v in kept.items() if k.startswith("eval_")}

@@ -40,5 +40,5 @@ def shard_frozen(model: TurboModel, device: torch.device) -> None:
 def average_gradients(model: TurboModel) -> DistributedDataParallel:
     """DDP around a sharded model, for the parameters that are not sharded."""
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(model, forward_sync_buffers=False)

@@ -251,10 +251,14 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         clock = self._trainer.clock
         clock.step = state.global_step
         clock.start()
+        for row in state.log_history:  # of a resumed run: its patience goes on
+            if "eval_loss" in row:
+                self._judge(row["eval_loss"])
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         options = self._trainer._options
         self._trainer.turbo.gate = gate_value(self._trainer.clock.progress, options.gate_warmup, options.gate)
+        self._trainer.turbo.step = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.clip()
@@ -271,6 +275,7 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
         if clock.is_over:
             control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != "no"  # what is exported, as at the last step
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         clock = self._trainer.clock
@@ -283,14 +288,16 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         patience = self._trainer._options.patience
-        loss = metrics["eval_loss"]
-        self._worse = 0 if loss < self._best else self._worse + 1
-        self._best = min(self._best, loss)
+        self._judge(metrics["eval_loss"])
         if patience is not None and self._worse >= patience:
             self._observer(
                 Message(f"Stopped early: {patience} evaluations without a lower loss than {self._best:.4f}.")
             )
             control.should_training_stop = True
+
+    def _judge(self, loss: float) -> None:
+        self._worse = 0 if loss < self._best else self._worse + 1
+        self._best = min(self._best, loss)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import closing
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,7 +23,11 @@ STOPPED = 143  # 128 + SIGTERM, as shells report it
 
 def main(config_path: Path) -> int:
     """Run; returns the exit status."""
-    log = EventLog(config_path.parent / EVENTS)
+    with closing(EventLog(config_path.parent / EVENTS)) as log:
+        return _run(config_path, log)
+
+
+def _run(config_path: Path, log: EventLog) -> int:
     try:
         config = TrainingConfig.model_validate_json(config_path.read_text("utf-8"))
     except ValidationError as error:

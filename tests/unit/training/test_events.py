@@ -81,6 +81,6 @@ def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_numbers_on_one_line() -> None:
-    data = {"lora_loss": 1.23456, "turbo_0_top1": 0.876, "turbo_1_top1": 1.0, "tokens_per_second": 1234.5}
+    data = {"lora_loss": 1.23456, "turbo_0_top1": 0.876, "turbo_1_top1": 0.999, "tokens_per_second": 1234.5}
     assert describe(data) == "loss 1.235  top-1 .88/1  1234 tok/s"
     assert describe({}) == ""

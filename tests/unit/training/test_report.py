@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from slipstream.evaluation.result import Evaluation, Spread, VariantResult
-from slipstream.training.config import TrainingConfig
+from slipstream.training.config import Method, TrainingConfig
 from slipstream.training.gate import Gate
 from slipstream.training.report import CARD, LOG, PICTURE, Report, card, write_report
 
@@ -60,7 +60,7 @@ def test_the_card_says_how_it_was_made() -> None:
 
 
 def test_a_card_without_what_there_is_not() -> None:
-    config = report().config.model_copy(update={"method": "lora", "name": None})
+    config = report().config.model_copy(update={"method": Method.LORA, "name": None})
     text = card(report(config=config, evaluation=None, metrics={}, lora="", notes=(), gate=Gate(False, "")))
     assert text.startswith("# Adapter: lora\n")
     assert "Speculation **off**.\n" in text
@@ -69,9 +69,9 @@ def test_a_card_without_what_there_is_not() -> None:
 
 
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], []], ids=["whole", "one-step", "empty"])
-@pytest.mark.parametrize("method", ["lora", "turbo_lora"])
-def test_picture_and_log(tmp_path: Path, history: list[dict[str, float]], method: str) -> None:
-    config = report().config.model_copy(update={"method": TrainingConfig.model_validate({**report().config.model_dump(), "method": method}).method})
+@pytest.mark.parametrize("method", [Method.LORA, Method.TURBO_LORA])
+def test_picture_and_log(tmp_path: Path, history: list[dict[str, float]], method: Method) -> None:
+    config = report().config.model_copy(update={"method": method})
     write_report(report(history=history, config=config), tmp_path)
     with Image.open(tmp_path / PICTURE) as picture:
         picture.verify()
