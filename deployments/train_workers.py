@@ -72,7 +72,13 @@ def _absolute(job: PhaseJob) -> PhaseJob:
     config, paths = job.config, ("data", "valid", "output", "adapter")
     found = {name: getattr(config, name) for name in paths}
     update = {name: path.absolute() for name, path in found.items() if path is not None}
-    return replace(job, config=config.model_copy(update=update), base=job.base.absolute(), folder=job.folder.absolute())
+    return replace(
+        job,
+        config=config.model_copy(update=update),
+        base=job.base.absolute(),
+        folder=job.folder.absolute(),
+        after=job.after.absolute() if job.after is not None else None,
+    )
 
 
 @contextmanager
@@ -193,7 +199,9 @@ class _Run:
                 if isinstance(found, SlipstreamError):
                     return found
         log = self._job.folder / FAILURE
-        log.write_text(f"{error}\n", encoding="utf-8")
+        # What Ray Train's own message says is cut short, and its log files go with a private Ray.
+        told = [f"Worker {rank}:\n{failure}\n" for rank, failure in sorted(failures.items())] or [f"{error}\n"]
+        log.write_text("".join(told), encoding="utf-8")
         who = f"Worker {', '.join(map(str, sorted(failures)))}" if failures else "Ray Train"
         return Unavailable(
             f"{who} failed, and the others were stopped. {log} has the details. Go on from the newest checkpoint with resume."

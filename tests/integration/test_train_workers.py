@@ -277,15 +277,25 @@ def test_too_few_rows_to_go_round(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_the_command_line(base: Path, tmp_path: Path) -> None:
+    """Two phases, each with a Ray of its own, and paths from where the command was given."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"prompt": "{n}+1=", "completion": "{n + 1}"}}\n' for n in range(16)))
     options = {
-        "data": data, "base": base, "output": tmp_path / "run", "workers": 2, "threads": 1, "epochs": 1, "batch-size": 4,
+        "data": data.name, "base": base, "output": "run", "distill-rows": 4, "workers": 2, "threads": 1, "epochs": 1, "batch-size": 4,
         "lora-rank": 2, "streams": 2, "stream-rank": 4, "gate-rows": 0, "device": "cpu",
     }  # fmt: skip
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-c", "from deployments.main import main; main()", "train", *flags, "--no-bf16", "--json"],
+        [
+            sys.executable,
+            "-c",
+            "from deployments.main import main; main()",
+            "train",
+            *flags,
+            "--no-bf16",
+            "--self-distill",
+            "--json",
+        ],
         env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -294,5 +304,5 @@ def test_the_command_line(base: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["steps"] == 4
-    assert (Path(told["folder"]) / "adapter_model.safetensors").is_file()
+    assert told["steps"] == 4 + 1  # the second phase, on four rows
+    assert (tmp_path / told["folder"] / "adapter_model.safetensors").is_file()

@@ -54,7 +54,7 @@ Event = Phase | Message | Metrics | CheckpointSaved
 class Observer(Protocol):
     """Whoever watches a run. Called from the training thread; must not raise."""
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event, /) -> None:
         """One event."""
         ...
 

@@ -191,7 +191,7 @@ def test_format_follows_the_rows() -> None:
 def row_of(*turns: tuple[str, str]) -> Row:
     from slipstream.training.data import Turn  # noqa: PLC0415
 
-    return Row(1, completion=turns[-1][1], messages=tuple(Turn(role=r, content=c) for r, c in turns))  # type: ignore[arg-type]
+    return Row(1, completion=turns[-1][1], messages=tuple(Turn(role=r, content=c) for r, c in turns))
 
 
 def trained_text(tokenizer: Any, encoded: Encoded) -> list[str]:
@@ -224,7 +224,10 @@ def test_chat_trains_every_assistant_turn_up_to_its_end_token_and_nothing_else()
     encoded = encode_row(tokenizer, row_of(*turns), PromptFormat.CHAT)
     assert trained_text(tokenizer, encoded) == ["two</s>", "four</s>"]
     # Nothing comes after the last end token: it would be computed for nothing.
-    assert tokenizer.decode(encoded.ids) == "[system]s</s>\n[user]one</s>\n[assistant]two</s>\n[user]three</s>\n[assistant]four</s>"
+    assert (
+        tokenizer.decode(encoded.ids)
+        == "[system]s</s>\n[user]one</s>\n[assistant]two</s>\n[user]three</s>\n[assistant]four</s>"
+    )
 
 
 def test_a_template_without_an_end_token_trains_what_ends_a_turn() -> None:

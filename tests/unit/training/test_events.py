@@ -68,7 +68,9 @@ def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
         for event in EVENTS:
             observer(event)
         observer(Metrics(11, 20, 0.55, {"train/lora_loss": 1.0}))
-        observer(Metrics(12, None, 0.6, {"eval/lora_loss": 2.0, "eval/turbo_0_top1": 0.25, "eval/expected_tokens": 1.5}))
+        observer(
+            Metrics(12, None, 0.6, {"eval/lora_loss": 2.0, "eval/turbo_0_top1": 0.25, "eval/expected_tokens": 1.5})
+        )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Training"
     assert "step 10 of 20" in lines[1]

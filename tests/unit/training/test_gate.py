@@ -44,7 +44,10 @@ def test_what_was_not_measured_is_on_and_says_so() -> None:
 
 def test_a_lora_is_compared_with_a_plain_one(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text(json.dumps({"eval_lora_loss": 2.0}))
-    assert compare_with_lora(2.0199, 0.1, tmp_path) == ("LoRA evaluation loss 2.0199, plain LoRA 2.0000 (+1.0%).", False)
+    assert compare_with_lora(2.0199, 0.1, tmp_path) == (
+        "LoRA evaluation loss 2.0199, plain LoRA 2.0000 (+1.0%).",
+        False,
+    )
     text, warns = compare_with_lora(2.03, 0.1, tmp_path)
     assert warns
     assert text == "LoRA evaluation loss 2.0300, plain LoRA 2.0000 (+1.5%): worse than 1%. Train with a smaller gate."

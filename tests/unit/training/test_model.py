@@ -35,7 +35,7 @@ def build(base: Path, longest: int = 20, noise: float = 0.2, **options: Any) -> 
     model = build_model(config, base, longest).double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
                 parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model.train()
@@ -45,6 +45,10 @@ def forward(model: TurboModel, rows: list[Encoded], length: int = 64, items: int
     return model(**pack(rows, length, pad_id=256).as_dict(), num_items=items)  # type: ignore[no-any-return]
 
 
+def backward(loss: torch.Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 def gradients(model: TurboModel) -> dict[str, torch.Tensor]:
     """Every gradient, taken off the model."""
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -52,11 +56,11 @@ def gradients(model: TurboModel) -> dict[str, torch.Tensor]:
     return found
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> None:
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, rtol: float, atol: float) -> None:
     assert a.keys() == b.keys()
     assert a
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **tolerance)
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_a_new_speculator_says_what_the_model_says(base: Path, options: dict[str
     assert states.shape == (2, 11, 32)
     assert torch.equal(states, h.expand(2, -1, -1)), "bit for bit"
     # And it can learn: gradients reach what is zero at the start.
-    forward(model, ROWS).loss.backward()
+    backward(forward(model, ROWS).loss)
     found = gradients(model)
     zero = [n for n, p in model.named_parameters() if n.startswith("streams.") and not p.any()]
     assert zero
@@ -90,12 +94,12 @@ def test_packed_rows_do_not_see_each_other(
     assert model.causal.config._attn_implementation == attention
     tolerance = 1e-6 if attention == "eager" else 1e-12  # transformers' eager attention has its softmax in float32
     alone = [forward(model, [row], length=1) for row in ROWS]
-    torch.stack([out.loss for out in alone]).sum().backward()
+    backward(torch.stack([out.loss for out in alone]).sum())
     expected = gradients(model)
     for length in (1, 20, 33, 64):  # from two rows a pack to all in one, with padding
         out = forward(model, ROWS, length)
         torch.testing.assert_close(out.stacked(), torch.stack([a.stacked() for a in alone]).sum(0), rtol=1e-7, atol=0)
-        out.loss.backward()
+        backward(out.loss)
         same(gradients(model), expected, rtol=0, atol=tolerance)
 
 
@@ -107,11 +111,11 @@ def test_a_closed_gate_leaves_the_lora_its_own_gradients(base: Path) -> None:
     lora = build(base, method="lora")
     turbo = build(base)
     turbo.load_state_dict(lora.state_dict(), strict=False)
-    forward(lora, ROWS).loss.backward()
+    backward(forward(lora, ROWS).loss)
     alone = lora_gradients(lora)
     for gate in (0.0, 0.1, 1.0):
         turbo.gate = gate
-        forward(turbo, ROWS).loss.backward()
+        backward(forward(turbo, ROWS).loss)
         joint = lora_gradients(turbo)
         assert joint.keys() == alone.keys()
         apart = max(float((joint[n] - alone[n]).abs().max()) for n in alone)
@@ -123,7 +127,7 @@ def test_the_gate_scales_what_the_streams_ask_of_the_lora(base: Path) -> None:
     found = {}
     for gate in (0.0, 0.25, 1.0):
         model.gate = gate
-        forward(model, ROWS).loss.backward()
+        backward(forward(model, ROWS).loss)
         found[gate] = lora_gradients(model)
     for name in found[0.0]:
         whole = found[1.0][name] - found[0.0][name]
@@ -141,7 +145,7 @@ def test_only_what_is_trained_moves(base: Path, method: str, moves: set[str]) ->
              for n, p in model.named_parameters() if p.requires_grad}  # fmt: skip
     assert kinds == moves
     assert {"lora"} & moves == ({"lora"} if any(True for _ in model.lora_parameters()) else set())
-    forward(model, ROWS).loss.backward()
+    backward(forward(model, ROWS).loss)
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {n for n, p in model.named_parameters() if p.requires_grad} == set(model.trainable_state())
 
@@ -171,7 +175,7 @@ def test_gradient_checkpointing_changes_no_gradient(base: Path) -> None:
         model.gate = 0.5
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) is on
         torch.manual_seed(4)
-        forward(model, ROWS).loss.backward()
+        backward(forward(model, ROWS).loss)
         found.append(gradients(model))
     same(found[0], found[1], rtol=1e-10, atol=1e-13)
 

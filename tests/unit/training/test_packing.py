@@ -32,7 +32,7 @@ def unpack(batch: PackedBatch) -> dict[int, Encoded]:
     """Rows by number, read back through their segment."""
     found: dict[int, Encoded] = {}
     for line in range(batch.input_ids.shape[0]):
-        for segment in batch.segments[line].unique().tolist():
+        for segment in sorted(set(batch.segments[line].tolist())):
             columns = (batch.segments[line] == segment).nonzero().squeeze(1)
             assert columns.tolist() == list(range(int(columns[0]), int(columns[-1]) + 1))
             assert batch.position_ids[line, columns].tolist() == list(range(len(columns)))
@@ -51,14 +51,18 @@ def unpack(batch: PackedBatch) -> dict[int, Encoded]:
 def test_packing_loses_nothing(lengths: list[tuple[int, int]], length: int) -> None:
     rows = random_encoded(lengths, 50)
     batch = pack(rows, length, pad_id=99)
-    assert batch.input_ids.shape[1] <= max(length, max(len(row.ids) for row in rows))
+    assert batch.input_ids.shape[1] <= max(length, *(len(row.ids) for row in rows))
     assert unpack(batch) == dict(enumerate(rows))
     assert all(tensor.dtype == torch.int64 for tensor in batch.as_dict().values())
 
 
 @given(
-    rows=st.integers(1, 40), epochs=st.integers(1, 3), batch=st.integers(1, 12), per_step=st.integers(1, 4), seed=st.integers(0, 9)
-)  # fmt: skip
+    rows=st.integers(1, 40),
+    epochs=st.integers(1, 3),
+    batch=st.integers(1, 12),
+    per_step=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
 @settings(deadline=None, max_examples=80)
 def test_steps_partition_a_batch_and_epochs_are_permutations(
     rows: int, epochs: int, batch: int, per_step: int, seed: int
@@ -66,9 +70,7 @@ def test_steps_partition_a_batch_and_epochs_are_permutations(
     data = [Encoded([i, i], [IGNORE, i]) for i in range(rows)]
     items = MicroBatches(data, epochs=epochs, batch_size=batch, per_step=per_step, seed=seed)
     assert len(items) % per_step == 0
-    steps = [
-        [row.ids[0] for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)
-    ]
+    steps = [[row.ids[0] for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)]
     assert all(items[i] for i in range(len(items)))
     sizes = [min(batch, rows - start) for start in range(0, rows, batch)]
     sizes = [size for size in sizes if size >= per_step]

@@ -27,7 +27,12 @@ def report(**changes: Any) -> Report:
     slow = VariantResult(48, 0.5, 0.71, 1.0, (), 100.0, 960, 20.0)
     fast = VariantResult(48, 0.5, 0.71, 1.83, (0.61, 0.42), 140.0, 960, 20.0, {"lora": Spread(1.4, 1.3, 1.5)})
     config = TrainingConfig(
-        data=Path("/secret/home/train.jsonl"), output=Path("/secret/out"), base="/secret/base", name="sql", streams=2, seed=17
+        data=Path("/secret/home/train.jsonl"),
+        output=Path("/secret/out"),
+        base="/secret/base",
+        name="sql",
+        streams=2,
+        seed=17,
     )
     whole = Report(
         config, "org/model", "raw", {"training": ("train.jsonl", HASH, 1234)}, 2, 5678, 90.0, HISTORY,
