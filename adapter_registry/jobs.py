@@ -280,12 +280,12 @@ def ask_to_cancel(job: JobRecord, now: datetime) -> JobRecord:
 
     Raises `IllegalTransition` when it has ended or is publishing: cancelling comes too late then.
     """
+    if job.state.is_terminal:
+        raise IllegalTransition(job, "cancelled")
     if job.publishing:
         raise IllegalTransition(job, "cancelled: its adapter is being published")
     if job.state is JobState.QUEUED and job.attempt == 0:
         return job.moved(JobState.CANCELLED, cancel_requested=True, finished_at=now)
-    if job.state.is_terminal:
-        raise IllegalTransition(job, "cancelled")
     return job.changed(cancel_requested=True)
 
 

@@ -204,7 +204,7 @@ class _Run:
         log.write_text("".join(told), encoding="utf-8")
         who = f"Worker {', '.join(map(str, sorted(failures)))}" if failures else "Ray Train"
         return Unavailable(
-            f"{who} failed, and the others were stopped. {log} has the details. Go on from the newest checkpoint with resume."
+            f"{who} failed, and the run was stopped. {log} has the details. Go on from the newest checkpoint with resume."
         )
 
 

@@ -151,7 +151,10 @@ def actor_name(job: JobRecord) -> str:
 def remove_abandoned(folder: Path) -> None:
     """Remove the folders of jobs that nobody works on any more."""
     for left in folder.glob("ftjob-*"):
-        newest = max((path.stat().st_mtime for path in (left, *left.glob("*"))), default=0.0)
+        try:
+            newest = max(path.stat().st_mtime for path in (left, *left.glob("*")))
+        except FileNotFoundError:  # its own supervisor tidies up just now
+            continue
         if time.time() - newest > _ABANDONED_S:
             shutil.rmtree(left, ignore_errors=True)
 

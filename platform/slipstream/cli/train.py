@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
+from adapter_registry.errors import InvalidName
 from adapter_registry.records import SpeculationPolicy, check_name
 from slipstream.cli.session import (
     DEFAULT_URL,
@@ -175,9 +176,10 @@ def _plain_type(annotation: Any) -> Any:
 
 def _command(options: dict[str, Any], connection: Session, publish: str | None, as_json: bool) -> None:
     try:
+        if publish is not None:
+            _check_name(publish)
         config = _config(options, publish)
         if publish is not None:
-            check_name(publish)
             connection.run(lambda client: client.list_adapters())  # a key that fails should fail now, not in an hour
         result = _train(config)
     except SlipstreamError as error:
@@ -189,9 +191,17 @@ def _command(options: dict[str, Any], connection: Session, publish: str | None, 
         show_json({**result.to_json(), "published": version["ref"] if publish is not None else None})
         return
     typer.echo(f"Adapter: {result.folder}")
-    typer.echo(f"Speculation: {'on' if result.gate.speculation else 'off'}. {result.gate.reason}")
+    if config.method.trains_streams:
+        typer.echo(f"Speculation: {'on' if result.gate.speculation else 'off'}. {result.gate.reason}")
     if publish is not None:
         typer.echo(f"Published {version['ref']}")
+
+
+def _check_name(publish: str) -> None:
+    try:
+        check_name(publish)
+    except InvalidName as error:
+        raise InvalidRequest(f"--publish: {error}", param="publish") from error
 
 
 def _train(config: TrainingConfig) -> TrainingResult:

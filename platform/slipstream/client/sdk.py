@@ -36,6 +36,7 @@ Json = dict[str, Any]
 _JOBS = "/v1/fine_tuning/jobs"
 _ENDED = ("succeeded", "failed", "cancelled")
 _PAGE = 100
+_PATIENCE_S = 120.0  # how long `wait` lets a server be away
 
 
 class Slipstream:
@@ -230,13 +231,22 @@ class Adapters:
         return str(self._client.send("POST", _JOBS, json=body).json()["id"])
 
     def wait(self, job_id: str, *, show_progress: bool = True) -> FinetunedAdapter:
-        """Follow a job to its end. Raises `FinetuningFailed`."""
+        """Follow a job to its end, through restarts of the gateway. Raises `FinetuningFailed`, and `Unavailable` when the
+        server stays away."""
         seen: set[str] = set()
+        heard = time.monotonic()
         with TrainingDisplay(show_progress) as display:
             while True:
-                job = self._client.send("GET", f"{_JOBS}/{path_part(job_id)}").json()
-                for event in _new_events(self._client, job_id, seen):
-                    display.event(event)
+                try:
+                    job = self._client.send("GET", f"{_JOBS}/{path_part(job_id)}").json()
+                    for event in _new_events(self._client, job_id, seen):
+                        display.event(event)
+                except Unavailable:  # a gateway that restarts: the job goes on meanwhile
+                    if time.monotonic() - heard > _PATIENCE_S:
+                        raise
+                    time.sleep(self._poll_s)
+                    continue
+                heard = time.monotonic()
                 display.job(job)
                 if job["status"] in _ENDED:
                     break

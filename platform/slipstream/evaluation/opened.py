@@ -33,13 +33,19 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    folder: Path, base: PreparedModel, dtype: str, max_num_seqs: int, max_draft: int = MAX_STREAMS
+    folder: Path,
+    base: PreparedModel,
+    dtype: str,
+    max_num_seqs: int,
+    max_draft: int = MAX_STREAMS,
+    *,
+    device: str = "auto",
 ) -> OpenedAdapter:
     """Check `folder` as publishing would, and load it with its base. Seconds for a small model.
 
     Raises `AdapterRejected` (for another base too), `ModelUnsupported` and `AdapterUnavailable`.
     """
-    loaded = loader.load_model(str(base.path), dtype, "auto")
+    loaded = loader.load_model(str(base.path), dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     spec = loader.describe(loaded, base.id, str(base.path), tokenizer)
     try:

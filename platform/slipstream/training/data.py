@@ -198,11 +198,12 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Any]:
-    if not {"prompt", "completion"} <= set(reader.fieldnames or ()):
-        found = ", ".join(reader.fieldnames or ()) or "nothing"
-        raise InvalidData(f"{path.name} needs the columns prompt and completion; it has {found}.", param="data")
     number = 0
     try:
+        names = reader.fieldnames or ()  # reads the first line
+        if not {"prompt", "completion"} <= set(names):
+            found = ", ".join(names)[:200] or "nothing"
+            raise InvalidData(f"{path.name} needs the columns prompt and completion; it has {found}.", param="data")
         for number, row in enumerate(reader, 1):  # noqa: B007 - named in the error below
             yield {k: row[k] for k in ("prompt", "completion")}
     except csv.Error as error:

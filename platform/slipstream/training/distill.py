@@ -10,9 +10,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from slipstream.adapters.load import load_adapter
+from slipstream.engine.loader import LoadedModel, eos_ids
 from slipstream.engine.offline import OfflineEngine, RowResult
 from slipstream.engine.offline import Row as EngineRow
+from slipstream.errors import InvalidRequest
 from slipstream.protocol import SamplingParams
 from slipstream.training.data import IGNORE, Encoded
 from slipstream.training.events import Metrics, Observer
@@ -22,24 +26,38 @@ _NAME = "adapter"
 
 
 def distil(
-    base: Path, adapter: Path | None, prompts: Sequence[list[int]], max_tokens: int, dtype: str, observer: Observer
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path | None,
+    prompts: Sequence[list[int]],
+    max_length: int,
+    observer: Observer,
 ) -> list[Encoded]:
-    """Greedy answers of `base` with `adapter` (a folder, or None) to `prompts` (token ids), as rows to train on.
+    """Greedy answers of a base model with `adapter` (a folder, or None) to `prompts` (token ids), as rows to train on.
 
-    An answer that was cut off by `max_tokens` is kept as far as it goes: every position of it is the model's own.
+    A row has at most `max_length` tokens, and at most half as many of them are the answer's; longer prompts are left out.
+    An answer that was cut off is kept as far as it goes: every position of it is the model's own. Raises `InvalidRequest`
+    when no prompt is short enough.
     """
-    engine = OfflineEngine(base, dtype, {} if adapter is None else {_NAME: load_adapter(adapter)})
+    adapters = {} if adapter is None else {_NAME: load_adapter(adapter)}
+    # The tokenizer's end token too: it is what training rows end with.
+    engine = OfflineEngine(loaded, adapters=adapters, eos=eos_ids(loaded, tokenizer))
+    room = min(engine.max_length, max_length)
+    fitting = [p for p in prompts if len(p) < room]
+    if not fitting:
+        raise InvalidRequest(f"Every prompt has {room} tokens or more. Raise max_length.", param="max_length")
     done = 0
 
     def finished(index: int, result: RowResult) -> None:
         nonlocal done
         done += 1
-        observer(Metrics(done, len(prompts), done / len(prompts), {}))
+        observer(Metrics(done, len(fitting), done / len(fitting), {}))
 
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    name = None if adapter is None else _NAME
-    fitting = [p for p in prompts if len(p) < engine.max_length]
-    outcome = engine.run([EngineRow(p, params, name) for p in fitting], finished, concurrency=CONCURRENCY)
+    def request(prompt: list[int]) -> EngineRow:
+        params = SamplingParams(temperature=0.0, max_tokens=min(max_length // 2, room - len(prompt)))
+        return EngineRow(prompt, params, None if adapter is None else _NAME)
+
+    outcome = engine.run(map(request, fitting), finished, concurrency=CONCURRENCY)
     return [
         Encoded([*prompt, *result.tokens], [IGNORE] * len(prompt) + list(result.tokens))
         for prompt, result in zip(fitting, outcome.results, strict=True)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from slipstream.errors import InvalidRequest
 from slipstream.evaluation.result import Evaluation
 
 WORTH_IT = 1.1  # times as fast as without; below, the risk of a slow-down under load is not worth the gain
@@ -37,13 +38,25 @@ def decide(evaluation: Evaluation | None, fast: str | None, slow: str) -> Gate:
     return Gate(True, f"{measured[0].upper()}{measured[1:]}.", found)
 
 
+def reference_loss(reference: Path) -> float:
+    """The last `eval_lora_loss` of the run in `reference`. Raises `InvalidRequest`."""
+    try:
+        return float(json.loads((reference / METRICS).read_text("utf-8"))["eval_lora_loss"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(
+            f"{reference} has no {METRICS} with an eval_lora_loss. Give the output folder of a finished lora run that had "
+            "validation rows.",
+            param="lora_reference",
+        ) from error
+
+
 def compare_with_lora(loss: float, gate: float, reference: Path | None) -> tuple[str, bool]:
     """A sentence about the LoRA's own evaluation loss beside a plain LoRA's, and whether it is a warning.
 
     reference: the output folder of a `lora` run on the same rows, or None.
     """
     if reference is not None:
-        plain = float(json.loads((reference / METRICS).read_text("utf-8"))["eval_lora_loss"])
+        plain = reference_loss(reference)
         change = loss / plain - 1
         text = f"LoRA evaluation loss {loss:.4f}, plain LoRA {plain:.4f} ({change:+.1%})"
         worse = change > LORA_TOLERANCE

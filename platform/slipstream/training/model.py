@@ -35,8 +35,7 @@ EAGER_UP_TO = 256  # columns: on a CPU, plain matmuls beat the fused attention's
 class ForwardSums:
     """What one forward pass gives: a differentiable `loss` (divided by `num_items`) and sums for the log, all detached.
 
-    losses, hits, counts: [K+1], the LM first; chain: [K] positions where streams 0..k were all right; reach: [K] positions
-    that have a target for every stream 0..k.
+    losses, hits, counts: [K+1], the LM first; chain: [K] positions where streams 0..k were all right.
     """
 
     loss: torch.Tensor
@@ -226,8 +225,13 @@ def _with_lora(causal: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             raise InvalidRequest("lora_targets names the LM head, which the streams share and nobody may move.")
         return peft
     if config.adapter is not None and (config.adapter / PEFT_CONFIG).is_file():
-        with _quiet_peft():
-            frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
+        try:
+            with _quiet_peft():
+                frozen: nn.Module = PeftModel.from_pretrained(causal, str(config.adapter), is_trainable=False)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InvalidRequest(
+                f"The adapter does not fit this base model: {str(error)[:300]}", param="adapter"
+            ) from error
         return frozen.requires_grad_(False)
     bare: nn.Module = causal
     return bare

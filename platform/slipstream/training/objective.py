@@ -214,11 +214,10 @@ class _HeadLoss(torch.autograd.Function):
                 grad_s[k, here] = head.backward(pk, zk, target, 1 - beta, ~there)
                 if grad_w is not None:
                     grad = (head.grad.t() @ streams[k, here]).to(grad_w.dtype)
-                    grad_w[k] += (
-                        grad
-                        if call.draft_ids is None
-                        else torch.zeros_like(grad_w[k]).index_add_(0, call.draft_ids, grad)
-                    )
+                    if call.draft_ids is None:
+                        grad_w[k] += grad
+                    else:
+                        grad_w[k].index_add_(0, call.draft_ids, grad)
         ctx.grads = (grad_h, grad_s, grad_w)
         ctx.mark_non_differentiable(correct)
         return losses, correct

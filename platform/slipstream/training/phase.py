@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from slipstream.engine.loader import pick_device
 from slipstream.errors import InvalidRequest
@@ -97,7 +98,9 @@ def run_phase(
     )
     if trainer.is_world_process_zero() and not outcome.stopped:
         trainer.turbo.save_trainable(job.folder)
-        (job.folder / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+        partial = job.folder / f"{OUTCOME}.partial"  # half a file would stop every resume
+        partial.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+        partial.replace(job.folder / OUTCOME)
     return outcome
 
 
@@ -122,8 +125,9 @@ def read_outcome(folder: Path) -> PhaseOutcome | None:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
+    # Trainer writes its state last: a checkpoint without it was cut short, when the process was killed.
+    whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def set_threads(threads: int | None) -> None:

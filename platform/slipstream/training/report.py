@@ -40,8 +40,7 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write card, picture and log into an adapter folder."""
-    # Four digits: the log travels with every version.
-    lines = [json.dumps({k: float(f"{v:.4g}") for k, v in sorted(row.items())}) for row in report.history]
+    lines = [json.dumps({k: _short(v) for k, v in sorted(row.items())}) for row in report.history]
     (folder / LOG).write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_curves(report.history, report.config.streams if report.config.method.trains_streams else 0, folder / PICTURE)
     (folder / CARD).write_text(card(report), encoding="utf-8")
@@ -78,6 +77,11 @@ def _curve(axes: object, history: Sequence[Mapping[str, float]], key: str, label
             axes.plot(steps, values, "o", color=colour, markersize=5)  # type: ignore[attr-defined]
         else:
             axes.plot(steps, _smoothed(values), "-", color=colour, label=label, linewidth=1.2)  # type: ignore[attr-defined]
+
+
+def _short(value: float) -> float:
+    """Four digits, for the log travels with every version; steps stay whole."""
+    return int(value) if float(value).is_integer() else float(f"{value:.4g}")
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:

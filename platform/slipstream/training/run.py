@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ from transformers.utils import logging as transformers_logging
 
 from adapter_registry.records import PromptFormat
 from slipstream.adapters.peft_config import PEFT_CONFIG
+from slipstream.adapters.turbo_config import SLIPSTREAM_CONFIG, read_options, read_stream_config
 from slipstream.base_models import PreparedModel, prepare_base_model
 from slipstream.config import load_settings
-from slipstream.engine.loader import base_digest
+from slipstream.engine.loader import base_digest, load_model
 from slipstream.errors import InvalidRequest
 from slipstream.evaluation import Evaluation, EvaluationOptions, evaluate, open_adapter
 from slipstream.evaluation.variants import BASE
 from slipstream.training.config import Method, TrainingConfig
 from slipstream.training.data import Encoded, Row, encode_prompt, encode_rows, file_sha256, format_of, read_rows
 from slipstream.training.distill import distil, load_rows, save_rows
-from slipstream.training.events import Message, Observer, Phase
+from slipstream.training.events import EventLog, Fan, Message, Observer, Phase
 from slipstream.training.export import BaseIdentity, export_adapter
-from slipstream.training.gate import METRICS, Gate, compare_with_lora, decide
+from slipstream.training.gate import METRICS, Gate, compare_with_lora, decide, reference_loss
 from slipstream.training.phase import Fit, PhaseJob, PhaseOutcome, fit_here, load_phase_model, set_threads
 from slipstream.training.report import Report, write_report
 
@@ -84,16 +86,27 @@ class _Run:
 
     def run(self) -> TrainingResult:
         config = self._config
-        self._check_output()
+        self._check()
         self._tell(Phase("Preparing"))
         self._base: PreparedModel = prepare_base_model(config.base, load_settings().home)
         self._tokenizer = AutoTokenizer.from_pretrained(self._base.path)
         rows, held_out = self._read()
-        self._format: PromptFormat = format_of(rows, config.prompt_format)
+        own = None if config.adapter is None else _prompt_format(config.adapter)
+        self._format: PromptFormat = format_of(rows, config.prompt_format or own)
         if held_out:
             format_of(held_out, self._format)  # refuses chats that are to be raw
         train_rows, valid_rows = self._encode(rows, "training"), self._encode(held_out, "validation")
         self._identity = BaseIdentity(self._base.id, base_digest(self._base.path))
+        # Only now is there a run: rows that could not be used leave the folder free for the next try.
+        config.output.mkdir(parents=True, exist_ok=True)
+        with closing(EventLog(config.output / EVENTS)) as log:
+            self._tell = Fan(log, self._tell)
+            return self._train_and_judge(rows, held_out, train_rows, valid_rows)
+
+    def _train_and_judge(
+        self, rows: list[Row], held_out: list[Row], train_rows: list[Encoded], valid_rows: list[Encoded]
+    ) -> TrainingResult:
+        config = self._config
         outcome, last = self._train(rows, train_rows, valid_rows)
         metrics = self._metrics
         folder = config.output / "adapter"
@@ -107,12 +120,21 @@ class _Run:
         (config.output / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         return TrainingResult(folder, gate, metrics, evaluation, outcome.steps, outcome.tokens, outcome.seconds)
 
-    def _check_output(self) -> None:
-        output = self._config.output
-        if (output / EVENTS).exists() and not self._config.resume:
-            raise InvalidRequest(f"{output} holds a run already. Resume it, or give another folder.", param="output")
-        output.mkdir(parents=True, exist_ok=True)
-        (output / EVENTS).touch()
+    def _check(self) -> None:
+        """What would otherwise fail only after the training, or pass for something else."""
+        config = self._config
+        if (config.output / EVENTS).exists() and not config.resume:
+            raise InvalidRequest(
+                f"{config.output} holds a run already. Resume it, or give another folder.", param="output"
+            )
+        adapter = config.adapter
+        if adapter is not None and not (adapter / PEFT_CONFIG).is_file() and read_stream_config(adapter) is None:
+            raise InvalidRequest(
+                f"{adapter} holds no adapter: there is no {PEFT_CONFIG} in it. That of a run is in its folder 'adapter'.",
+                param="adapter",
+            )
+        if config.method is Method.TURBO_LORA and config.lora_reference is not None:
+            reference_loss(config.lora_reference)
 
     def _read(self) -> tuple[list[Row], list[Row]]:
         rows = read_rows(self._config.data)
@@ -202,9 +224,8 @@ class _Run:
             return load_rows(path)
         self._tell(Phase("Answering the training prompts"))
         prompts = [encode_prompt(self._tokenizer, row, self._format) for row in rows[: config.distill_rows]]
-        longest = config.max_length // 2
-        dtype = "bfloat16" if config.bf16 else "float32"
-        answers = distil(self._base.path, adapter, prompts, longest, dtype, self._tell)
+        loaded = load_model(str(self._base.path), "bfloat16" if config.bf16 else "float32", config.device)
+        answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell)
         save_rows(answers, path)
         return answers
 
@@ -219,7 +240,7 @@ class _Run:
             return None
         self._tell(Phase("Answering held-out rows"))
         dtype = "bfloat16" if self._config.bf16 else "float32"
-        opened = open_adapter(folder, self._base, dtype, GATE_CONCURRENCY)
+        opened = open_adapter(folder, self._base, dtype, GATE_CONCURRENCY, device=self._config.device)
         room = min(opened.engine.max_length, self._config.max_length)
         fits = [row for row in held_out if len(encode_prompt(self._tokenizer, row, self._format)) < room]
         rows = fits[: self._config.gate_rows]
@@ -260,6 +281,15 @@ class _Run:
             config, self._identity.id, self._format.value, files, outcome.steps, outcome.tokens, outcome.seconds,
             outcome.history, metrics, evaluation, gate, lora, tuple(self._notes),
         )  # fmt: skip
+
+
+def _prompt_format(adapter: Path) -> PromptFormat | None:
+    """What a finished adapter says it was trained on: its speculator must see the same prompts."""
+    streams = read_stream_config(adapter)
+    if streams is not None and streams.prompt_format is not None:
+        return streams.prompt_format
+    options = adapter / SLIPSTREAM_CONFIG
+    return read_options(options).prompt_format if options.is_file() else None
 
 
 def _fast(evaluation: Evaluation) -> str:

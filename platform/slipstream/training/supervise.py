@@ -13,7 +13,7 @@ import shutil
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,6 +86,7 @@ class JobSupervisor:
     base: BaseModelSpec
     bench: Bench
     _seen: _Seen = field(default_factory=_Seen)
+    _phase_began: datetime | None = None  # the worker's present phase
     _next_beat: float = 0.0
     _stopping: bool = False
 
@@ -107,7 +108,7 @@ class JobSupervisor:
         try:
             if self.job.cancel_requested:
                 return None
-            await self._prepare(folder)
+            await self._beating(self._prepare(folder))  # a base model that is fetched first takes minutes
             status = await self._train(folder)
             return await self._outcome(status, folder)
         except (Superseded, IllegalTransition, NotPublished):
@@ -233,6 +234,7 @@ class JobSupervisor:
         """One line of the worker's."""
         kind, now = event.get("type"), utc_now()
         if kind == "phase":
+            self._phase_began = now  # progress begins anew
             if event.get("phase") != _READING:
                 await self._now_trains()
             await self._say(f"{event.get('phase')} …")
@@ -258,10 +260,10 @@ class JobSupervisor:
             await self._update(lambda job: job.moved(JobState.RUNNING))
 
     async def _estimate(self, event: dict[str, Any]) -> None:
-        progress = event.get("progress") or 0.0
-        if self.job.started_at is None or not 0 < progress <= 1:
+        progress, began = event.get("progress") or 0.0, self._phase_began
+        if began is None or not 0 < progress <= 1:
             return
-        finish = self.job.started_at + (utc_now() - self.job.started_at) / progress
+        finish = began + (utc_now() - began) / progress  # of this phase: how long later ones take is not known
         known = self.job.estimated_finish
         if known is None or abs(finish - known) > timedelta(seconds=5):
             await self._update(lambda job: job.changed(estimated_finish=finish))

@@ -276,6 +276,7 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         if clock.is_over:
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy != "no"  # what is exported, as at the last step
+            control.should_save = True  # it may be the best one, and then it is what is loaded again
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         clock = self._trainer.clock
@@ -347,7 +348,7 @@ def _arguments(
                 "greater_is_better": False,
             }
             cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation,
@@ -364,3 +365,6 @@ def _arguments(
         ddp_find_unused_parameters=False,
         **cadence,
     )
+    # On a machine with several GPUs transformers would wrap the model in DataParallel, which knows only tensors and dicts.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

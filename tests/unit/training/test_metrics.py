@@ -65,8 +65,10 @@ def test_sums_of_a_real_pass_give_what_a_count_gives(tmp_path: Path) -> None:
     ids, segments = batch.input_ids[0].tolist(), batch.segments[0].tolist()
     trained = [t for t in range(len(ids) - 1) if batch.labels[0, t + 1] != -100 and segments[t] == segments[t + 1]]
     # New streams say what the model says of the next token, about later ones.
-    right = [[t for t in trained if t + 2 + k < len(ids) and segments[t + 2 + k] == segments[t] and logits[t] == ids[t + 2 + k]]
-             for k in range(2)]  # fmt: skip
+    right = [
+        [t for t in trained if segments[t + 2 + k : t + 3 + k] == [segments[t]] and logits[t] == ids[t + 2 + k]]
+        for k in range(2)
+    ]
     both = set(right[0]) & set(right[1])
     assert found["turbo_chain_0"] == pytest.approx(len(right[0]) / len(trained))
     assert found["expected_tokens"] == pytest.approx(1 + (len(right[0]) + len(both)) / len(trained))
