@@ -63,7 +63,7 @@ def main(
         "variant",
         "LoRA loss",
         "top-1 of stream 0 / 1 / 2",
-        "tokens/step K=3",
+        "teacher-forced, K=3",
         f"K={streams}",
         f"served, K={streams}",
     ]

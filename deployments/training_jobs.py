@@ -98,6 +98,7 @@ class TrainingJobActor:
             folder=plan.folder,
             command=plan.command or (sys.executable, "-m", WORKER_MODULE),
             threads=max(1, math.ceil(plan.cpus)),
+            device="auto" if plan.gpus else "cpu",  # a GPU that Ray did not set aside belongs to a replica
             heartbeat_s=plan.heartbeat_s,
         )
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,13 +122,12 @@ def encode_rows(
     rows: Sequence[Row],
     prompt_format: PromptFormat,
     max_length: int,
-    tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Encoded], int]:
     """Every row of at most `max_length` tokens, and how many were longer. Raises `InvalidData` when none is left."""
     if tokenizer.eos_token_id is None:
         raise InvalidRequest("The base model's tokenizer has no end-of-sequence token, so no answer could ever end.")
     kept: list[Encoded] = []
-    for done, row in enumerate(rows):
+    for row in rows:
         try:
             encoded = encode_row(tokenizer, row, prompt_format)
         except (ValueError, TypeError, TemplateError) as error:
@@ -136,7 +135,6 @@ def encode_rows(
             raise InvalidData(message, param="data") from error
         if len(encoded.ids) <= max_length:
             kept.append(encoded)
-        tick(done + 1)
     if not kept:
         raise InvalidData(f"Every row is longer than max_length = {max_length} tokens. Raise it.", param="max_length")
     return kept, len(rows) - len(kept)
@@ -199,6 +197,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Any]:
     number = 0
+    csv.field_size_limit(MAX_ROW_CHARS)  # the module's own limit is an eighth of what a JSON row may have
     try:
         names = reader.fieldnames or ()  # reads the first line
         if not {"prompt", "completion"} <= set(names):

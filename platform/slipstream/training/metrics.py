@@ -9,6 +9,9 @@ def named_metrics(sums: torch.Tensor, streams: int, decay: float, *, chains: boo
     """`ForwardSums.stacked`, added up → `loss`, `lora_loss`, `turbo_{k}_loss`, `turbo_{k}_top1`; with `chains` also
     `turbo_{k}_cond` (right, given that streams 0..k-1 were), `turbo_chain_{k}` (0..k all right), `expected_tokens` per step.
 
+    `expected_tokens` weighs every position alike. Served steps start again where a draft failed, so they begin at hard
+    positions more often and emit fewer: it ranks runs of one task, and the served figure is `slipstream evaluate`'s.
+
     The denominators: each loss and top-1 its own positions; a chain all trained positions, since a step may start at any.
     """
     losses, hits, counts, chain = (part.tolist() for part in torch.split(sums, [streams + 1] * 3 + [streams]))

@@ -73,7 +73,9 @@ class JobFolder:
         return self.path / f"{stem}{ending if ending in ('.csv', '.json') else '.jsonl'}"
 
 
-def job_config(job: JobRecord, folder: JobFolder, base: Path, files: dict[str, Path], threads: int) -> TrainingConfig:
+def job_config(
+    job: JobRecord, folder: JobFolder, base: Path, files: dict[str, Path], threads: int, device: str = "auto"
+) -> TrainingConfig:
     """What the worker is told. `files` maps `training_file` and perhaps `validation_file` to where they lie."""
     return TrainingConfig.model_validate(
         {
@@ -85,6 +87,7 @@ def job_config(job: JobRecord, folder: JobFolder, base: Path, files: dict[str, P
             "adapter": folder.adapter if job.adapter_digest else None,
             "output": folder.output,
             "threads": threads,
+            "device": device,
             "resume": job.attempt > 1,
         }
     )

@@ -60,7 +60,12 @@ class Fit(Protocol):
 
 
 def fit_here(job: PhaseJob, observer: Observer) -> PhaseOutcome:
-    """In this process. A phase that has ended before is not run again."""
+    """In this process. A phase that has ended before is not run again. Raises `InvalidRequest` for several workers."""
+    if job.config.workers > 1:
+        raise InvalidRequest(
+            "Several workers need Ray: give train() the fit that deployments.train_workers.fit_on_ray makes.",
+            param="workers",
+        )
     done = read_outcome(job.folder)
     return done if done is not None else run_phase(job, observer)
 

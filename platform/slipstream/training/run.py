@@ -28,11 +28,26 @@ from slipstream.training.export import BaseIdentity, export_adapter
 from slipstream.training.gate import METRICS, Gate, compare_with_lora, decide, reference_loss
 from slipstream.training.phase import Fit, PhaseJob, PhaseOutcome, fit_here, load_phase_model, set_threads
 from slipstream.training.report import Report, write_report
+from slipstream.training.trainer import judged_by
 
 HELD_OUT, MOST_HELD_OUT = 0.05, 200  # of the training rows, where no validation file is given
 GATE_CONCURRENCY = 4
 DISTILL_SHARE = 0.3  # of max_minutes, for a second phase
-EVENTS = "events.jsonl"
+EVENTS, RUN = "events.jsonl", "run.json"
+# What a resumed run may set anew: where and how fast it runs, not what comes out.
+_MAY_CHANGE = {
+    "resume",
+    "output",
+    "device",
+    "threads",
+    "report_to",
+    "workers",
+    "fsdp",
+    "base",
+    "adapter",
+    "lora_reference",
+    "name",
+}
 
 
 class Interrupted(Exception):
@@ -99,6 +114,7 @@ class _Run:
         self._identity = BaseIdentity(self._base.id, base_digest(self._base.path))
         # Only now is there a run: rows that could not be used leave the folder free for the next try.
         config.output.mkdir(parents=True, exist_ok=True)
+        self._check_same_run()
         with closing(EventLog(config.output / EVENTS)) as log:
             self._tell = Fan(log, self._tell)
             return self._train_and_judge(rows, held_out, train_rows, valid_rows)
@@ -135,6 +151,24 @@ class _Run:
             )
         if config.method is Method.TURBO_LORA and config.lora_reference is not None:
             reference_loss(config.lora_reference)
+
+    def _check_same_run(self) -> None:
+        """A run goes on as what it began: other rows or options would make an adapter that no card describes."""
+        now = self._config.model_dump(mode="json", exclude=_MAY_CHANGE)
+        now |= {
+            name: file_sha256(path) for name in ("data", "valid") if (path := getattr(self._config, name)) is not None
+        }
+        path = self._config.output / RUN
+        if not path.is_file():
+            path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            return
+        before = json.loads(path.read_text("utf-8"))
+        changed = next((name for name in sorted({*before, *now}) if before.get(name) != now.get(name)), None)
+        if changed is not None:
+            raise InvalidRequest(
+                f"{self._config.output} holds a run with another {changed}. Resume it as it was, or give another folder.",
+                param=changed,
+            )
 
     def _read(self) -> tuple[list[Row], list[Row]]:
         rows = read_rows(self._config.data)
@@ -214,7 +248,7 @@ class _Run:
         outcome = self._fit(job, self._tell)
         if outcome.stopped:
             raise Interrupted(f"Stopped after step {outcome.steps}; a checkpoint is saved. Go on with resume.")
-        self._metrics = _kept_evaluation(outcome, best=self._config.patience is not None)
+        self._metrics = _kept_evaluation(outcome, judged_by(self._config), best=self._config.patience is not None)
         return outcome, job
 
     def _distilled(self, rows: list[Row], adapter: Path | None) -> list[Encoded]:
@@ -307,10 +341,10 @@ def _share(minutes: float | None, of: float) -> float | None:
     return None if minutes is None else minutes * of
 
 
-def _kept_evaluation(outcome: PhaseOutcome, *, best: bool) -> dict[str, float]:
+def _kept_evaluation(outcome: PhaseOutcome, by: str, *, best: bool) -> dict[str, float]:
     """The evaluation of the weights that the phase ended with: the last, or with early stopping the best."""
-    rows = [row for row in outcome.history if "eval_loss" in row]
+    rows = [row for row in outcome.history if by in row]
     if not rows:
         return {}
-    kept = min(rows, key=lambda row: row["eval_loss"]) if best else rows[-1]
+    kept = min(rows, key=lambda row: row[by]) if best else rows[-1]
     return {k: v for k, v in kept.items() if k.startswith("eval_")}

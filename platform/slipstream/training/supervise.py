@@ -63,6 +63,7 @@ class Bench:
     folder: Path  # of all jobs; the same on every machine where a lost job is to go on from its checkpoint
     command: Sequence[str]  # the trainer; the path of its configuration is added
     threads: int = 1
+    device: str = "auto"
     poll_s: float = 0.25
     heartbeat_s: float = 3.0
     grace_s: float = 30.0  # between SIGTERM and SIGKILL: time to save a checkpoint
@@ -132,7 +133,7 @@ class JobSupervisor:
                 files[stem] = await self._patiently(partial(self._fetch, folder, stem, file_id))
         if job.adapter_digest is not None:
             await bench.fetch_adapter(AdapterRef(job.tenant, job.adapter_digest), folder.adapter)
-        config = job_config(job, folder, await bench.base_path(), files, bench.threads)
+        config = job_config(job, folder, await bench.base_path(), files, bench.threads, bench.device)
         await asyncio.to_thread(folder.config.write_text, config.model_dump_json(indent=2), "utf-8")
         await asyncio.to_thread(folder.events.unlink, missing_ok=True)  # an earlier attempt's
 

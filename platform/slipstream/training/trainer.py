@@ -83,6 +83,11 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(ProgressCallback)
 
     @property
+    def judged_by(self) -> str:
+        """The metric that early stopping goes by."""
+        return judged_by(self._options)
+
+    @property
     def turbo(self) -> TurboModel:
         """The model without what distributed training wraps around it."""
         found = self.accelerator.unwrap_model(self.model)
@@ -252,8 +257,8 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         clock.step = state.global_step
         clock.start()
         for row in state.log_history:  # of a resumed run: its patience goes on
-            if "eval_loss" in row:
-                self._judge(row["eval_loss"])
+            if self._trainer.judged_by in row:
+                self._judge(row[self._trainer.judged_by])
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         options = self._trainer._options
@@ -289,7 +294,7 @@ class _Clockwork(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         patience = self._trainer._options.patience
-        self._judge(metrics["eval_loss"])
+        self._judge(metrics[self._trainer.judged_by])
         if patience is not None and self._worse >= patience:
             self._observer(
                 Message(f"Stopped early: {patience} evaluations without a lower loss than {self._best:.4f}.")
@@ -328,6 +333,11 @@ def stop_on_sigterm(trainer: TurboTrainer, should_stop: Callable[[], bool] | Non
         signal.signal(signal.SIGTERM, before)
 
 
+def judged_by(config: TrainingConfig) -> str:
+    """What tells the best weights: the LoRA's own loss where one is trained, as in a plain LoRA run; else the streams'."""
+    return "eval_lora_loss" if config.method.trains_lora else "eval_loss"
+
+
 def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
     """Forward passes of one optimiser step, over all workers."""
     size = config.micro_batch_size or config.batch_size
@@ -344,7 +354,7 @@ def _arguments(
         if config.patience is not None:
             cadence |= {
                 "load_best_model_at_end": True,
-                "metric_for_best_model": "eval_loss",
+                "metric_for_best_model": judged_by(config),
                 "greater_is_better": False,
             }
             cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
