@@ -57,6 +57,6 @@ def test_the_quick_start_works_word_for_word(server: Running, tmp_path: Path) ->
     assert "first@1" in printed[2]
     assert "tokens per step" in printed[2]
     assert "Published dates@1" in printed[3]
-    assert "turbo_lora" in printed[3]
+    assert "16 rows of held-out.jsonl" in printed[3]
     assert "succeeded dates-job@1" in printed[4]
     assert "dates-sdk@1" in printed[5]
