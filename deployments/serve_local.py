@@ -159,6 +159,7 @@ async def _publish_demos(
 
 def _run_application(settings: Settings, engine: str | None, home: Home) -> None:
     from ray import serve  # noqa: PLC0415 - after prepare_ray_environment
+    from ray.exceptions import RayError  # noqa: PLC0415
 
     from deployments.app import APP_NAME, build_application  # noqa: PLC0415
     from deployments.engine_replica import REAL_ENGINE  # noqa: PLC0415
@@ -167,7 +168,7 @@ def _run_application(settings: Settings, engine: str | None, home: Home) -> None
         serve.run(
             build_application(settings, engine=engine or REAL_ENGINE, drain_s=_DRAIN_S), name=APP_NAME, route_prefix="/"
         )
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:  # Ray's own where a replica died while Serve was still asking for it
         raise ConfigError(_why_not(APP_NAME, home)) from error
 
 
