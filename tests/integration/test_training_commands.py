@@ -197,15 +197,19 @@ def command(job: Job, *arguments: object, name: str = "train") -> Result:
 
 def test_a_run_from_the_command_line(job: Job) -> None:
     valid = write_jsonl(job.folder / "valid.jsonl", counting_rows(6, first=30))
-    done = command(job, "--valid", valid, "--eval-every", 3)
+    options = ("--valid", valid, "--eval-every", 3)
+    done = command(job, *options)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0] == f"Adapter: {job.output / 'adapter'}"
     assert "Speculation: on. Not measured" in done.stdout
     assert "tokens/step" in done.stderr
-    again = command(job)
+    again = command(job, *options)
     assert again.exit_code == 1
     assert "holds a run already. Resume it, or give another folder." in again.stderr
-    resumed = command(job, "--resume", "--json")
+    other = command(job, "--resume")
+    assert other.exit_code == 1
+    assert "holds a run with another eval_every. Resume it as it was" in other.stderr
+    resumed = command(job, *options, "--resume", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["steps"] == 6
 

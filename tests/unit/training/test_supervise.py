@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.api_app import write_adapter
 from support.jobs import claimed, file_record, job_record
-from support.processes import alive, descendants, eventually
+from support.processes import alive, command, descendants, eventually
 
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.jobs import JobRecord, JobState, PageQuery, ask_to_cancel
@@ -88,6 +88,11 @@ class World:
 
     async def assert_nothing_published(self) -> None:
         assert await self.store.list("acme") == []
+
+
+def trainers() -> set[int]:
+    """The scripted trainers that run: not what other tests of this process left to be reaped."""
+    return {pid for pid in descendants(os.getpid()) if WORKER.name in command(pid)}
 
 
 @pytest.fixture
@@ -191,7 +196,7 @@ async def test_cancelled_while_running(world: World, name: str) -> None:
     await world.until(job, lambda found: found.state is JobState.RUNNING)
     while not (await world.jobs.list_checkpoints("acme", job.id, PageQuery())).items:
         await asyncio.sleep(0.01)
-    [worker] = descendants(os.getpid())
+    [worker] = trainers()
     await world.jobs.update_job("acme", job.id, lambda found: ask_to_cancel(found, utc_now()))
     done = await running
     assert done.state is JobState.CANCELLED
@@ -249,7 +254,7 @@ async def test_an_attempt_that_was_taken_over_stops_and_publishes_nothing(world:
     job = await world.job("hang")
     running = asyncio.create_task(world.run(job))
     await world.until(job, lambda found: found.state is JobState.RUNNING)
-    [worker] = descendants(os.getpid())
+    [worker] = trainers()
     await world.jobs.update_job("acme", job.id, lambda found: found.moved(JobState.QUEUED, heartbeat_at=None))
     assert (await running).state is JobState.QUEUED
     assert not alive(worker)
@@ -273,7 +278,7 @@ async def test_it_tells_that_it_is_alive(world: World) -> None:
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert descendants(os.getpid()) == set()
+    assert trainers() == set()
 
 
 async def test_a_second_attempt_goes_on_from_the_checkpoint(world: World) -> None:
