@@ -103,7 +103,7 @@ def ours(work: Work, method: Method, streams: int, scratch: str) -> float:
     model = build_model(config, work.path, max(len(row.ids) for row in work.encoded))
     trainer = TurboTrainer(model, config, work.encoded, [], 0, watch, output=Path(scratch) / "ours")
     trainer.train()
-    order = [len(row.ids) for i in range(1, work.steps) for row in trainer.train_dataset[i]]
+    order = [len(work.encoded[row].ids) for i in range(1, work.steps) for row in trainer.train_dataset[i]]
     return sum(order) / (marks[-1] - marks[0])
 
 

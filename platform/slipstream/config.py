@@ -50,8 +50,10 @@ class ModelDefaults(BaseModel):
         min_length=1,
         description="Base model: a Hugging Face id, a local folder, or the built-in default.",
     )
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="Number format of weights and KV cache."
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="Number format of weights and KV cache; `auto`: bfloat16 where the processor has it, else float32 (on a "
+        "GPU float16). Name one where replicas run on different processors: texts differ between formats.",
     )
     device: str = Field("auto", description="Torch device; `auto` takes a GPU when there is one.")
     engine_replicas: Count = Field(1, description="Engine replicas of each model.")

@@ -28,7 +28,8 @@ from slipstream.protocol import SamplingParams
 from slipstream.training.config import Method
 from slipstream.training.events import Event, Message, Metrics
 from slipstream.training.gate import METRICS
-from slipstream.training.model import TRAINABLE
+from slipstream.training.model import TRAINABLE, TurboModel
+from slipstream.training.states import StateCache
 
 FILES = {"training_card.md", "learning_curve.png", "training_log.jsonl"}
 
@@ -66,7 +67,7 @@ def test_every_method_makes_an_adapter_that_can_be_served(
     method = Method(case.removesuffix("-on-adapter"))
     result = world.run(method=method, epochs=4, learning_rate=0.02, stream_learning_rate=0.02, self_distill=False,
                        gate_rows=4, **options)  # fmt: skip
-    losses = world.losses("train/loss")
+    losses = world.losses("train/loss" if method.trains_lora else "train/turbo_0_loss")
     assert result.steps == len(losses) == 24
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
     if not method.trains_lora:
@@ -291,6 +292,27 @@ def test_trackers_get_the_names_people_know(world: World, monkeypatch: pytest.Mo
             "eval/lora_loss", "eval/turbo_0_cond", "eval/turbo_chain_1", "eval/expected_tokens"} <= tags  # fmt: skip
     assert [e.value for e in found.Scalars("train/lora_loss")] == pytest.approx(world.losses(), rel=1e-5)
     assert len(found.Scalars("train/loss")) == result.steps
+
+
+def test_a_frozen_trunk_reads_each_row_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    read_states = TurboModel.read_states
+
+    def counting(model: TurboModel, **batch: torch.Tensor) -> list[torch.Tensor]:
+        found = read_states(model, **batch)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(TurboModel, "read_states", counting)
+    options: dict[str, Any] = {"method": "turbo", "self_distill": False, "epochs": 4, "stream_learning_rate": 0.02}
+    kept = world.run("kept", **options)
+    assert sum(read) == 24 + 8  # training and validation rows
+    monkeypatch.setattr(StateCache, "states", lambda cache, numbers: cache._read(numbers))
+    again = world.run("again", **options)
+    assert sum(read) > 4 * 32
+    assert kept.metrics == pytest.approx(again.metrics, rel=1e-3)
+    for name, tensor in world.weights("again").items():
+        torch.testing.assert_close(world.weights("kept")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 # --- two phases ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slipstream.errors import ConfigError
 
-DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class EngineConfig:
 
     model_path: str
     model_id: str
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "auto"  # "auto" = CUDA when there is one
     num_threads: int | None = None  # None = torch's own choice
     max_model_len: int | None = None  # None = the model's own context window

@@ -44,13 +44,27 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """ "auto" is the narrowest float that the device computes with at full speed.
+
+    A CPU without bfloat16 instructions emulates them: on AVX2 a matrix product took 7 to 30 times as long as in float32.
+    """
+    if wanted != "auto":
+        found: torch.dtype = getattr(torch, wanted)
+        return found
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
 def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     """Load any decoder-only causal LM that transformers' attention interface covers. Raises `ModelUnsupported`."""
     config = AutoConfig.from_pretrained(path)
     target = pick_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), attn_implementation=attention.register()
+            path, config=config, dtype=pick_dtype(dtype, target), attn_implementation=attention.register()
         )
     except (ValueError, OSError) as error:
         raise ModelUnsupported(f"{path} could not be loaded as a causal language model: {error}") from error

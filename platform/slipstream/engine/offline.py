@@ -127,7 +127,7 @@ class OfflineEngine:
     def __init__(
         self,
         model: Path | PreTrainedModel | LoadedModel,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         adapters: Mapping[str, AdapterWeights] | None = None,
         *,
         device: str = "auto",

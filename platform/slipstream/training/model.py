@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.peft_config import PEFT_CONFIG
-from slipstream.engine.loader import pick_device
+from slipstream.engine.loader import pick_device, pick_dtype
 from slipstream.errors import InvalidRequest, ModelUnsupported
 from slipstream.training.config import Method, TrainingConfig
 from slipstream.training.objective import HeadShape, find_positions, head_losses
@@ -63,7 +63,8 @@ class TurboModel(nn.Module):
         self.config = config_of_model  # transformers' Trainer looks here
         self._shape = HeadShape.of(config_of_model.get_text_config())
         self._options = config
-        self._trains_trunk = any(p.requires_grad for p in base.parameters())
+        self._bf16 = causal.dtype is torch.bfloat16
+        self.trains_trunk = any(p.requires_grad for p in base.parameters())
         self.gate = 0.0
         self.step = 0  # of the optimiser: what this step's random drafts are drawn by
         self._seen: torch.Tensor | None = None
@@ -80,15 +81,14 @@ class TurboModel(nn.Module):
         position_ids: torch.Tensor,
         segments: torch.Tensor,
         num_items: torch.Tensor | int | None = None,
+        states: torch.Tensor | None = None,
     ) -> ForwardSums:
-        """A `PackedBatch` → `ForwardSums`. `num_items`: trained tokens of the whole optimiser step; default this batch's."""
+        """A `PackedBatch` → `ForwardSums`. `num_items`: trained tokens of the whole optimiser step; default this batch's.
+        states: [N, H], what `read_states` gave for the batch's rows, in the order in which they are packed."""
         depth = self.streams.num_streams if self.streams is not None else 0
         positions = find_positions(labels, segments, depth)
         with self._autocast(input_ids.device):
-            with nullcontext() if self._trains_trunk else torch.no_grad():
-                decoder = self.causal.get_decoder()
-                out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-                h = out.last_hidden_state.flatten(0, 1)[positions.rows]
+            h = self._final_states(input_ids, position_ids)[positions.rows] if states is None else states
             states = self._stream_states(h, positions.next_ids)
             head = self.causal.get_output_embeddings()
             own = self.streams.head if isinstance(self.streams, MedusaHeads) else None
@@ -100,12 +100,31 @@ class TurboModel(nn.Module):
                 own_heads=own, bias=getattr(head, "bias", None), draft_ids=ids,
             )  # fmt: skip
         items = positions.rows.numel() if num_items is None else num_items
-        lm = sums.losses[0] if self._trains_trunk else sums.losses[0].detach()
+        lm = sums.losses[0] if self.trains_trunk else sums.losses[0].detach()
         decay = self._options.stream_decay
         loss = lm + sum(decay ** (k + 1) * sums.losses[k + 1] for k in range(depth))
         chain = sums.correct[1:].cumprod(0).sum(1)
         return ForwardSums(loss / max(1, items) if isinstance(items, int) else loss / items, sums.losses.detach(),
                            sums.correct.sum(1), sums.counts, chain)  # fmt: skip
+
+    @torch.no_grad()
+    def read_states(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor, segments: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """A `PackedBatch` → the states of each row's trained positions [n, H], row by row, on the CPU."""
+        positions = find_positions(labels, segments, 0)
+        with self._autocast(input_ids.device):
+            h = self._final_states(input_ids, position_ids)[positions.rows].cpu()
+        owner = segments.flatten()[positions.rows].cpu()
+        return [h[owner == row] for row in range(int(segments.max()) + 1)]
+
+    def _final_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """[packs * length, H]."""
+        with nullcontext() if self.trains_trunk else torch.no_grad():
+            decoder = self.causal.get_decoder()
+            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            states: torch.Tensor = out.last_hidden_state.flatten(0, 1)
+        return states
 
     def _stream_states(self, h: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor | None:
         if self.streams is None:
@@ -134,7 +153,7 @@ class TurboModel(nn.Module):
         return ids.to(self.causal.device)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=torch.bfloat16) if self._options.bf16 else nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext()
 
     def lora_parameters(self) -> Iterator[nn.Parameter]:
         """What PEFT trains."""
@@ -167,13 +186,13 @@ class TurboModel(nn.Module):
     def freeze_lora(self) -> None:
         """The LoRA is finished: from here on only the streams move."""
         self.base.requires_grad_(False)
-        self._trains_trunk = False
+        self.trains_trunk = False
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """As any module's, but a frozen model stays as it answers: the streams learn what it says without dropout."""
         super().train(mode)
-        if not self._trains_trunk:
+        if not self.trains_trunk:
             self.base.eval()
         return self
 
@@ -192,9 +211,16 @@ def build_model(config: TrainingConfig, path: Path, longest: int) -> TurboModel:
     return model if config.fsdp else model.to(device)
 
 
+def precision(config: TrainingConfig) -> torch.dtype:
+    """What the base computes in: bfloat16 or float32."""
+    wanted = {None: "auto", True: "bfloat16", False: "float32"}[config.bf16]
+    found = pick_dtype(wanted, pick_device(config.device))
+    return found if found is torch.bfloat16 else torch.float32
+
+
 def load_base(config: TrainingConfig, path: Path, device: torch.device, longest: int) -> PreTrainedModel:
     """The base model, frozen, in bf16 (or float32), with the attention that is fastest for packs of rows this long."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = precision(config)
     attention = "eager" if device.type == "cpu" and longest <= EAGER_UP_TO else "sdpa"
     try:
         causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)

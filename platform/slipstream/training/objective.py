@@ -117,7 +117,7 @@ def head_losses(
 ) -> ObjectiveSums:
     """h: [N, H] states at `positions`; streams: [K, N, H] or None; weight: [V, H], frozen; own_heads: [K, V, H] or None;
     draft_ids: sorted int64 [U] with every target among them, or None for all: what the streams' softmax (and their soft
-    target) runs over. L_lm always runs over the whole vocabulary.
+    target) runs over. L_lm runs over the whole vocabulary unless h wants no gradient: then it is only told, not trained.
 
     The backward pass reaches h (through L_lm alone; the soft target is a constant), streams and own_heads.
     """
@@ -147,18 +147,15 @@ class _Call:
             return weight, self.bias
         return weight[self.draft_ids], None if self.bias is None else self.bias[self.draft_ids]
 
-    def target(self, stream: int) -> torch.Tensor:
-        """Targets as indices into what the softmax runs over."""
-        ids = self.positions.target(stream)
-        return (
-            ids
-            if self.draft_ids is None
-            else torch.searchsorted(self.draft_ids, ids).clamp_(max=len(self.draft_ids) - 1)
-        )
+    def place(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens as indices into what a stream's softmax runs over."""
+        if self.draft_ids is None:
+            return ids
+        return torch.searchsorted(self.draft_ids, ids).clamp_(max=len(self.draft_ids) - 1)
 
     def teacher(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The tuned model's distribution over what a stream's softmax runs over. p: [n, V]."""
-        if self.draft_ids is None:
+        """The tuned model's distribution over what a stream's softmax runs over. p: [n, V], or [n, U] already."""
+        if self.draft_ids is None or p.shape[1] == len(self.draft_ids):
             return p
         kept = p.index_select(1, self.draft_ids)
         return kept / kept.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
@@ -173,36 +170,38 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_streams, n = streams.shape[:2]
         positions, beta = call.positions, call.beta
-        size = _chunk(h, call.weight.shape[0])
-        scratch = _Scratch.like(h, size + num_streams, call.weight.shape[0])
-        drafts = len(call.draft_ids) if call.draft_ids is not None else call.weight.shape[0]
-        stream_scratch = _Scratch.like(h, size, drafts)
+        want_h, want_s, want_w = ctx.needs_input_grad[:3]
+        shared = call.stream_head(None, h.dtype)
+        # An LM that is not trained is only the streams' teacher, and a teacher needs no more than they.
+        weight, bias = (call.weight, call.bias) if want_h else shared
+        next_ids = positions.next_ids if want_h else call.place(positions.next_ids)
+        size = _chunk(h, weight.shape[0])
+        scratch = _Scratch.like(h, size + num_streams, weight.shape[0])
+        stream_scratch = _Scratch.like(h, size, shared[0].shape[0])
         losses = torch.zeros(num_streams + 1, dtype=scratch.logp.dtype, device=h.device)
         correct = torch.zeros(num_streams + 1, n, dtype=torch.bool, device=h.device)
-        want_h, want_s, want_w = ctx.needs_input_grad[:3]
         grad_h = torch.zeros_like(h) if want_h else None
         grad_s = torch.zeros_like(streams) if want_s else None
         grad_w = torch.zeros_like(own_heads) if want_w and own_heads is not None else None
-        shared = call.stream_head(None, h.dtype)
         for start in range(0, n, size):
             end = min(n, start + size)
             here = slice(start, end)
             soft = beta > 0 and num_streams > 0
             # Teachers of the chunk's last positions lie beyond it.
             ahead = slice(start, min(n, end + num_streams)) if soft else here
-            head = _Head(call.weight, call.bias, call.shape, scratch)
-            p, z, loss, hit = head.forward(h[ahead], positions.next_ids[ahead])
+            head = _Head(weight, bias, call.shape, scratch)
+            p, z, loss, hit = head.forward(h[ahead], next_ids[ahead])
             losses[0] += loss[: end - start].sum()
             correct[0, here] = hit[: end - start]
             teacher = call.teacher(p, h.dtype) if soft else None
             if grad_h is not None:
-                grad_h[here] = head.backward(p[: end - start], z, positions.next_ids[here], 1.0)
+                grad_h[here] = head.backward(p[: end - start], z, next_ids[here], 1.0)
             for k in range(num_streams):
                 # Every position of the chunk is computed: the few without a target cost less than picking out the others.
                 there = positions.has_target(k)[here]
-                target = call.target(k)[here]
-                weight, bias = shared if own_heads is None else call.stream_head(own_heads[k], h.dtype)
-                head = _Head(weight, bias, call.shape, stream_scratch)
+                target = call.place(positions.target(k))[here]
+                own_head = shared if own_heads is None else call.stream_head(own_heads[k], h.dtype)
+                head = _Head(*own_head, call.shape, stream_scratch)
                 own = teacher[1 + k : 1 + k + end - start] if teacher is not None else None  # of position t: t+1+k
                 pk, zk, loss, hit = head.forward(streams[k, here], target, own, beta)
                 losses[k + 1] += loss.masked_fill_(~there, 0.0).sum()

@@ -73,22 +73,29 @@ def first_fit(rows: Sequence[Encoded], capacity: int) -> list[list[int]]:
     return bins
 
 
-class MicroBatches(Dataset[list[Encoded]]):
-    """The whole run in order: item i is what forward pass i sees. A function of the seed alone, so a resumed run goes on
-    where it was, and several workers share out what one would do.
+class MicroBatches(Dataset[list[int]]):
+    """The whole run in order: item i is the numbers of the rows that forward pass i sees. A function of the seed alone, so a
+    resumed run goes on where it was, and several workers share out what one would do.
 
     Every `per_step` items make one optimiser step of `batch_size` rows, the last of an epoch perhaps of fewer.
     """
 
-    def __init__(self, rows: Sequence[Encoded], *, epochs: int, batch_size: int, per_step: int, seed: int) -> None:
-        self._rows = rows
-        self._items = list(_plan(len(rows), epochs, batch_size, per_step, seed))
+    def __init__(self, rows: int, *, epochs: int, batch_size: int, per_step: int, seed: int) -> None:
+        self._items = list(_plan(rows, epochs, batch_size, per_step, seed))
+        self._first: dict[int, list[int]] = {}
+        for item in self._items:
+            for number in item:
+                self._first.setdefault(number, item)
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> list[Encoded]:
-        return [self._rows[i] for i in self._items[index]]
+    def __getitem__(self, index: int) -> list[int]:
+        return self._items[index]
+
+    def companions(self, number: int) -> list[int]:
+        """The item that a row is in first."""
+        return self._first[number]
 
 
 def _plan(rows: int, epochs: int, batch_size: int, per_step: int, seed: int) -> Iterator[list[int]]:

@@ -26,6 +26,7 @@ from slipstream.training.distill import distil, load_rows, save_rows
 from slipstream.training.events import EventLog, Fan, Message, Observer, Phase
 from slipstream.training.export import BaseIdentity, export_adapter
 from slipstream.training.gate import METRICS, Gate, compare_with_lora, decide, reference_loss
+from slipstream.training.model import precision
 from slipstream.training.phase import Fit, PhaseJob, PhaseOutcome, fit_here, load_phase_model, set_threads
 from slipstream.training.report import Report, write_report
 from slipstream.training.trainer import judged_by
@@ -191,6 +192,11 @@ class _Run:
             )
         return encoded
 
+    @property
+    def _dtype(self) -> str:
+        """What the engine answers in: as the training computes."""
+        return str(precision(self._config)).removeprefix("torch.")
+
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._tell(Message(text))
@@ -258,7 +264,7 @@ class _Run:
             return load_rows(path)
         self._tell(Phase("Answering the training prompts"))
         prompts = [encode_prompt(self._tokenizer, row, self._format) for row in rows[: config.distill_rows]]
-        loaded = load_model(str(self._base.path), "bfloat16" if config.bf16 else "float32", config.device)
+        loaded = load_model(str(self._base.path), self._dtype, config.device)
         answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell)
         save_rows(answers, path)
         return answers
@@ -273,8 +279,7 @@ class _Run:
         if not held_out or self._config.gate_rows == 0:
             return None
         self._tell(Phase("Answering held-out rows"))
-        dtype = "bfloat16" if self._config.bf16 else "float32"
-        opened = open_adapter(folder, self._base, dtype, GATE_CONCURRENCY, device=self._config.device)
+        opened = open_adapter(folder, self._base, self._dtype, GATE_CONCURRENCY, device=self._config.device)
         room = min(opened.engine.max_length, self._config.max_length)
         fits = [row for row in held_out if len(encode_prompt(self._tokenizer, row, self._format)) < room]
         rows = fits[: self._config.gate_rows]

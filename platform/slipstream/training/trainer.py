@@ -28,6 +28,7 @@ from slipstream.training.model import TurboModel
 from slipstream.training.packing import NO_SEGMENT, MicroBatches, pack
 from slipstream.training.schedule import Clock, gate_value, learning_rate_factor
 from slipstream.training.sharding import average_gradients
+from slipstream.training.states import StateCache
 
 CLOCK = "clock.json"
 CPU_PACK, CUDA_PACK = 256, 4096  # columns of a pack where no row is longer
@@ -54,12 +55,13 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         workers: int = 1,
     ) -> None:
         self._options = config
-        self._valid = list(valid)[: config.eval_rows]
+        self._rows = [*train, *valid[: config.eval_rows]]  # a row's number is its place here
+        self._num_train = len(train)
         self._pad_id = pad_id
         self._pack_length = CUDA_PACK if next(model.parameters()).is_cuda else CPU_PACK
         per_step = _micro_batches(config, workers, len(train))
         self._items = MicroBatches(
-            train, epochs=config.epochs, batch_size=config.batch_size, per_step=per_step, seed=config.seed
+            len(train), epochs=config.epochs, batch_size=config.batch_size, per_step=per_step, seed=config.seed
         )
         steps = max(1, len(self._items) // per_step)
         self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
@@ -67,6 +69,9 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
         self.tokens = 0  # that all workers have seen, padding left out
         self._tokens_of_step = 0  # of this worker
+        # A sharded trunk is read by all workers together, so none may skip it.
+        keeps = not model.trains_trunk and not config.fsdp
+        self._cache = StateCache(self._read_states, self._companions) if keeps else None
         arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
@@ -75,7 +80,7 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=arguments,
             train_dataset=self._items,
-            eval_dataset=self._valid or None,
+            eval_dataset=list(self._valid) or None,
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # our loss is a sum over num_items_in_batch, not a mean per micro-batch
@@ -100,7 +105,8 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective; its sums are kept for the log."""
-        out = model(**inputs, num_items=num_items_in_batch)
+        numbers = inputs.pop("numbers").tolist()
+        out = model(**inputs, num_items=num_items_in_batch, states=self._states(numbers, inputs["segments"]))
         if model.training:
             self._sums += out.stacked().cpu()
             self._tokens_of_step += int((inputs["segments"] != NO_SEGMENT).sum())
@@ -145,8 +151,33 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(loader)
         return prepared
 
-    def _pack(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        return pack(rows, self._pack_length, self._pad_id).as_dict()
+    @property
+    def _valid(self) -> range:
+        """The numbers of the validation rows."""
+        return range(self._num_train, len(self._rows))
+
+    def _pack(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A `PackedBatch` of rows, and their `numbers`."""
+        packed = pack([self._rows[i] for i in numbers], self._pack_length, self._pad_id)
+        return {**packed.as_dict(), "numbers": torch.tensor(numbers)}
+
+    def _states(self, numbers: Sequence[int], segments: torch.Tensor) -> torch.Tensor | None:
+        """What a frozen trunk says to a batch, [N, H], in the order in which its rows are packed. None: it is to be asked."""
+        if self._cache is None:
+            return None
+        order = segments[segments != NO_SEGMENT].unique_consecutive().tolist()  # type: ignore[no-untyped-call]
+        states = self._cache.states(numbers)
+        return torch.cat([states[i] for i in order]).to(segments.device)
+
+    def _read_states(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        batch = {n: t.to(self.args.device) for n, t in self._pack(numbers).items() if n != "numbers"}
+        return self.turbo.read_states(**batch)
+
+    def _companions(self, number: int) -> Sequence[int]:
+        if number < self._num_train:
+            return self._items.companions(number)
+        start = number - (number - self._num_train) % self._eval_size
+        return self._valid[start - self._num_train : start - self._num_train + self._eval_size]
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -154,29 +185,34 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Teacher-forced metrics on the validation rows, logged and returned with their prefix."""
-        found = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self._valid).items()}
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     @torch.no_grad()
-    def measure(self, rows: Sequence[Encoded]) -> dict[str, float]:
-        """`named_metrics` with chains, over `rows` shared out among the workers."""
+    def measure(self) -> dict[str, float]:
+        """`named_metrics` with chains, over the validation rows, shared out among the workers."""
         model = self.turbo
         training = model.training
         model.eval()
         sums = torch.zeros_like(self._sums)
-        size = self._options.micro_batch_size or self._options.batch_size
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for start in range(0, len(rows), world * size):
-            mine = rows[start + rank * size : start + (rank + 1) * size]
+        size, world, rank = self._eval_size, self.accelerator.num_processes, self.accelerator.process_index
+        for start in range(0, len(self._valid), world * size):
+            mine = self._valid[start + rank * size : start + (rank + 1) * size]
             # Nothing left for this worker? It makes the pass all the same: a sharded model takes all of them.
-            batch = {n: t.to(self.args.device) for n, t in self._pack(mine or rows[:1]).items()}
-            found = model(**batch).stacked().cpu()
+            batch = {n: t.to(self.args.device) for n, t in self._pack(mine or self._valid[:1]).items()}
+            numbers = batch.pop("numbers").tolist()
+            found = model(**batch, states=self._states(numbers, batch["segments"])).stacked().cpu()
             if mine:
                 sums += found
         model.train(training)
         return named_metrics(self._all(sums), self._streams, self._options.stream_decay, chains=True)
+
+    @property
+    def _eval_size(self) -> int:
+        """Rows of one forward pass of an evaluation."""
+        return self._options.micro_batch_size or self._options.batch_size
 
     def _all(self, sums: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:

@@ -67,10 +67,9 @@ def test_packing_loses_nothing(lengths: list[tuple[int, int]], length: int) -> N
 def test_steps_partition_a_batch_and_epochs_are_permutations(
     rows: int, epochs: int, batch: int, per_step: int, seed: int
 ) -> None:
-    data = [Encoded([i, i], [IGNORE, i]) for i in range(rows)]
-    items = MicroBatches(data, epochs=epochs, batch_size=batch, per_step=per_step, seed=seed)
+    items = MicroBatches(rows, epochs=epochs, batch_size=batch, per_step=per_step, seed=seed)
     assert len(items) % per_step == 0
-    steps = [[row.ids[0] for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)]
+    steps = [[row for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)]
     assert all(items[i] for i in range(len(items)))
     sizes = [min(batch, rows - start) for start in range(0, rows, batch)]
     sizes = [size for size in sizes if size >= per_step]
@@ -84,9 +83,8 @@ def test_steps_partition_a_batch_and_epochs_are_permutations(
 
 
 def order(seed: int, per_step: int = 1) -> list[list[int]]:
-    data = [Encoded([i, i], [IGNORE, i]) for i in range(32)]
-    items = MicroBatches(data, epochs=2, batch_size=8, per_step=per_step, seed=seed)
-    steps = [[row.ids[0] for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)]
+    items = MicroBatches(32, epochs=2, batch_size=8, per_step=per_step, seed=seed)
+    steps = [[row for j in range(per_step) for row in items[i + j]] for i in range(0, len(items), per_step)]
     return [sorted(step) for step in steps]
 
 
