@@ -33,7 +33,7 @@ def write_yaml(folder: Path, text: str) -> Path:
 def test_defaults_serve_one_small_model_on_loopback(tmp_path: Path) -> None:
     settings = load_settings()
     assert (settings.host, settings.port, settings.home) == ("127.0.0.1", 8000, tmp_path)
-    assert [(m.base_model, m.dtype, m.id) for m in settings.models] == [(DEFAULT_MODEL, "bfloat16", None)]
+    assert [(m.base_model, m.dtype, m.id) for m in settings.models] == [(DEFAULT_MODEL, "auto", None)]
 
 
 def test_the_caller_beats_the_variable_which_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_models_come_from_a_variable_as_json(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("PORT", "http", "PORT"),
         ("PORT", "70000", "PORT"),
-        ("SLIPSTREAM_DTYPE", "int8", "'bfloat16', 'float32' or 'float16'"),
+        ("SLIPSTREAM_DTYPE", "int8", "'auto', 'bfloat16', 'float32' or 'float16'"),
         ("SLIPSTREAM_MAX_WAITING", "0", "SLIPSTREAM_MAX_WAITING"),
         ("SLIPSTREAM_ENGINE_CPUS", "nan", "SLIPSTREAM_ENGINE_CPUS"),
         ("SLIPSTREAM_ADMIN_KEY", "short", "at least 16 characters"),

@@ -99,7 +99,7 @@ class TrainingOptions(BaseModel):
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
     bf16: bool | None = Field(
         None,
-        description="Compute in bfloat16 (LoRA, streams and optimiser stay in float32); by default where the processor has it.",
+        description="Compute in bfloat16 (LoRA, streams, optimiser stay in float32); by default where the processor has it.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="Order of the data, initial weights and dropout."

@@ -24,7 +24,7 @@ from slipstream.adapters.peft_config import PEFT_CONFIG
 from slipstream.engine.loader import pick_device, pick_dtype
 from slipstream.errors import InvalidRequest, ModelUnsupported
 from slipstream.training.config import Method, TrainingConfig
-from slipstream.training.objective import HeadShape, find_positions, head_losses
+from slipstream.training.objective import Chains, HeadShape, find_chains, find_positions, head_losses
 from slipstream.training.streams import MedusaHeads, TurboStreams
 
 TRAINABLE = "trainable.safetensors"
@@ -35,18 +35,24 @@ EAGER_UP_TO = 256  # columns: on a CPU, plain matmuls beat the fused attention's
 class ForwardSums:
     """What one forward pass gives: a differentiable `loss` (divided by `num_items`) and sums for the log, all detached.
 
-    losses, hits, counts: [K+1], the LM first; chain: [K] positions where streams 0..k were all right.
+    losses, hits, counts: [K+1], the LM first; chains: [K] each; their steps are counted in evaluations only.
     """
 
     loss: torch.Tensor
     losses: torch.Tensor
     hits: torch.Tensor
     counts: torch.Tensor
-    chain: torch.Tensor
+    chains: Chains
+
+    @staticmethod
+    def zeros(streams: int) -> torch.Tensor:
+        """What `stacked` sums of no positions are."""
+        return torch.zeros(3 * (streams + 1) + 3 * streams, dtype=torch.float64)
 
     def stacked(self) -> torch.Tensor:
-        """All sums as one float64 vector, for adding up over batches and workers: [4 K + 3]."""
-        parts = (self.losses, self.hits, self.counts, self.chain)
+        """All sums as one float64 vector, for adding up over batches and workers: [6 K + 3]."""
+        chains = self.chains
+        parts = (self.losses, self.hits, self.counts, chains.judged, chains.right, chains.steps)
         return torch.cat([part.detach().double().flatten() for part in parts])
 
 
@@ -86,7 +92,7 @@ class TurboModel(nn.Module):
         """A `PackedBatch` → `ForwardSums`. `num_items`: trained tokens of the whole optimiser step; default this batch's.
         states: [N, H], what `read_states` gave for the batch's rows, in the order in which they are packed."""
         depth = self.streams.num_streams if self.streams is not None else 0
-        positions = find_positions(labels, segments, depth)
+        positions = find_positions(labels, segments, depth + 1)
         with self._autocast(input_ids.device):
             h = self._final_states(input_ids, position_ids)[positions.rows] if states is None else states
             states = self._stream_states(h, positions.next_ids)
@@ -103,9 +109,9 @@ class TurboModel(nn.Module):
         lm = sums.losses[0] if self.trains_trunk else sums.losses[0].detach()
         decay = self._options.stream_decay
         loss = lm + sum(decay ** (k + 1) * sums.losses[k + 1] for k in range(depth))
-        chain = sums.correct[1:].cumprod(0).sum(1)
+        chains = find_chains(sums.correct[1:], positions, walk=not self.training)
         return ForwardSums(loss / max(1, items) if isinstance(items, int) else loss / items, sums.losses.detach(),
-                           sums.correct.sum(1), sums.counts, chain)  # fmt: skip
+                           sums.correct.sum(1), sums.counts, chains)  # fmt: skip
 
     @torch.no_grad()
     def read_states(

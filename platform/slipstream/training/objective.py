@@ -41,6 +41,46 @@ class Positions:
         return self.next_ids.roll(-(1 + stream))
 
 
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """Drafts as a step uses them, all int64 [K]. judged: positions where streams 0..k-1 were right and stream k has a target;
+    right: those where k was right too; steps: what all answers take with the first k+1 streams, prefill's own included."""
+
+    judged: torch.Tensor
+    right: torch.Tensor
+    steps: torch.Tensor
+
+
+def find_chains(correct: torch.Tensor, positions: Positions, *, walk: bool) -> Chains:
+    """correct: bool [K, N], stream k right at position i; positions: found with a `max_reach` over K. Without `walk` the
+    steps, which take a loop, are zeros."""
+    if not correct.shape[0]:
+        none = torch.zeros(0, dtype=torch.long, device=correct.device)
+        return Chains(none, none, none)
+    right = correct.cumprod(0)
+    has = torch.stack([positions.has_target(k) for k in range(correct.shape[0])])
+    judged = torch.cat([torch.ones_like(right[:1]), right[:-1]]) * has
+    steps = [0] * correct.shape[0]
+    if walk:
+        reach = positions.reach.tolist()
+        accepted = right.cumsum(0).tolist()  # row k: drafts that the first k+1 streams get accepted
+        steps = [_steps(line, reach) for line in accepted]
+    return Chains(judged.sum(1), right.sum(1), torch.tensor(steps, device=correct.device))
+
+
+def _steps(accepted: list[int], reach: list[int]) -> int:
+    """A step at position i emits its accepted drafts and one token more; the next one begins at the last one's position."""
+    steps, i = 0, 0
+    while i < len(reach):
+        steps += 1  # an answer begins: prefill emits its first token
+        while reach[i] > 0:
+            left = reach[i] - accepted[i]
+            i += accepted[i] + (left > 0)
+            steps += 1
+        i += 1
+    return steps
+
+
 def find_positions(labels: torch.Tensor, segments: torch.Tensor, max_reach: int) -> Positions:
     """labels, segments: int64 [packs, length], as in `PackedBatch`."""
     trained = torch.zeros_like(labels, dtype=torch.bool)

@@ -24,7 +24,7 @@ from slipstream.training.config import TrainingConfig
 from slipstream.training.data import IGNORE, Encoded
 from slipstream.training.events import CheckpointSaved, Message, Metrics, Observer
 from slipstream.training.metrics import named_metrics
-from slipstream.training.model import TurboModel
+from slipstream.training.model import ForwardSums, TurboModel
 from slipstream.training.packing import NO_SEGMENT, MicroBatches, pack
 from slipstream.training.schedule import Clock, gate_value, learning_rate_factor
 from slipstream.training.sharding import average_gradients
@@ -66,7 +66,7 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         steps = max(1, len(self._items) // per_step)
         self.clock = Clock(min(steps, config.max_steps or steps), config.max_minutes and config.max_minutes * 60)
         self._streams = model.streams.num_streams if model.streams is not None else 0
-        self._sums = torch.zeros(4 * self._streams + 3, dtype=torch.float64)
+        self._sums = ForwardSums.zeros(self._streams)
         self.tokens = 0  # that all workers have seen, padding left out
         self._tokens_of_step = 0  # of this worker
         # A sharded trunk is read by all workers together, so none may skip it.
