@@ -1,4 +1,4 @@
-"""`python -m benchmarks engine|http|lossless|drafts|training|ablations`: see README.md for what each measures."""
+"""`python -m benchmarks engine|http|lossless|drafts|training|streams|gates`: see README.md for what each measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ app.command("http")(http.main)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)
 app.command("training")(training.main)
-app.command("ablations")(ablations.main)
+app.command("streams")(ablations.streams)
+app.command("gates")(ablations.gates)
 
 if __name__ == "__main__":
     app()

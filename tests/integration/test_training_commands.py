@@ -246,6 +246,17 @@ def test_options_that_make_no_sense(job: Job, arguments: list[str], words: str |
     assert not job.output.exists()
 
 
+def test_running_out_of_memory_is_told_without_a_traceback(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
+
+    monkeypatch.setattr(run._Run, "_train", fail)
+    result = command(job)
+    assert result.exit_code == 1
+    assert "ran out of memory. Give a smaller micro_batch_size" in result.stderr
+    job.nothing_is_left_to_publish()
+
+
 def test_bad_rows_are_told_without_a_traceback(job: Job) -> None:
     job.data.write_text('{"prompt": "a", "completion": "b"}\noops\n')
     result = command(job)

@@ -99,7 +99,7 @@ def test_chats(world: World) -> None:
 def test_without_validation_rows_some_are_held_out(world: World) -> None:
     config = quick_config(world.base, world.data, world.root / "run", max_steps=1)
     train(config, world.events.append)
-    assert "No validation file: the last 1 rows were held out." in [
+    assert "No validation file: 1 rows, drawn by the seed, are held out." in [
         e.message for e in world.events if isinstance(e, Message)
     ]
 

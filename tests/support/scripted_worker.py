@@ -34,6 +34,9 @@ def main() -> int:
     if config["name"] == "bad-row":
         say("error", code="invalid_training_file", message=bad_row(Path(config["data"])), param="data")
         return 1
+    if config["name"] == "elsewhere":
+        say("error", code="bad_config", message=f"{output}/adapter holds no adapter.", param="adapter")
+        return 1
     say("phase", phase="Training")
     for step in range(1, 4):
         say("metrics", step=step, total=3, progress=step / 4, data={"train/loss": 1 / step})

@@ -31,6 +31,7 @@ from slipstream.cli.session import (
 )
 from slipstream.errors import InvalidRequest, SlipstreamError
 from slipstream.training.config import TrainingConfig
+from slipstream.training.memory import OUT_OF_MEMORY, is_out_of_memory
 
 if TYPE_CHECKING:
     from slipstream.training.phase import Fit
@@ -221,6 +222,10 @@ def _train(config: TrainingConfig) -> TrainingResult:
     except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InvalidRequest(OUT_OF_MEMORY, code="out_of_memory", param="micro_batch_size") from error
 
 
 def _config(options: dict[str, Any], name: str | None) -> TrainingConfig:

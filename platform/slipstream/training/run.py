@@ -6,6 +6,7 @@ import json
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -179,8 +180,12 @@ class _Run:
         if count == 0:
             self._note("Too few rows to hold any out: nothing is evaluated.")
             return rows, []
-        self._note(f"No validation file: the last {count} rows were held out.")
-        return rows[:-count], rows[-count:]
+        self._note(f"No validation file: {count} rows, drawn by the seed, are held out.")
+        held = set(Random(self._config.seed).sample(range(len(rows)), count))  # noqa: S311 - nothing secret
+        return (
+            [row for i, row in enumerate(rows) if i not in held],
+            [row for i, row in enumerate(rows) if i in held],
+        )
 
     def _encode(self, rows: list[Row], what: str) -> list[Encoded]:
         if not rows:
@@ -263,7 +268,8 @@ class _Run:
         if path.is_file():
             return load_rows(path)
         self._tell(Phase("Answering the training prompts"))
-        prompts = [encode_prompt(self._tokenizer, row, self._format) for row in rows[: config.distill_rows]]
+        drawn = Random(config.seed).sample(rows, min(len(rows), config.distill_rows))  # noqa: S311 - nothing secret
+        prompts = [encode_prompt(self._tokenizer, row, self._format) for row in drawn]
         loaded = load_model(str(self._base.path), self._dtype, config.device)
         answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell)
         save_rows(answers, path)

@@ -253,7 +253,7 @@ class JobSupervisor:
         elif kind == "result":
             self._seen.result = event
         elif kind == "error":
-            self._seen.error = _error_of(event)
+            self._seen.error = _error_of(event, JobFolder(self.bench.folder, self.job.id))
 
     async def _now_trains(self) -> None:
         if not self._seen.trains:
@@ -313,9 +313,10 @@ class JobSupervisor:
             pause_s = min(2 * pause_s, 10.0)
 
 
-def _error_of(event: dict[str, Any]) -> JobError:
-    """The worker's last word. The trainer knows the job's files as `data` and `valid`."""
+def _error_of(event: dict[str, Any], folder: JobFolder) -> JobError:
+    """The worker's last word. The trainer knows the job's files as `data` and `valid`, and where they lie here."""
     message, param = str(event.get("message") or "The training failed."), event.get("param")
+    message = message.replace(f"{folder.path}/", "")  # where is nobody's business but ours
     if event.get("code") == "invalid_training_file":
         param = VALIDATION_FILE if message.startswith(f"{VALIDATION_FILE}.") else DATA_FILE
     elif param in TrainingOptions.model_fields:

@@ -71,7 +71,7 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self._tokens_of_step = 0  # of this worker
         # A sharded trunk is read by all workers together, so none may skip it.
         keeps = not model.trains_trunk and not config.fsdp
-        self._cache = StateCache(self._read_states, self._companions) if keeps else None
+        self.states = StateCache(self._read_states, self._companions) if keeps else None
         arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
@@ -163,10 +163,10 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
 
     def _states(self, numbers: Sequence[int], segments: torch.Tensor) -> torch.Tensor | None:
         """What a frozen trunk says to a batch, [N, H], in the order in which its rows are packed. None: it is to be asked."""
-        if self._cache is None:
+        if self.states is None:
             return None
         order = segments[segments != NO_SEGMENT].unique_consecutive().tolist()  # type: ignore[no-untyped-call]
-        states = self._cache.states(numbers)
+        states = self.states.states(numbers)
         return torch.cat([states[i] for i in order]).to(segments.device)
 
     def _read_states(self, numbers: Sequence[int]) -> list[torch.Tensor]:

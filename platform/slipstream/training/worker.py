@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from slipstream.errors import ClientError, SlipstreamError
 from slipstream.training.config import TrainingConfig
 from slipstream.training.events import EventLog
+from slipstream.training.memory import OUT_OF_MEMORY, is_out_of_memory
 
 EVENTS = "events.jsonl"
 STOPPED = 143  # 128 + SIGTERM, as shells report it
@@ -41,16 +42,14 @@ def _run(config_path: Path, log: EventLog) -> int:
         result = train(config, log)
     except Interrupted:
         return STOPPED
-    except MemoryError:
-        log.write(_error("out_of_memory", _OUT_OF_MEMORY, "micro_batch_size"))
     except ClientError as error:
         log.write(_error(error.code, error.message, error.param))
     except SlipstreamError as error:
         log.write(_error(error.code, error.message, None))
     except Exception as error:  # the last place that can say anything
         traceback.print_exc()
-        if _is_out_of_memory(error):
-            log.write(_error("out_of_memory", _OUT_OF_MEMORY, "micro_batch_size"))
+        if is_out_of_memory(error):
+            log.write(_error("out_of_memory", OUT_OF_MEMORY, "micro_batch_size"))
         else:
             log.write(
                 _error("training_failed", f"The training failed: {type(error).__name__}. Its log says more.", None)
@@ -59,21 +58,6 @@ def _run(config_path: Path, log: EventLog) -> int:
         log.write({"type": "result", **result.to_json()})
         return 0
     return 1
-
-
-_OUT_OF_MEMORY = (
-    "The training ran out of memory. Send a smaller micro_batch_size or max_length, set gradient_checkpointing, or train "
-    "fewer or low-rank streams."
-)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class for CUDA only; its CPU allocator raises RuntimeError with these words."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    )
 
 
 def _error(code: str, message: str, param: str | None) -> dict[str, str | None]:

@@ -149,6 +149,7 @@ async def test_a_speculator_that_does_not_pay_is_published_switched_off(world: W
         ("crash", ROWS, "worker_failed", None, "status 3"),
         ("silent", ROWS, "worker_failed", None, "no result"),
         ("refused", ROWS, "pickle_file", None, "refused"),
+        ("elsewhere", ROWS, "bad_config", "adapter", "run/adapter holds no adapter."),
     ],
 )
 async def test_what_fails_says_why_and_publishes_nothing(
@@ -161,6 +162,7 @@ async def test_what_fails_says_why_and_publishes_nothing(
     assert (done.error.code, done.error.param) == (code, param)
     assert says in done.error.message
     assert "secret" not in done.error.message
+    assert str(world.folder) not in done.error.message
     assert (await world.log(job))[-1] == done.error.message
     await world.assert_nothing_published()
     assert await world.jobs.active() == []
