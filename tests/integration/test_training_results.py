@@ -122,7 +122,7 @@ def test_a_few_steps_on_the_real_model(tmp_path: Path) -> None:
 
     events: list[Event] = []
     config = quick_config(
-        smollm2_path(), tmp_path / "train.jsonl", tmp_path / "run", valid=tmp_path / "valid.jsonl", bf16=True,
+        smollm2_path(), tmp_path / "train.jsonl", tmp_path / "run", valid=tmp_path / "valid.jsonl", bf16=None,
         batch_size=16, max_length=256, lora_rank=16, stream_rank=64, streams=3, threads=None, eval_every=12, save_every=12,
         stream_learning_rate=4e-3, learning_rate=1e-3, conditioned=True,
     )  # fmt: skip
