@@ -86,12 +86,15 @@ class TrainingOptions(BaseModel):
     )
     self_distill: bool | None = Field(
         None,
-        description="Train the speculator on the model's own answers: always sensible for turbo and medusa (the default "
-        "there); for turbo_lora it adds a second phase with the LoRA frozen.",
+        description="Train the speculator on the model's own answers, by default for turbo and medusa; for turbo_lora it adds "
+        "a second phase with the LoRA frozen.",
     )
     warm_start: bool = Field(False, description="Go on from the streams that the adapter already has (turbo).")
     distill_rows: Annotated[int, Field(ge=1)] = Field(
         2000, description="Prompts that are answered for self-distillation."
+    )
+    distill_epochs: Annotated[int, Field(ge=1, le=1000)] = Field(
+        6, description="Passes over those answers in turbo_lora's second phase: from the second on they are cheap."
     )
     clip: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Largest gradient norm, of LoRA and streams separately."

@@ -7,7 +7,8 @@ frozen: nothing learns its own mistakes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -32,12 +33,14 @@ def distil(
     prompts: Sequence[list[int]],
     max_length: int,
     observer: Observer,
+    *,
+    max_seconds: float | None = None,
 ) -> list[Encoded]:
     """Greedy answers of a base model with `adapter` (a folder, or None) to `prompts` (token ids), as rows to train on.
 
     A row has at most `max_length` tokens, and at most half as many of them are the answer's; longer prompts are left out.
-    An answer that was cut off is kept as far as it goes: every position of it is the model's own. Raises `InvalidRequest`
-    when no prompt is short enough.
+    An answer that was cut off is kept as far as it goes: every position of it is the model's own. After `max_seconds` no
+    further prompt is begun. Raises `InvalidRequest` when no prompt is short enough.
     """
     adapters = {} if adapter is None else {_NAME: load_adapter(adapter)}
     # The tokenizer's end token too: it is what training rows end with.
@@ -47,20 +50,28 @@ def distil(
     if not fitting:
         raise InvalidRequest(f"Every prompt has {room} tokens or more. Raise max_length.", param="max_length")
     done = 0
+    began = time.monotonic()
+
+    def progress() -> float:
+        by_time = (time.monotonic() - began) / max_seconds if max_seconds else 0.0
+        return min(1.0, max(done / len(fitting), by_time))
 
     def finished(index: int, result: RowResult) -> None:
         nonlocal done
         done += 1
-        observer(Metrics(done, len(fitting), done / len(fitting), {}))
+        observer(Metrics(done, None if max_seconds else len(fitting), progress(), {}))
 
-    def request(prompt: list[int]) -> EngineRow:
-        params = SamplingParams(temperature=0.0, max_tokens=min(max_length // 2, room - len(prompt)))
-        return EngineRow(prompt, params, None if adapter is None else _NAME)
+    def requests() -> Iterator[EngineRow]:
+        for number, prompt in enumerate(fitting):
+            if number >= CONCURRENCY and progress() >= 1.0:
+                return
+            params = SamplingParams(temperature=0.0, max_tokens=min(max_length // 2, room - len(prompt)))
+            yield EngineRow(prompt, params, None if adapter is None else _NAME)
 
-    outcome = engine.run(map(request, fitting), finished, concurrency=CONCURRENCY)
+    results = engine.run(requests(), finished, concurrency=CONCURRENCY).results
     return [
         Encoded([*prompt, *result.tokens], [IGNORE] * len(prompt) + list(result.tokens))
-        for prompt, result in zip(fitting, outcome.results, strict=True)
+        for prompt, result in zip(fitting, results, strict=False)
     ]
 
 

@@ -34,7 +34,9 @@ from slipstream.training.trainer import judged_by
 
 HELD_OUT, MOST_HELD_OUT = 0.05, 200  # of the training rows, where no validation file is given
 GATE_CONCURRENCY = 4
-DISTILL_SHARE = 0.3  # of max_minutes, for a second phase
+# Of max_minutes: for answering training prompts where only streams are trained; and for answering and for learning from
+# the answers where the LoRA is trained first.
+ANSWER_SHARE, SECOND_ANSWER_SHARE, SECOND_SHARE = 0.3, 0.1, 0.25
 EVENTS, RUN = "events.jsonl", "run.json"
 # What a resumed run may set anew: where and how fast it runs, not what comes out.
 _MAY_CHANGE = {
@@ -214,33 +216,26 @@ class _Run:
         config = self._config
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
         if not config.method.trains_lora:
+            alone = config
             if config.distills:
-                train_rows = self._distilled(rows, config.adapter)
+                train_rows = self._distilled(rows, config.adapter, ANSWER_SHARE)
+                alone = _within(config, 1 - ANSWER_SHARE)
             return self._run_phase(
-                PhaseJob(config, self._base.path, train_rows, valid_rows, pad, config.output / "phase"), "Training"
+                PhaseJob(alone, self._base.path, train_rows, valid_rows, pad, config.output / "phase"), "Training"
             )
         second = config.distills
-        joint = (
-            config.model_copy(update={"max_minutes": _share(config.max_minutes, 1 - DISTILL_SHARE)})
-            if second
-            else config
-        )
+        joint = _within(config, 1 - SECOND_ANSWER_SHARE - SECOND_SHARE) if second else config
         job = PhaseJob(joint, self._base.path, train_rows, valid_rows, pad, config.output / "phase")
         outcome, job = self._run_phase(job, "Training")
         if not second:
             return outcome, job
         adapter = config.output / "phase" / "adapter"
         self._export(job, adapter)
-        update = {
-            "epochs": 1,
-            "soft_targets": 1.0,
-            "gate": 0.0,
-            "max_minutes": _share(config.max_minutes, DISTILL_SHARE),
-        }
+        update = {"epochs": config.distill_epochs, "soft_targets": 1.0, "gate": 0.0}
         follow = replace(
             job,
-            config=config.model_copy(update=update),
-            train=self._distilled(rows, adapter),
+            config=_within(config, SECOND_SHARE).model_copy(update=update),
+            train=self._distilled(rows, adapter, SECOND_ANSWER_SHARE),
             folder=config.output / "phase-distilled",
             after=job.folder,
         )
@@ -262,16 +257,19 @@ class _Run:
         self._metrics = _kept_evaluation(outcome, judged_by(self._config), best=self._config.patience is not None)
         return outcome, job
 
-    def _distilled(self, rows: list[Row], adapter: Path | None) -> list[Encoded]:
+    def _distilled(self, rows: list[Row], adapter: Path | None, share: float) -> list[Encoded]:
         config = self._config
         path = config.output / "distilled.jsonl"
         if path.is_file():
             return load_rows(path)
         self._tell(Phase("Answering the training prompts"))
-        drawn = Random(config.seed).sample(rows, min(len(rows), config.distill_rows))  # noqa: S311 - nothing secret
+        useful = config.distill_rows if config.max_steps is None else config.max_steps * config.batch_size
+        count = min(len(rows), config.distill_rows, useful)
+        drawn = Random(config.seed).sample(rows, count)  # noqa: S311 - nothing secret
         prompts = [encode_prompt(self._tokenizer, row, self._format) for row in drawn]
         loaded = load_model(str(self._base.path), self._dtype, config.device)
-        answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell)
+        limit_s = None if config.max_minutes is None else 60 * share * config.max_minutes
+        answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell, max_seconds=limit_s)
         save_rows(answers, path)
         return answers
 
@@ -348,8 +346,9 @@ def _rates(evaluation: Evaluation, streams: int) -> tuple[float, ...]:
     return found + found[-1:] * (streams - len(found))
 
 
-def _share(minutes: float | None, of: float) -> float | None:
-    return None if minutes is None else minutes * of
+def _within(config: TrainingConfig, share: float) -> TrainingConfig:
+    """`config` with a share of its time."""
+    return config.model_copy(update={"max_minutes": config.max_minutes and share * config.max_minutes})
 
 
 def _kept_evaluation(outcome: PhaseOutcome, by: str, *, best: bool) -> dict[str, float]:

@@ -196,6 +196,25 @@ def test_the_whole_vocabulary_as_a_subset_is_no_subset() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_an_lm_that_is_not_trained_is_told_over_the_drafts_vocabulary(beta: float) -> None:
+    case = make_case(4)
+    ids = torch.tensor(sorted({*some_ids(case), *case.positions.next_ids.tolist()}))
+    frozen, streams = case.h.detach(), case.streams.requires_grad_()
+    few, all_of_it = (
+        head_losses(h, streams, case.positions, case.weight, HeadShape(), beta, draft_ids=ids)
+        for h in (frozen, case.h.requires_grad_())
+    )
+    torch.testing.assert_close(few.losses[1:], all_of_it.losses[1:], rtol=1e-12, atol=1e-12)
+    assert torch.equal(few.correct[1:], all_of_it.correct[1:])
+    logits = frozen @ case.weight[ids].t()
+    target = torch.searchsorted(ids, case.positions.next_ids)
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(few.losses[0], expected, rtol=1e-12, atol=1e-12)
+    mine, plain = (gradients(case, sums, [streams])[0] for sums in (few, all_of_it))
+    torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     assert len(case.h) > 2 * objective._chunk(case.h, VOCAB), "several chunks, or this shows nothing"
