@@ -86,8 +86,8 @@ class TrainingOptions(BaseModel):
     )
     self_distill: bool | None = Field(
         None,
-        description="Train the speculator on the model's own answers, by default for turbo and medusa; for turbo_lora it adds "
-        "a second phase with the LoRA frozen.",
+        description="Train the speculator on the model's own answers, as turbo and medusa do by default; for turbo_lora it "
+        "adds a second phase with the LoRA frozen.",
     )
     warm_start: bool = Field(False, description="Go on from the streams that the adapter already has (turbo).")
     distill_rows: Annotated[int, Field(ge=1)] = Field(
