@@ -26,6 +26,7 @@ from slipstream.engine.offline import Row as EngineRow
 from slipstream.errors import InvalidRequest
 from slipstream.protocol import SamplingParams
 from slipstream.training.config import Method
+from slipstream.training.distill import CONCURRENCY
 from slipstream.training.events import Event, Message, Metrics
 from slipstream.training.gate import METRICS
 from slipstream.training.model import TRAINABLE, TurboModel
@@ -319,7 +320,7 @@ def test_a_frozen_trunk_reads_each_row_once(world: World, monkeypatch: pytest.Mo
 
 
 def test_a_second_phase_learns_the_models_own_answers(world: World) -> None:
-    result = world.run(self_distill=True, epochs=2, learning_rate=0.02, lora_dropout=0.1)
+    result = world.run(self_distill=True, epochs=2, distill_epochs=1, learning_rate=0.02, lora_dropout=0.1)
     answers = [json.loads(line) for line in (world.root / "run" / "distilled.jsonl").read_text().splitlines()]
     assert len(answers) == 24
     first, second = world.weights(), world.weights(phase="phase-distilled")
@@ -332,11 +333,27 @@ def test_a_second_phase_learns_the_models_own_answers(world: World) -> None:
     path = "model.layers.0.self_attn.q_proj"
     trained = first[f"base.base_model.model.{path}.lora_A.default.weight"]
     assert torch.equal(weights.lora[path].a.float(), trained.bfloat16().float())
+
     # And what they learned is what this LoRA says.
-    row = answers[3]
-    prompt = [i for i, label in zip(row["ids"], row["labels"], strict=True) if label == -100]
+    def prompt_of(row: dict[str, Any]) -> list[int]:
+        return [i for i, label in zip(row["ids"], row["labels"], strict=True) if label == -100]
+
     tokenizer = AutoTokenizer.from_pretrained(world.base)
-    assert prompt == tokenizer(counting_rows(24)[3]["prompt"])["input_ids"]
+    asked = [tokenizer(row["prompt"])["input_ids"] for row in counting_rows(24)]
+    assert sorted(map(prompt_of, answers)) == sorted(asked)
+    row, prompt = answers[3], prompt_of(answers[3])
     engine = OfflineEngine(world.base, "float32", {"it": weights}, device="cpu")
     params = SamplingParams(temperature=0.0, max_tokens=32)
     assert engine.run([EngineRow(prompt, params, "it")]).answers[0] == row["ids"][len(prompt) :]
+
+
+def test_answering_stops_when_its_time_is_over(world: World) -> None:
+    data = write_jsonl(world.root / "many.jsonl", counting_rows(3 * CONCURRENCY))
+    options: dict[str, Any] = {"method": "turbo", "data": data, "max_minutes": 1e-4, "epochs": 50}
+    result = world.run(**options)
+    answers = (world.root / "run" / "distilled.jsonl").read_text().splitlines()
+    assert len(answers) == CONCURRENCY, "what was begun is finished, and nothing more is begun"
+    assert result.steps >= 1
+    world.run("few", method="turbo", data=data, max_steps=2)
+    answers = (world.root / "few" / "distilled.jsonl").read_text().splitlines()
+    assert len(answers) == 2 * 4, "no more than the steps will see"
