@@ -203,6 +203,7 @@ def test_a_run_from_the_command_line(job: Job) -> None:
     assert done.stdout.splitlines()[0] == f"Adapter: {job.output / 'adapter'}"
     assert "Speculation: on. Not measured" in done.stdout
     assert "tokens/step" in done.stderr
+    assert (job.output / "adapter" / "training_card.md").read_text().startswith("# output: turbo_lora")
     again = command(job, *options)
     assert again.exit_code == 1
     assert "holds a run already. Resume it, or give another folder." in again.stderr

@@ -47,7 +47,7 @@ _PARSED: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 _NOT_FOR_TURBO = {
     "method", "adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "gate", "gate_warmup",
-    "lora_reference", "name",
+    "lora_reference", "name", "distill_epochs",
 }  # fmt: skip
 
 _PublishOption = Annotated[
@@ -237,11 +237,19 @@ def _config(options: dict[str, Any], name: str | None) -> TrainingConfig:
     if given.get("stream_rank", ...) is None:
         given.setdefault("conditioned", False)  # dense streams cannot be
     try:
-        return TrainingConfig(**given, name=name)
+        return TrainingConfig(**given, name=name or _name_of(Path(given["output"])))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
         raise InvalidRequest(f"{where}{first['msg'].removeprefix('Value error, ')}.") from error
+
+
+def _name_of(output: Path) -> str | None:
+    """What the card of a run that is not published calls its adapter."""
+    try:
+        return check_name(output.absolute().name)
+    except InvalidName:
+        return None
 
 
 @contextmanager
