@@ -307,5 +307,5 @@ def test_the_command_line(base: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["steps"] == 4 + 1  # the second phase, on four rows
+    assert told["steps"] == 4 + 6  # the second phase: six passes over four rows
     assert (tmp_path / told["folder"] / "adapter_model.safetensors").is_file()
