@@ -41,9 +41,6 @@ FROZEN: Mapping[str, Mapping[str, Any]] = {
     "rank 64, conditioned, own answers": {"stream_rank": 64},
     "rank 32, conditioned, own answers": {"stream_rank": 32},
     "rank 128, own answers": {"conditioned": False},
-    "twice the rate, own answers": {"stream_learning_rate": 4e-3},
-    "equal weights, own answers": {"stream_decay": 1.0},
-    "512 negatives, own answers": {"negatives": 512},
 }
 GATES = (0.0, 0.15, 1.0)
 _ADAPTER = Path("examples/adapters/snips")
