@@ -343,8 +343,9 @@ def test_a_second_phase_learns_the_models_own_answers(world: World) -> None:
     assert sorted(map(prompt_of, answers)) == sorted(asked)
     row, prompt = answers[3], prompt_of(answers[3])
     engine = OfflineEngine(world.base, "float32", {"it": weights}, device="cpu")
-    params = SamplingParams(temperature=0.0, max_tokens=32)
-    assert engine.run([EngineRow(prompt, params, "it")]).answers[0] == row["ids"][len(prompt) :]
+    answer = row["ids"][len(prompt) :]
+    params = SamplingParams(temperature=0.0, max_tokens=len(answer))
+    assert engine.run([EngineRow(prompt, params, "it")]).answers[0] == answer
 
 
 def test_answering_stops_when_its_time_is_over(world: World) -> None:
@@ -357,3 +358,11 @@ def test_answering_stops_when_its_time_is_over(world: World) -> None:
     world.run("few", method="turbo", data=data, max_steps=2)
     answers = (world.root / "few" / "distilled.jsonl").read_text().splitlines()
     assert len(answers) == 2 * 4, "no more than the steps will see"
+
+
+def test_a_model_that_does_not_stop_is_not_listened_to_for_long(world: World) -> None:
+    # One step at a rate that moves nothing: a random model, whose answers end only where they are cut off.
+    result = world.run(max_steps=1, learning_rate=1e-9, stream_learning_rate=1e-9, gate_rows=8)
+    assert result.evaluation is not None
+    longest = len(counting_rows(1)[0]["completion"]) + 1  # the end token
+    assert result.evaluation.variants["lora"].mean_completion_tokens == 2 * longest

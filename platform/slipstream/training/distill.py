@@ -34,11 +34,13 @@ def distil(
     max_length: int,
     observer: Observer,
     *,
+    max_answer: int | None = None,
     max_seconds: float | None = None,
 ) -> list[Encoded]:
     """Greedy answers of a base model with `adapter` (a folder, or None) to `prompts` (token ids), as rows to train on.
 
-    A row has at most `max_length` tokens, and at most half as many of them are the answer's; longer prompts are left out.
+    A row has at most `max_length` tokens, `max_answer` (default: half as many) of them the answer's; longer prompts are
+    left out.
     An answer that was cut off is kept as far as it goes: every position of it is the model's own. After `max_seconds` no
     further prompt is begun. Raises `InvalidRequest` when no prompt is short enough.
     """
@@ -65,7 +67,7 @@ def distil(
         for number, prompt in enumerate(fitting):
             if number >= CONCURRENCY and progress() >= 1.0:
                 return
-            params = SamplingParams(temperature=0.0, max_tokens=min(max_length // 2, room - len(prompt)))
+            params = SamplingParams(temperature=0.0, max_tokens=min(max_answer or max_length // 2, room - len(prompt)))
             yield EngineRow(prompt, params, None if adapter is None else _NAME)
 
     results = engine.run(requests(), finished, concurrency=CONCURRENCY).results

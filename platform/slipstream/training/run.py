@@ -115,6 +115,9 @@ class _Run:
         if held_out:
             format_of(held_out, self._format)  # refuses chats that are to be raw
         train_rows, valid_rows = self._encode(rows, "training"), self._encode(held_out, "validation")
+        longest = max((row.num_trained for row in [*train_rows, *valid_rows]), default=1)
+        # A model that has not learned to stop is not listened to for long: every answer of the data ends well before.
+        self._max_answer = min(config.max_length // 2, 2 * longest)
         self._identity = BaseIdentity(self._base.id, base_digest(self._base.path))
         # Only now is there a run: rows that could not be used leave the folder free for the next try.
         config.output.mkdir(parents=True, exist_ok=True)
@@ -269,7 +272,16 @@ class _Run:
         prompts = [encode_prompt(self._tokenizer, row, self._format) for row in drawn]
         loaded = load_model(str(self._base.path), self._dtype, config.device)
         limit_s = None if config.max_minutes is None else 60 * share * config.max_minutes
-        answers = distil(loaded, self._tokenizer, adapter, prompts, config.max_length, self._tell, max_seconds=limit_s)
+        answers = distil(
+            loaded,
+            self._tokenizer,
+            adapter,
+            prompts,
+            config.max_length,
+            self._tell,
+            max_answer=self._max_answer,
+            max_seconds=limit_s,
+        )
         save_rows(answers, path)
         return answers
 
@@ -290,7 +302,7 @@ class _Run:
         if not rows:
             return None
         variants = [v for v in opened.variants if v.name != BASE or len(opened.variants) < 3]
-        options = EvaluationOptions(GATE_CONCURRENCY, self._config.max_length // 2, self._format)
+        options = EvaluationOptions(GATE_CONCURRENCY, self._max_answer, self._format)
         return evaluate(opened.engine, opened.tokenizer, rows, variants, options)
 
     def _gate(self, folder: Path, evaluation: Evaluation | None) -> Gate:
