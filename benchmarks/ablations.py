@@ -133,6 +133,7 @@ class _Bench:
         with TerminalObserver(Console(stderr=True), every=100) as observer:
             loaded = load_model(str(self._base), "auto", "cpu")
             answers = distil(loaded, self._tokenizer, adapter, [*prompts, *held_out], 512, observer)
+        assert len(answers) == len(prompts) + len(held_out), "every prompt is short enough"
         self._rows[True], self._valid = answers[: len(prompts)], answers[len(prompts) :]
 
     def train(self, own: bool, options: Mapping[str, Any]) -> dict[str, float]:

@@ -24,11 +24,11 @@ def rows(task: str, count: int) -> list[str]:
 
 
 def async_client(server: Running) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=120)
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=300)
 
 
 def sync_client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=300)
 
 
 async def complete(client: openai.AsyncOpenAI, model: str, prompt: str, **extra: Any) -> Any:

@@ -181,8 +181,11 @@ def test_a_sharded_model_learns_the_same(base: Path, tmp_path: Path) -> None:
     }
     one = {name: job(base, tmp_path / name, **options) for name, options in kinds.items()}
     two = {name: job(base, tmp_path / f"{name}-two", fsdp=True, **options) for name, options in kinds.items()}
+    # Not sharded, each worker keeps the states of the rows that it has seen.
+    one["kept"] = one["frozen"]
+    two["kept"] = job(base, tmp_path / "kept-two", method=Method.TURBO)
     for each in one.values():
-        fit_here(each, nobody)
+        fit_here(each, nobody)  # once: what has ended is not run again
     on_two(list(two.values()), tmp_path)
     for name, each in one.items():
         assert_same(each, two[name])

@@ -20,16 +20,18 @@ from adapter_registry.records import AdapterKind, PromptFormat
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.save import export_lorax
 from slipstream.adapters.validate import inspect_adapter
-from slipstream.engine.loader import describe, load_model
+from slipstream.engine.loader import describe, load_model, pick_dtype
 from slipstream.engine.offline import OfflineEngine
 from slipstream.engine.offline import Row as EngineRow
 from slipstream.errors import InvalidRequest
 from slipstream.protocol import SamplingParams
+from slipstream.training import run as run_module
 from slipstream.training.config import Method
 from slipstream.training.distill import CONCURRENCY
 from slipstream.training.events import Event, Message, Metrics
 from slipstream.training.gate import METRICS
 from slipstream.training.model import TRAINABLE, TurboModel
+from slipstream.training.phase import read_outcome
 from slipstream.training.states import StateCache
 
 FILES = {"training_card.md", "learning_curve.png", "training_log.jsonl"}
@@ -280,6 +282,27 @@ def test_early_stopping_keeps_the_best(world: World) -> None:
         world.weights(), load_file(world.root / "run" / "phase" / "checkpoints" / f"checkpoint-{best}" / TRAINABLE)
     )
     assert result.metrics["eval_lora_loss"] == pytest.approx(losses[best]), "the numbers of what is kept"
+
+
+def test_early_stopping_judges_the_streams_of_a_finished_lora_by_their_own_loss(world: World) -> None:
+    # In the second phase the LoRA stands still: by its loss the first evaluation would always be the best.
+    result = world.run(
+        self_distill=True, epochs=1, distill_epochs=6, eval_every=6, patience=2, stream_learning_rate=0.01
+    )
+    outcome = read_outcome(world.root / "run" / "phase-distilled")
+    assert outcome is not None
+    losses = [row["eval_loss"] for row in outcome.history if "eval_loss" in row]
+    assert result.metrics["eval_loss"] == min(losses)
+    told = [event.message for event in world.events if isinstance(event, Message) and "Stopped" in event.message]
+    assert len(losses) == 6 or f"without a lower loss than {min(losses):.4f}" in told[-1]
+
+
+def test_a_resumed_run_keeps_its_number_format(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run(bf16=None, max_steps=2)
+    config = json.loads((world.root / "run" / "run.json").read_text())
+    assert config["bf16"] is (pick_dtype("auto", torch.device("cpu")) is torch.bfloat16)
+    monkeypatch.setattr(run_module, "precision", lambda config: torch.float16)  # as if on another machine
+    assert world.run(bf16=None, max_steps=2, resume=True).steps == 2
 
 
 def test_trackers_get_the_names_people_know(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,9 @@ class TrainingOptions(BaseModel):
     epochs: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="Passes over the data.")
     max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Stop after so many optimiser steps.")
     max_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Stop after so many minutes of training; the schedules are stretched to end with them."
+        None,
+        description="Stop after so many minutes of training, answering the training prompts included; the schedules are "
+        "stretched to end with them.",
     )
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="Rows of one optimiser step.")
     micro_batch_size: Annotated[int, Field(ge=1)] | None = Field(
@@ -91,10 +93,10 @@ class TrainingOptions(BaseModel):
     )
     warm_start: bool = Field(False, description="Go on from the streams that the adapter already has (turbo).")
     distill_rows: Annotated[int, Field(ge=1)] = Field(
-        2000, description="Prompts that are answered for self-distillation."
+        2000, description="Prompts that are answered for self-distillation; never more than the phase's steps will see."
     )
     distill_epochs: Annotated[int, Field(ge=1, le=1000)] = Field(
-        6, description="Passes over those answers in turbo_lora's second phase: from the second on they are cheap."
+        6, description="Passes over those answers in turbo_lora's second phase; max_steps ends it too."
     )
     clip: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Largest gradient norm, of LoRA and streams separately."
@@ -150,6 +152,11 @@ class TrainingConfig(TrainingOptions):
     device: str = Field("auto", description="Torch device; auto takes a GPU when there is one.")
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Torch threads; by default torch's own choice."
+    )
+    state_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        4.0,
+        description="Main memory for what a finished model says to the training rows, where only a speculator is trained: "
+        "passes after the first are then several times faster. 0 turns it off.",
     )
     workers: Annotated[int, Field(ge=1)] = Field(1, description="Ray Train workers that share each batch.")
     fsdp: bool = Field(False, description="Shard the model over the workers (FSDP): for models that do not fit on one.")

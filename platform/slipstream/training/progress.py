@@ -68,7 +68,7 @@ def _of(prefix: str, data: Mapping[str, float]) -> dict[str, float]:
 
 def describe(data: Mapping[str, float]) -> str:
     """The numbers that people watch, on one line."""
-    parts = [f"loss {data[key]:.3f}" for key in ("lora_loss",) if key in data]
+    parts = [f"loss {data[key]:.3f}" for key in [k for k in ("lora_loss", "loss") if k in data][:1]]
     top1 = [data[f"turbo_{k}_top1"] for k in range(8) if f"turbo_{k}_top1" in data]
     if top1:
         parts.append("top-1 " + "/".join(f"{value:.2f}"[1:] if value < 0.995 else "1" for value in top1))

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -51,6 +52,7 @@ _MAY_CHANGE = {
     "adapter",
     "lora_reference",
     "name",
+    "state_cache_gib",
 }
 
 
@@ -107,6 +109,7 @@ class _Run:
         config = self._config
         self._check()
         self._tell(Phase("Preparing"))
+        self._settle_precision()
         self._base: PreparedModel = prepare_base_model(config.base, load_settings().home)
         self._tokenizer = AutoTokenizer.from_pretrained(self._base.path)
         rows, held_out = self._read()
@@ -158,6 +161,15 @@ class _Run:
             )
         if config.method is Method.TURBO_LORA and config.lora_reference is not None:
             reference_loss(config.lora_reference)
+
+    def _settle_precision(self) -> None:
+        """One number format for the whole run, also where it goes on on another machine; Ray's workers pick their own."""
+        if self._config.bf16 is not None or self._config.workers > 1:
+            return
+        path = self._config.output / RUN
+        before = json.loads(path.read_text("utf-8")).get("bf16") if path.is_file() else None
+        bf16 = precision(self._config) is torch.bfloat16 if before is None else before
+        self._config = self._config.model_copy(update={"bf16": bf16})
 
     def _check_same_run(self) -> None:
         """A run goes on as what it began: other rows or options would make an adapter that no card describes."""
@@ -257,7 +269,8 @@ class _Run:
         outcome = self._fit(job, self._tell)
         if outcome.stopped:
             raise Interrupted(f"Stopped after step {outcome.steps}; a checkpoint is saved. Go on with resume.")
-        self._metrics = _kept_evaluation(outcome, judged_by(self._config), best=self._config.patience is not None)
+        by = judged_by(trains_lora=self._config.method.trains_lora and job.after is None)
+        self._metrics = _kept_evaluation(outcome, by, best=self._config.patience is not None)
         return outcome, job
 
     def _distilled(self, rows: list[Row], adapter: Path | None, share: float) -> list[Encoded]:
@@ -266,7 +279,8 @@ class _Run:
         if path.is_file():
             return load_rows(path)
         self._tell(Phase("Answering the training prompts"))
-        useful = config.distill_rows if config.max_steps is None else config.max_steps * config.batch_size
+        passes = config.distill_epochs if config.method.trains_lora else config.epochs
+        useful = len(rows) if config.max_steps is None else -(-config.max_steps * config.batch_size // passes)
         count = min(len(rows), config.distill_rows, useful)
         drawn = Random(config.seed).sample(rows, count)  # noqa: S311 - nothing secret
         prompts = [encode_prompt(self._tokenizer, row, self._format) for row in drawn]

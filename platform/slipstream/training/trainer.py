@@ -69,10 +69,11 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self._sums = ForwardSums.zeros(self._streams)
         self.tokens = 0  # that all workers have seen, padding left out
         self._tokens_of_step = 0  # of this worker
-        # A sharded trunk is read by all workers together, so none may skip it.
-        keeps = not model.trains_trunk and not config.fsdp
-        self.states = StateCache(self._read_states, self._companions) if keeps else None
-        arguments = _arguments(config, output, per_step // workers, self.clock.total_steps, bool(self._valid))
+        self.judged_by = judged_by(trains_lora=model.trains_trunk)
+        self.states = self._state_cache(model, workers)
+        arguments = _arguments(
+            config, output, per_step // workers, self.clock.total_steps, self.judged_by if self._valid else None
+        )
         callbacks = [_Clockwork(self, observer)]
         if config.negatives is not None and self._streams:
             model.limit_drafts(torch.tensor(sorted({i for row in train for i in row.labels if i != IGNORE})))
@@ -86,11 +87,6 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # our loss is a sum over num_items_in_batch, not a mean per micro-batch
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-
-    @property
-    def judged_by(self) -> str:
-        """The metric that early stopping goes by."""
-        return judged_by(self._options)
 
     @property
     def turbo(self) -> TurboModel:
@@ -161,6 +157,15 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
         packed = pack([self._rows[i] for i in numbers], self._pack_length, self._pad_id)
         return {**packed.as_dict(), "numbers": torch.tensor(numbers)}
 
+    def _state_cache(self, model: TurboModel, workers: int) -> StateCache | None:
+        """Where a frozen trunk's states are kept, if there is use for them."""
+        capacity = int(self._options.state_cache_gib * 2**30) // workers
+        # A sharded trunk is read by all workers together, so none may skip it.
+        if model.trains_trunk or self._options.fsdp or not capacity:
+            return None
+        # With several workers a row comes to another one in each epoch: reading along would read most rows everywhere.
+        return StateCache(self._read_states, self._companions if workers == 1 else None, capacity)
+
     def _states(self, numbers: Sequence[int], segments: torch.Tensor) -> torch.Tensor | None:
         """What a frozen trunk says to a batch, [N, H], in the order in which its rows are packed. None: it is to be asked."""
         if self.states is None:
@@ -223,7 +228,13 @@ class TurboTrainer(Trainer):  # type: ignore[misc]
     def take_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call."""
         sums, self._sums = self._all(self._sums), torch.zeros_like(self._sums)
-        return named_metrics(sums, self._streams, self._options.stream_decay, chains=False) if sums[0] > 0 else {}
+        if sums[0] <= 0:
+            return {}
+        found = named_metrics(sums, self._streams, self._options.stream_decay, chains=False)
+        if not self.turbo.trains_trunk:  # it does not move, and here it was asked about the drafts' vocabulary alone
+            found["loss"] -= found.pop("lora_loss")
+            del found["lora_top1"]
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with our sums in place of its running loss."""
@@ -369,9 +380,9 @@ def stop_on_sigterm(trainer: TurboTrainer, should_stop: Callable[[], bool] | Non
         signal.signal(signal.SIGTERM, before)
 
 
-def judged_by(config: TrainingConfig) -> str:
-    """What tells the best weights: the LoRA's own loss where one is trained, as in a plain LoRA run; else the streams'."""
-    return "eval_lora_loss" if config.method.trains_lora else "eval_loss"
+def judged_by(*, trains_lora: bool) -> str:
+    """What tells a phase's best weights: the LoRA's own loss where it is trained, as in a plain run; else the streams'."""
+    return "eval_lora_loss" if trains_lora else "eval_loss"
 
 
 def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
@@ -382,15 +393,16 @@ def _micro_batches(config: TrainingConfig, workers: int, rows: int) -> int:
 
 
 def _arguments(
-    config: TrainingConfig, output: Path, accumulation: int, steps: int, evaluates: bool
+    config: TrainingConfig, output: Path, accumulation: int, steps: int, judge: str | None
 ) -> TrainingArguments:
+    """judge: the metric that tells the best weights; None: nothing is evaluated."""
     cadence: dict[str, Any] = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
-    if evaluates:
+    if judge is not None:
         cadence |= {"eval_strategy": "steps", "eval_steps": config.eval_every}
         if config.patience is not None:
             cadence |= {
                 "load_best_model_at_end": True,
-                "metric_for_best_model": judged_by(config),
+                "metric_for_best_model": judge,
                 "greater_is_better": False,
             }
             cadence["save_steps"] = config.eval_every  # the best one must be there to go back to
