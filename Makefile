@@ -27,7 +27,7 @@ fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), http, lossless or drafts, with their options
+bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), http, lossless, drafts, training, streams or gates, with their options
 	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test

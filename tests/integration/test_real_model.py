@@ -68,10 +68,13 @@ def test_float32_equals_peft_token_for_token_batched_chunked_preempted_and_specu
     assert accepted > 0.3, "the trained streams should be right about half of the time"
 
 
+@pytest.mark.skipif(
+    pick_dtype("auto", torch.device("cpu")) is not torch.bfloat16,
+    reason="this processor emulates bfloat16: it takes many minutes, and nobody is served in it",
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_bfloat16_speculation_flips_are_rare(temperature: float) -> None:
     """In bf16 equality is not promised; the rate over 200 prompts is in benchmarks/README.md."""
-    count = 12 if pick_dtype("auto", torch.device("cpu")) is torch.bfloat16 else 3  # emulated, it takes minutes
     harness = Harness(base(torch.bfloat16), folders(), num_blocks=1024, max_batched_tokens=512)
 
     def run(cap: int) -> list[list[int]]:
@@ -83,7 +86,7 @@ def test_bfloat16_speculation_flips_are_rare(temperature: float) -> None:
                 draft_cap=cap,
             )
             for task in ADAPTERS
-            for i, p in enumerate(rows(task, count))
+            for i, p in enumerate(rows(task, 12))
         ]
         return harness.run(jobs)
 
