@@ -16,6 +16,7 @@ from slipstream.training.config import TrainingConfig
 from slipstream.training.gate import Gate
 
 CARD, PICTURE, LOG = "training_card.md", "learning_curve.png", "training_log.jsonl"
+LOG_STEPS = 100
 _LOCAL = {"data", "valid", "output", "adapter", "lora_reference", "base", "resume", "threads", "device", "report_to"}
 
 
@@ -40,10 +41,18 @@ class Report:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write card, picture and log into an adapter folder."""
-    lines = [json.dumps({k: _short(v) for k, v in sorted(row.items())}) for row in report.history]
+    lines = [json.dumps({k: _short(v) for k, v in sorted(row.items())}) for row in thinned(report.history)]
     (folder / LOG).write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_curves(report.history, report.config.streams if report.config.method.trains_streams else 0, folder / PICTURE)
     (folder / CARD).write_text(card(report), encoding="utf-8")
+
+
+def thinned(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """About `LOG_STEPS` of the steps, and every evaluation: the log travels with every version. `events.jsonl` has all."""
+    steps = [i for i, row in enumerate(history) if "loss" in row]
+    every = max(1, -(-len(steps) // LOG_STEPS))
+    left_out = set(steps) - set(steps[::every]) - set(steps[-1:])
+    return [row for i, row in enumerate(history) if i not in left_out]
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], streams: int, path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from slipstream.evaluation.result import Evaluation, Spread, VariantResult
 from slipstream.training.config import Method, TrainingConfig
 from slipstream.training.gate import Gate
-from slipstream.training.report import CARD, LOG, PICTURE, Report, card, write_report
+from slipstream.training.report import CARD, LOG, PICTURE, Report, card, thinned, write_report
 
 HASH = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 HISTORY: list[dict[str, float]] = [
@@ -88,3 +88,16 @@ def test_picture_and_log(tmp_path: Path, history: list[dict[str, float]], method
     for line, row in zip(lines, history, strict=True):
         assert line == pytest.approx(row, rel=1e-3)
     assert HASH in (tmp_path / CARD).read_text()
+
+
+def test_a_long_log_is_thinned_but_keeps_its_evaluations() -> None:
+    history: list[dict[str, float]] = []
+    for step in range(1, 1051):
+        history.append({"step": step, "loss": 1.0})
+        if step % 50 == 0:
+            history.append({"step": step, "eval_loss": 2.0})
+    kept = thinned(history)
+    steps = [row["step"] for row in kept if "loss" in row]
+    assert (len(steps), steps[0], steps[-1]) == (97, 1, 1050)
+    assert sum("eval_loss" in row for row in kept) == 21
+    assert thinned(history[:60]) == history[:60], "a short one is whole"
