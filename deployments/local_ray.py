@@ -35,6 +35,10 @@ def prepare_ray_environment() -> None:
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_enable_metrics_collection": "0",
+            # Ray kills a proxy that is not up after 5 s: on a busy or slow machine, with nothing in the page cache, the
+            # first import alone takes longer.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
         },
     )
 
