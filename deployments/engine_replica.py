@@ -33,6 +33,7 @@ _ENGINE_FIELDS = (
     "max_model_len",
     "prefix_caching",
     "max_draft",
+    "disable",
     "adapter_slots",
     "host_adapter_bytes",
     "adapter_fetch_timeout_s",

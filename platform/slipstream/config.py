@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from slipstream.engine.config import FastPath
 from slipstream.errors import ConfigError
 
 ENV_PREFIX = "SLIPSTREAM_"
@@ -73,6 +74,11 @@ class ModelDefaults(BaseModel):
     block_size: Count = Field(16, description="Tokens of one KV block.")
     prefix_caching: bool = Field(True, description="Keep the KV blocks of prompts for requests that begin alike.")
     max_draft: int = Field(8, ge=0, le=8, description="Longest draft, whatever an adapter's number of streams.")
+    disable: tuple[FastPath, ...] = Field(
+        (),
+        description="Fast paths to leave out, to compare or to find a fault, as a JSON list: "
+        "`packed-weights`, `grouped-lora`, `adaptive-drafts`.",
+    )
     adapter_slots: Count = Field(32, description="Adapters held on the device at once.")
     host_adapter_bytes: int = Field(2 * GIB, ge=1 << 20, description="Bytes of adapters held in host memory.")
     adapter_fetch_timeout_s: float = Field(

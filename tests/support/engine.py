@@ -61,7 +61,7 @@ class Harness:
     ) -> None:
         loaded = adopt_model(copy.deepcopy(model) if copy_model else model)
         self.eos = eos_ids(loaded) if eos is None else eos
-        self.runner = ModelRunner(loaded, num_blocks, block_size, slots, self.eos)
+        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos)
         self.pool = BlockPool(num_blocks, block_size)
         self.residency = ResidencyManager(slots, 1 << 34)
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)

@@ -28,6 +28,7 @@ class KVCache:
     ) -> None:
         """shapes: (kv_heads, head_dim) of each layer."""
         self.block_size = block_size
+        self.num_blocks = num_blocks
         self.keys = [torch.zeros(h, num_blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
         self.values = [torch.zeros_like(k) for k in self.keys]
 

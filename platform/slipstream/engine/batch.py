@@ -1,13 +1,14 @@
-"""From a `StepPlan` to the tensors of one forward."""
+"""From the sequences of a `StepPlan` to the tensors of one forward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slipstream.engine.attention import KVCache, PagedBatch, Segment
-from slipstream.engine.plan import PlannedSequence, StepPlan
+from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import RowRequest
 
 WIDTH_UNIT = 256  # contexts below this many tokens share a group; above, those within a factor of two
@@ -16,54 +17,54 @@ DECODE_ROWS = 16  # sequences with at most this many rows are attended in one pa
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Flat tensors of one step. input_ids, positions, slots: int64 [n]; sample_rows: int64 [m] rows whose logits count."""
+    """Flat tensors of one step. input_ids, positions: int64 [n]; sample_rows: int64 [m] rows whose logits count."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor  # adapter slot of each token, -1 = base
+    slots: tuple[int, ...]  # adapter slot of each token, -1 = base
     paged: PagedBatch
     sample_rows: torch.Tensor
-    sample_slots: torch.Tensor
+    sample_slots: tuple[int, ...]
     requests: tuple[RowRequest, ...]  # one for each sample row
     spans: tuple[tuple[PlannedSequence, int], ...]  # sampling sequences and their first index in sample_rows
 
 
-def build_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> StepBatch:
-    """Lay a plan out."""
+def build_batch(parts: Sequence[PlannedSequence], cache: KVCache, device: torch.device) -> StepBatch:
+    """Lay a plan's sequences out, in the order given."""
     ids: list[int] = []
     positions: list[int] = []
     adapter: list[int] = []
     kv_slots: list[int] = []
     first_row: list[int] = []
     size = cache.block_size
-    for part in plan.sequences:
+    for part in parts:
         first_row.append(len(ids))
         ids += part.tokens
         span = range(part.start, part.start + len(part.tokens))
         positions += span
         adapter += [part.slot] * len(part.tokens)
         kv_slots += [part.blocks[p // size] * size + p % size for p in span]
-    sample_rows, sample_slots, requests, spans = _samples(plan, first_row)
+    sample_rows, sample_slots, requests, spans = _samples(parts, first_row)
 
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    segments = tuple(_segment(group, size, device) for group in _groups(plan, first_row))
+    segments = tuple(_segment(group, size, device) for group in _groups(parts, first_row))
     paged = PagedBatch(cache, tensor(kv_slots), segments)
     return StepBatch(
-        tensor(ids), tensor(positions), tensor(adapter), paged, tensor(sample_rows), tensor(sample_slots),
+        tensor(ids), tensor(positions), tuple(adapter), paged, tensor(sample_rows), tuple(sample_slots),
         tuple(requests), tuple(spans),
     )  # fmt: skip
 
 
 def _samples(
-    plan: StepPlan, first_row: list[int]
+    parts: Sequence[PlannedSequence], first_row: list[int]
 ) -> tuple[list[int], list[int], list[RowRequest], list[tuple[PlannedSequence, int]]]:
     rows: list[int] = []
     slots: list[int] = []
     requests: list[RowRequest] = []
     spans: list[tuple[PlannedSequence, int]] = []
-    for part, first in zip(plan.sequences, first_row, strict=True):
+    for part, first in zip(parts, first_row, strict=True):
         if not part.samples:
             continue
         spans.append((part, len(rows)))
@@ -92,12 +93,12 @@ class _Member:
     first_row: int
 
 
-def _groups(plan: StepPlan, first_row: list[int]) -> list[list[_Member]]:
+def _groups(parts: Sequence[PlannedSequence], first_row: list[int]) -> list[list[_Member]]:
     """Short sequences of similar context together; each longer prefill chunk alone. All members of a group are padded to the
     longest, in rows and in keys: one 8,000-token context must not make 31 short ones read 8,000 keys each."""
     short: dict[int, list[_Member]] = {}
     groups: list[list[_Member]] = []
-    for part, first in zip(plan.sequences, first_row, strict=True):
+    for part, first in zip(parts, first_row, strict=True):
         if len(part.tokens) <= DECODE_ROWS:
             width = (part.start + len(part.tokens)) // WIDTH_UNIT
             short.setdefault(width.bit_length(), []).append(_Member(part, first))

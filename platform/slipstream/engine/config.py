@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from slipstream.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
+
+
+class FastPath(StrEnum):
+    """What makes the engine fast and can be turned off, to compare or to find a fault. No text depends on any of them."""
+
+    PACKED_WEIGHTS = "packed-weights"  # base weights laid out for the processor; off: as they were loaded
+    GROUPED_LORA = "grouped-lora"  # all adapters of a step in one batched GEMM; off: one adapter after the other
+    ADAPTIVE_DRAFTS = "adaptive-drafts"  # as many drafts as pay; off: as many as an adapter has streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,7 @@ class EngineConfig:
     adapter_fetch_timeout_s: float = 60.0
     scratch_dir: str | None = None  # where adapters are fetched to; None = the system's temporary folder
     max_draft: int = 8  # cap over every adapter's number of streams
+    disable: tuple[FastPath, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` naming the field that cannot work."""

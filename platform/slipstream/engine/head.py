@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipstream.engine.linear import AdapterBank, packed_linear
+from slipstream.engine.lora import AdapterBank
+from slipstream.engine.packed import packed_linear
 from slipstream.engine.streams import OwnHead
 
 
@@ -26,12 +27,12 @@ class Head:
             getattr(config, "logits_scaling", None) or 1.0
         )
 
-    def __call__(self, hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """hidden: [m, H]; slots: int64 [m] → logits [m, V] in the model's dtype."""
+    def __call__(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """hidden: [m, H]; slots: adapter slot of each row → logits [m, V] in the model's dtype."""
         self._bank.use(slots)
         return self._shape(self._member(hidden))
 
-    def drafts(self, states: torch.Tensor, slots: torch.Tensor, own: Sequence[OwnHead]) -> torch.Tensor:
+    def drafts(self, states: torch.Tensor, slots: Sequence[int], own: Sequence[OwnHead]) -> torch.Tensor:
         """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.
 
         Own heads come without LoRA, but with the base's bias, scaling and soft cap: they began as copies of its weight.
@@ -45,7 +46,7 @@ class Head:
             shared.difference_update(head.rows)
         if shared:
             rows = sorted(shared)
-            logits[rows] = self(states[rows], slots[rows])
+            logits[rows] = self(states[rows], [slots[row] for row in rows])
         return logits
 
     def exact(self, hidden: torch.Tensor, slot: int, ids: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ class Head:
         logits = self._weight[ids].float() @ h
         lora = self._bank.targets(slot, self._name)
         if lora is not None:
-            delta = lora.b[ids].float() @ (lora.a.float() @ h)
+            delta = (h @ lora.a.float()) @ lora.b[:, ids].float()
             logits = (logits + delta) * lora.gain[ids] if lora.gain is not None else logits + delta
         if self._bias is not None:
             logits = logits + self._bias[ids].float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from transformers.modeling_utils import PreTrainedModel
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.admission import check_params
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
+from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.loader import LoadedModel, adopt_model, cache_shapes, context_length, eos_ids, load_model
 from slipstream.engine.plan import Emission
 from slipstream.engine.residency import ResidencyManager
@@ -136,12 +138,14 @@ class OfflineEngine:
         max_batched_tokens: int = 512,
         kv_cache_bytes: int = 1 << 30,
         prefix_caching: bool = False,
+        disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
     ) -> None:
         """`model` is a folder, or a model in memory, which keeps its own dtype and device.
 
         A model in memory is taken over: its `nn.Linear`s are replaced in place by ones that serve adapters and it is
         frozen, so it cannot be trained any more. Give a deep copy to go on with the original.
         `eos` ends answers (default: what model and generation config say; add a tokenizer's own with `loader.eos_ids`).
+        Drafts are as many as a row may have, so that acceptance does not depend on load, unless `disable` lets them adapt.
         Prefix caching is off, so that a second run of the same prompts costs the same as the first.
         Raises `ModelUnsupported` for a base model that the engine cannot serve.
         """
@@ -156,10 +160,12 @@ class OfflineEngine:
         self.max_num_seqs = max_num_seqs
         slots = max(ADAPTER_SLOTS, len(adapters or {}))
         self._vocab_size = loaded.head.out_features
-        self.runner = ModelRunner(loaded, num_blocks, BLOCK_SIZE, slots, self.eos)
+        self.runner = ModelRunner(loaded, num_blocks, BLOCK_SIZE, self.eos, disable)
         residency = ResidencyManager(slots, _HOST_BYTES)
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)
         scheduler.prefix_caching = prefix_caching
+        if FastPath.ADAPTIVE_DRAFTS not in disable:
+            scheduler.drafts = GoodputDrafts(self.runner.row_costs(max_batched_tokens))
         self._core = EngineCore(scheduler, residency, self.runner)
         self._adapters: dict[str, PreparedAdapter] = {}
         self._last_id = 0

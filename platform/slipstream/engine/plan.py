@@ -24,7 +24,7 @@ class PlannedSequence:
     slot: int  # adapter slot, -1 = base
     params: SamplingParams
     output_index: int  # index, in the answer, of the first token this step decides (keys the sampling noise)
-    draft_next: int  # drafts wanted for the next step
+    draft_next: int = 0  # drafts wanted for the next step
     history: tuple[int, ...] = ()  # prompt + answer, only when a penalty needs it
     prompt_len: int = 0
 

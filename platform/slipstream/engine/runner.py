@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,20 @@ import torch
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import StepBatch, build_batch, row_request
+from slipstream.engine.config import FastPath
+from slipstream.engine.goodput import RowCosts
 from slipstream.engine.head import Head
-from slipstream.engine.linear import AdapterBank, PreparedLora, RowContext, swap_linears
+from slipstream.engine.linear import RowContext, swap_linears
 from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes
+from slipstream.engine.lora import AdapterBank, PreparedLora
 from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.sampling import RowRequest, Sampler, logprob_of
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
 
+COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
+COST_RUNS = 3  # the first of which warms up
 _NO_PARAMS = SamplingParams(temperature=0.0)
 
 
@@ -45,15 +51,23 @@ class PreparedAdapter:
 class ModelRunner:
     """The model, its KV cache and its adapters."""
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int, block_size: int, num_slots: int, eos_ids: frozenset[int]):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        num_blocks: int,
+        block_size: int,
+        eos_ids: frozenset[int],
+        disable: Collection[FastPath] = (),
+    ) -> None:
         self.device = loaded.device
         self._decoder = loaded.decoder
         self._embedding = loaded.embedding
         head_name = next(n for n, m in loaded.model.named_modules() if m is loaded.head)
         head_weight = loaded.head.weight.data
         self._rows = RowContext()
-        groups = swap_linears(loaded.model, self._rows)
-        self._bank = AdapterBank(groups, num_slots, self._rows, torch.empty(0, dtype=loaded.dtype, device=self.device))
+        groups = swap_linears(loaded.model, self._rows, FastPath.PACKED_WEIGHTS not in disable)
+        like = torch.empty(0, dtype=loaded.dtype, device=self.device)
+        self._bank = AdapterBank(groups, self._rows, like, FastPath.GROUPED_LORA not in disable)
         self._streams = StreamBank()
         member = loaded.model.get_submodule(head_name)
         self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
@@ -101,7 +115,9 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Forward → verify → draft."""
-        batch = build_batch(plan, self.cache, self.device)
+        parts = plan.sequences
+        order = self._bank.order([part.slot for part in parts], [len(part.tokens) for part in parts])
+        batch = build_batch([parts[i] for i in order], self.cache, self.device)
         hidden = self._forward(batch)
         if not batch.spans:
             return StepResult()
@@ -132,7 +148,7 @@ class ModelRunner:
 
     def _verify(self, batch: StepBatch, hidden: torch.Tensor, logits: torch.Tensor) -> list[list[int]]:
         """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
-        slots = batch.sample_slots.tolist()
+        slots = batch.sample_slots
 
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
@@ -165,7 +181,7 @@ class ModelRunner:
         counts = [part.draft_next for part, _, _ in wanting]
         slots = [part.slot for part, _, _ in wanting]
         states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
-        per_row = torch.tensor(slots, device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+        per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
         logits = self._head.drafts(states, per_row, self._streams.own_heads(slots, counts))
         picked: dict[int, tuple[int, ...]] = {}
         start = 0
@@ -190,6 +206,37 @@ class ModelRunner:
             return ()
         return tuple(logprob_of(row, token, wanted) for row, token in zip(logits, tokens, strict=True))
 
+    # -- costs ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def row_costs(self, most: int) -> RowCosts:
+        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few runs each, with
+        single rows of short contexts of the base model. Writes to the cache: for an engine that has no sequences yet."""
+        size = self.cache.block_size
+        context = min(COST_CONTEXT, self.cache.num_blocks * size)
+        blocks = tuple(range(-(-context // size)))
+        row = PlannedSequence(0, PROBE[:1], context - 1, blocks, True, 0, -1, _NO_PARAMS, 0)
+        counts = [1]
+        while counts[-1] < most or len(counts) < 2:
+            counts.append(2 * counts[-1])
+        decoder_s, head_s = [], []
+        for count in counts:
+            batch = build_batch([row] * count, self.cache, self.device)
+            decoder_s.append(self._best_time(lambda batch=batch: self._forward(batch)))  # type: ignore[misc]
+            hidden = self._forward(batch)
+            head_s.append(self._best_time(lambda hidden=hidden, batch=batch: self._head(hidden, batch.slots)))  # type: ignore[misc]
+        return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s))
+
+    def _best_time(self, work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(COST_RUNS):
+            began = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
     # -- self-check -----------------------------------------------------------------------------------------------
 
     def _embedding_dtype(self) -> torch.dtype:
@@ -201,7 +248,7 @@ class ModelRunner:
         blocks = tuple(range(-(-len(PROBE) // self.cache.block_size)))
         part = PlannedSequence(0, PROBE, 0, blocks, True, len(PROBE) - 1, -1, _NO_PARAMS, 0, 0)
         try:
-            batch = build_batch(StepPlan((part,)), self.cache, self.device)
+            batch = build_batch([part], self.cache, self.device)
             ours = self._head(self._forward(batch), batch.slots).float()
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             raise ModelUnsupported(f"{name} cannot run on paged attention: {error}") from error

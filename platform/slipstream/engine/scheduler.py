@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from slipstream.engine.blocks import BlockPool, chain_hash, root_hash
+from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts
 from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.protocol import FinishReason
@@ -57,6 +58,7 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.prefix_caching = True
+        self.drafts: DraftPolicy = FullDrafts()
         self.counters = SchedulerCounters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
@@ -119,7 +121,32 @@ class Scheduler:
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)
-        return StepPlan(tuple(planned.values()))
+        return StepPlan(tuple(self._with_drafts(list(planned.values()))))
+
+    def _with_drafts(self, parts: list[PlannedSequence]) -> list[PlannedSequence]:
+        """The parts, each with the drafts that it makes for the next step."""
+        wishes = {}
+        for i, part in enumerate(parts):
+            adapter, most = self._by_id[part.seq_id].adapter, self._most_drafts(part)
+            if adapter is not None and most:
+                wishes[i] = DraftWish(adapter, most)
+        if not wishes:
+            return parts
+        # Next step's rows: one for each sequence that samples, and what prompts have left to compute.
+        rows = sum(part.samples for part in parts) + sum(
+            self._missing(self._by_id[part.seq_id]) - len(part.tokens) for part in parts if not part.samples
+        )
+        lengths = self.drafts.lengths(list(wishes.values()), min(rows, self.max_batched_tokens))
+        for i, length in zip(wishes, lengths, strict=True):
+            parts[i] = replace(parts[i], draft_next=length)
+        return parts
+
+    def _most_drafts(self, part: PlannedSequence) -> int:
+        """At least one token is emitted now and one by the next step, which leaves remaining - 2 for drafts."""
+        seq, lease = self._by_id[part.seq_id], self._leases[part.seq_id]
+        if lease is None or not part.samples:
+            return 0
+        return max(0, min(lease.num_streams, seq.draft_cap, seq.remaining - 2))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Emission]:
         """Take in what the step computed. Sequences aborted in between are skipped."""
@@ -177,7 +204,6 @@ class Scheduler:
     def _part(self, seq: Sequence, end: int, drafts: list[int]) -> PlannedSequence:
         lease = self._leases[seq.seq_id]
         samples = end == len(seq.tokens)
-        streams = lease.num_streams if lease else 0
         p = seq.params
         return PlannedSequence(
             seq_id=seq.seq_id,
@@ -189,8 +215,6 @@ class Scheduler:
             slot=lease.slot if lease else -1,
             params=p,
             output_index=seq.num_answer,
-            # At least one token is emitted now and one by the next step, which leaves remaining - 2 for drafts.
-            draft_next=max(0, min(streams, seq.draft_cap, seq.remaining - 2)) if samples else 0,
             history=tuple(seq.tokens) if p.has_penalties and samples else (),
             prompt_len=seq.prompt_len,
         )
@@ -286,6 +310,9 @@ class Scheduler:
         accepted = min(len(result.tokens) - 1, emitted)
         seq.accepted += accepted
         seq.drafts = list(result.drafts)
+        judged = min(part.num_drafts, emitted)
+        if judged and seq.adapter is not None:
+            self.drafts.observe(seq.adapter, judged, accepted)
         if reason is not None:
             self._finish(seq, reason)
         return Emission(
@@ -293,7 +320,7 @@ class Scheduler:
             tuple(seq.tokens[before:]),
             result.logprobs[:emitted],
             reason is not None,
-            judged=min(part.num_drafts, emitted),
+            judged=judged,
             accepted=accepted,
         )
 

@@ -24,8 +24,9 @@ from slipstream.adapters.load import load_adapter
 from slipstream.engine import loader
 from slipstream.engine.admission import Admission, Admitted
 from slipstream.engine.blocks import BlockPool
-from slipstream.engine.config import EngineConfig
+from slipstream.engine.config import EngineConfig, FastPath
 from slipstream.engine.core import EngineCore, StepOutcome
+from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.plan import Emission, Logprob
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.runner import ModelRunner
@@ -138,11 +139,14 @@ class EngineService:
         num_blocks = config.kv_cache_bytes // block_bytes
         length = _served_length(config, self._spec.context_length, num_blocks, block_bytes)
         self._spec = dataclasses.replace(self._spec, context_length=length)
-        runner = ModelRunner(loaded, num_blocks, config.block_size, config.adapter_slots, self._eos)
+        runner = ModelRunner(loaded, num_blocks, config.block_size, self._eos, config.disable)
         residency = ResidencyManager(config.adapter_slots, config.host_adapter_bytes)
         pool = BlockPool(num_blocks, config.block_size)
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
         scheduler.prefix_caching = config.prefix_caching
+        if config.max_draft and FastPath.ADAPTIVE_DRAFTS not in config.disable:
+            most = min(config.max_batched_tokens, config.max_num_seqs * (1 + config.max_draft))
+            scheduler.drafts = GoodputDrafts(runner.row_costs(most))
         self._runner = runner
         self._core = EngineCore(scheduler, residency, runner)
         self._admission = Admission(tokenizer, self._spec.vocab_size, length, config.max_draft)

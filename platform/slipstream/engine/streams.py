@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from slipstream.adapters.weights import StreamWeights
-from slipstream.engine.linear import pack
+from slipstream.engine.packed import pack
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,9 @@ from torch.nn import functional as F
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.head import Head
-from slipstream.engine.linear import (
-    STACK_SLACK,
-    STACKS_KEPT,
-    AdapterBank,
-    GroupMember,
-    RowContext,
-    can_prepack,
-    swap_linears,
-)
+from slipstream.engine.linear import GroupMember, RowContext, swap_linears
+from slipstream.engine.lora import MAX_WASTE, AdapterBank, StackTile
+from slipstream.engine.packed import can_prepack
 
 HIDDEN, KV, INNER = 16, 8, 24
 SLOTS = 6
@@ -64,15 +58,15 @@ class Layer(nn.Module):
 class World:
     """A layer, its swapped twin, and a bank; adapters are kept for the reference."""
 
-    def __init__(self, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, bias: bool = True, dtype: torch.dtype = torch.float32, fast: bool = True) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layer = Layer(bias).requires_grad_(False).to(dtype)
         self.plain = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         self.layer = layer
         self.rows = RowContext()
-        self.groups = swap_linears(layer, self.rows)
-        self.bank = AdapterBank(self.groups, SLOTS, self.rows, torch.empty(0, dtype=dtype))
+        self.groups = swap_linears(layer, self.rows, fast)
+        self.bank = AdapterBank(self.groups, self.rows, torch.empty(0, dtype=dtype), fast)
         self.adapters: dict[int, AdapterWeights] = {}
 
     def load(self, slot: int, weights: AdapterWeights) -> None:
@@ -101,10 +95,7 @@ class World:
 
     def check(self, slots: list[int], seed: int = 0, tolerance: float = 1e-5) -> None:
         """Every module, for rows of these slots."""
-        self.bank.use(torch.tensor(slots))
-        needed = sum(self.bank._loras[s].rank for s in set(slots) if s >= 0)
-        assert self.rows.stack is None or self.rows.stack.rank <= STACK_SLACK * needed
-        assert len(self.bank._stacks) <= STACKS_KEPT
+        self.bank.use(slots)
         for name, (_, width) in SIZES.items():
             x = rows_of(len(slots), width, seed).to(self.plain[name].weight.dtype)
             got = self.layer.get_submodule(name)(x)
@@ -197,7 +188,7 @@ def test_siblings_are_fused_and_names_kept() -> None:
 def test_inputs_of_more_dimensions_keep_their_shape() -> None:
     world = full_world()
     slots = [0, -1, 3, 1, 1, 4]
-    world.bank.use(torch.tensor(slots))
+    world.bank.use(slots)
     x = rows_of(6, HIDDEN)
     for shape in [(1, 6), (2, 3)]:
         cube = x.view(*shape, HIDDEN)
@@ -213,7 +204,7 @@ def test_inputs_of_more_dimensions_keep_their_shape() -> None:
 def test_members_may_be_asked_in_any_order_and_again(order: str) -> None:
     world = full_world()
     for seed, slots in enumerate([[0, 1, -1], [3, 3, 3], [2, 4, 0]]):
-        world.bank.use(torch.tensor(slots))
+        world.bank.use(slots)
         x = rows_of(3, HIDDEN, seed)
         for letter in order:
             name = f"attn.{letter}_proj"
@@ -223,11 +214,11 @@ def test_members_may_be_asked_in_any_order_and_again(order: str) -> None:
 
 def test_nothing_is_kept_once_every_member_was_asked() -> None:
     world = full_world()
-    world.bank.use(torch.tensor([0]))
+    world.bank.use([0])
     x = rows_of(1, HIDDEN)
     for letter in "qkv":
         world.layer.get_submodule(f"attn.{letter}_proj")(x)
-    world.bank.use(torch.tensor([1]))  # the same tensor, another adapter
+    world.bank.use([1])  # the same tensor, another adapter
     got = world.layer.get_submodule("attn.q_proj")(x)
     torch.testing.assert_close(got.double(), world.reference("attn.q_proj", x, [1]), rtol=2e-5, atol=2e-5)
 
@@ -235,49 +226,103 @@ def test_nothing_is_kept_once_every_member_was_asked() -> None:
 # -- coming and going -------------------------------------------------------------------------------------------------
 
 
-def test_a_stack_is_reused_while_it_covers_the_step() -> None:
-    world = full_world()
-    world.check([0, 1, 3])
-    stack = world.rows.stack
-    assert stack is not None
-    for slots in ([1, 0], [3, -1, 1], [3, 0, 1, 1]):
-        world.check(slots)
-        assert world.rows.stack is stack
-    world.check([2])  # not in it: another is built
-    assert world.rows.stack is not stack
-    world.check([0, 1, 3])  # and the first is still there
-    assert world.rows.stack is stack
+def tiles(world: World) -> list[StackTile]:
+    found = [t for t in world.rows.adapters if isinstance(t, StackTile)]
+    assert len(found) == len(world.rows.adapters)
+    return found
+
+
+def world_of_rank_4(count: int = SLOTS) -> World:
+    world = World()
+    for slot in range(count):
+        world.load(slot, adapter(slot, ALL))
+    return world
+
+
+def test_all_adapters_of_a_decode_step_share_one_tile_without_copies() -> None:
+    world = world_of_rank_4()
+    world.check([0, 1, 2, 3, 4, 5])
+    (tile,) = tiles(world)
+    assert (tile.count, tile.width, tile.gather, tile.scatter) == (6, 1, None, None)
+    world.check([0, 0, 1, 1, 2, 2])
+    assert [(t.count, t.width, t.gather) for t in tiles(world)] == [(3, 2, None)]
+
+
+def test_the_same_rows_again_cost_no_new_layout() -> None:
+    world = world_of_rank_4()
+    world.check([0, 1])
+    (before,) = tiles(world)
     world.check([-1])
-    assert world.rows.stack is None
+    assert not world.rows.adapters
+    world.check([0, 1])
+    assert tiles(world) == [before]
 
 
-def test_a_stack_much_wider_than_the_step_is_not_used() -> None:
-    """Masked columns are computed too; `check` holds every step to the slack."""
+def test_a_long_prompt_is_not_padded_to_by_its_neighbours() -> None:
+    world = world_of_rank_4()
+    slots = [0, 1, 2] + [3] * 64
+    order = world.bank.order([3, 0, 1, 2], [64, 1, 1, 1])
+    assert order[-1] == 0  # the prompt last, those of one row together
+    world.check(slots)
+    assert [(t.start, t.stop, t.count * t.width) for t in tiles(world)] == [(0, 3, 3), (3, 67, 64)]
+
+
+@pytest.mark.parametrize("others", [[3], [5], [2, 4], [1, 5]])
+def test_long_prompts_of_adapters_far_apart_are_padded_to_twice_their_rows_at_most(others: list[int]) -> None:
+    world = world_of_rank_4()
+    world.check([0, 1, 2, 3, 4, 5])
+    slots = [0] * 20 + [slot for slot in others for _ in range(18)]
+    world.check(slots)
+    assert sum(t.count * t.width for t in tiles(world)) <= MAX_WASTE * len(slots)
+
+
+def test_order_puts_rows_of_an_adapter_together_whatever_came_between() -> None:
     world = full_world()
-    world.check([0, 1, 2, 3, 4])
-    for slot in range(5):
-        world.check([slot, -1])
-        world.check([slot])
+    slots, counts = [4, -1, 0, 4, 5, 0, -1], [1, 2, 1, 4, 1, 1, 1]
+    order = world.bank.order(slots, counts)
+    assert sorted(order) == list(range(7))
+    laid_out = [slots[i] for i in order]
+    assert all(laid_out.count(s) == laid_out[laid_out.index(s) :].count(s) for s in laid_out)
+    assert laid_out == sorted(laid_out, key=laid_out.index)
+    world.check([slots[i] for i in order for _ in range(counts[i])])
 
 
-def test_recently_used_adapters_are_taken_along_where_there_is_room() -> None:
+def test_adapters_far_apart_move_together_one_a_step() -> None:
+    world = world_of_rank_4()
+    world.check([0, 1, 2, 3, 4, 5])
+    for _ in range(3):
+        world.bank._layouts.clear()
+        world.check([0, 5])
+    (tile,) = tiles(world)
+    assert tile.count <= 4
+    world.check([0, 1, 2, 3, 4, 5])  # whoever gave way comes back
+
+
+def test_ranks_far_apart_are_not_padded_to_each_other() -> None:
     world = World()
     world.load(0, adapter(0, {"attn.q_proj": 8}))
     world.load(1, adapter(1, {"attn.q_proj": 2}))
     world.load(2, adapter(2, {"attn.q_proj": 64}))
-    world.check([1])
-    world.check([2])
-    world.check([0])
-    stack = world.rows.stack
-    assert stack is not None
-    assert stack.slots == (0, 1)
-    world.check([0, 1, -1])
-    assert world.rows.stack is stack
+    world.check([0, 1, 2])
+    assert [(t.stack.rank, t.count) for t in tiles(world)] == [(8, 2), (64, 1)]
+
+
+def test_an_adapter_whose_weights_overflow_harms_nobody_else() -> None:
+    world = World()
+    world.load(0, adapter(0, ALL))
+    world.load(1, adapter(1, ALL, size=1e30))
+    world.bank.use([0, 1, 0, -1])
+    x = rows_of(4, HIDDEN)
+    got = world.layer.get_submodule("attn.q_proj")(x)
+    assert not got[1].isfinite().all()
+    for row, slot in [(0, 0), (2, 0), (3, -1)]:
+        expected = world.reference("attn.q_proj", x[row : row + 1], [slot])[0]
+        torch.testing.assert_close(got[row].double(), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_an_unloaded_adapter_leaves_no_trace() -> None:
     world = full_world()
-    for slots in ([0, 1, 3], [1, 1], [1, 4]):  # several stacks hold it
+    for slots in ([0, 1, 3], [1, 1], [1, 4]):
         world.check(slots)
     world.unload(1)
     world.load(1, adapter(77, MIXED_RANKS, dora=frozenset({"attn.k_proj"})))
@@ -285,20 +330,8 @@ def test_an_unloaded_adapter_leaves_no_trace() -> None:
         world.check(slots)
     world.unload(3)
     world.check([0, 1])
-    assert world.rows.stack is not None
-    assert 3 not in world.rows.stack.slots
     world.load(3, adapter(78, NOTHING))
     world.check([0, 3, 1])
-
-
-def test_slots_outside_the_stack_come_and_go_without_rebuilding() -> None:
-    world = full_world()
-    world.check([0, 1])
-    stack = world.rows.stack
-    world.unload(4)
-    world.load(4, adapter(79, V_ONLY))
-    world.check([0, 1])
-    assert world.rows.stack is stack
 
 
 def test_a_taken_slot_cannot_be_loaded() -> None:
@@ -325,12 +358,13 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @settings(max_examples=30, deadline=None)
-@given(ACTIONS)
+@given(actions=ACTIONS)
 def test_any_order_of_loads_and_steps_serves_everybody(
-    actions: list[tuple[str, int, dict[str, int], bool] | tuple[str, list[int]]],
+    fast: bool, actions: list[tuple[str, int, dict[str, int], bool] | tuple[str, list[int]]]
 ) -> None:
-    world = World()
+    world = World(fast=fast)
     for i, action in enumerate(actions):
         if len(action) == 4:
             _, slot, ranks, dora = action
@@ -353,7 +387,7 @@ def test_bf16_base_rows_are_those_of_a_plain_bf16_linear() -> None:
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     for slots in ([-1] * 5, [-1, 0, -1, 1, -1]):
-        world.bank.use(torch.tensor(slots))
+        world.bank.use(slots)
         base = torch.tensor([i for i, s in enumerate(slots) if s < 0])
         for name, (_, width) in SIZES.items():
             x = rows_of(5, width).bfloat16()
@@ -387,7 +421,7 @@ def test_the_head_rescored_is_the_head(dtype: torch.dtype, dora: bool, bias: boo
     head = Head(member, name, weight, config, world.bank)
     hidden = rows_of(3, HIDDEN).to(dtype)
     ids = torch.tensor([0, 3, 15])
-    whole = head(hidden, torch.full((3,), slot))
+    whole = head(hidden, [slot] * 3)
     for row in range(3):
         exact = head.exact(hidden[row], slot, ids)
         assert exact.dtype == torch.float32

@@ -11,7 +11,7 @@ from support.adapters import random_streams
 from torch import nn
 
 from slipstream.engine.head import Head
-from slipstream.engine.linear import AdapterBank
+from slipstream.engine.lora import AdapterBank
 from slipstream.engine.streams import OwnHead, StreamBank, prepare_streams
 
 HIDDEN, VOCAB = 16, 40
@@ -61,8 +61,8 @@ class Recorder:
     def __init__(self) -> None:
         self.used: list[list[int]] = []
 
-    def use(self, slots: torch.Tensor) -> None:
-        self.used.append(slots.tolist())
+    def use(self, slots: list[int]) -> None:
+        self.used.append(list(slots))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,7 +77,7 @@ def test_a_mix_of_heads_against_float64(bank: StreamBank, bias: bool, dtype: tor
     slots, counts = [5, 4, 3], [2, 3, 2]
     own = [OwnHead(o.weight.to(dtype), o.rows) for o in bank.own_heads(slots, counts)]
     states = torch.randn(7, HIDDEN).to(dtype)
-    per_row = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
+    per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
     with torch.inference_mode():
         logits = head.drafts(states, per_row, own)
     assert logits.dtype is dtype
@@ -99,7 +99,7 @@ def test_packed_heads_score_alike() -> None:
     assert sum(t.numel() for t in packed.tensors()) == sum(t.numel() for t in streams.tensors())
     member = nn.Linear(HIDDEN, VOCAB, bias=False).bfloat16()
     head = Head(member, "lm_head", member.weight.data, SimpleNamespace(), cast(AdapterBank, cast(Any, Recorder())))
-    states, slots = torch.randn(2, HIDDEN).bfloat16(), torch.zeros(2, dtype=torch.int64)
+    states, slots = torch.randn(2, HIDDEN).bfloat16(), [0, 0]
     both = []
     for heads in (streams.heads, packed.heads):
         own = [OwnHead(weight, [k]) for k, weight in enumerate(heads)]

@@ -1,0 +1,170 @@
+"""How many drafts each sequence gets: as many as make the next step give the most tokens a second (methods.md 3.4).
+
+A draft is worth the chance that it and all before it are right; it costs a row of the forward, a row of the LM head to be
+drafted and another to be verified. While the machine waits for memory rows are all but free and every draft pays; when it
+computes, only likely ones do, and speculation ends by itself. After SmartSpec (arXiv 2406.14066). Pure Python, no clock: the
+runner measures what rows cost once, at start-up, and only the shape of that curve matters here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+PRIOR = 0.6  # acceptance of a draft position that was never judged …
+PRIOR_WEIGHT = 8.0  # … counted as this many judgements
+MEMORY = 0.99  # what a judgement still counts for, one judgement of the same position later
+PROBE_EVERY = 32  # steps after which an adapter that gets no drafts is tried again with one
+ADAPTERS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWish:
+    """A sequence that could have drafts verified in the next step."""
+
+    adapter: str  # digest
+    most: int  # its streams, its request's cap and what is left of its answer
+
+
+class DraftPolicy(Protocol):
+    """Decides draft lengths; owned by the scheduler."""
+
+    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
+        """Drafts for each wish. `rows` are the token rows of the next step without any draft."""
+        ...
+
+    def observe(self, adapter: str, judged: int, accepted: int) -> None:
+        """Of a step's drafts, `judged` leading ones were compared with a token and `accepted` of them were right."""
+        ...
+
+
+class FullDrafts:
+    """Every sequence gets all drafts it may have, whatever they are worth."""
+
+    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
+        """The most of each."""
+        return [wish.most for wish in wishes]
+
+    def observe(self, adapter: str, judged: int, accepted: int) -> None:
+        """Nothing is learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCosts:
+    """Measured seconds of one call with so many rows: of the decoder, and of the LM head. Between measured points costs are
+    linear, above them they go on like the last two."""
+
+    rows: tuple[int, ...]
+    decoder_s: tuple[float, ...]
+    head_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Costs never fall with more rows: where a measurement says so it was disturbed."""
+        assert len(self.rows) >= 2
+        assert len(self.rows) == len(self.decoder_s) == len(self.head_s)
+        object.__setattr__(self, "decoder_s", _rising(self.decoder_s))
+        object.__setattr__(self, "head_s", _rising(self.head_s))
+
+    def step_s(self, rows: int, drafts: int, sequences: int) -> float:
+        """Seconds of a step of `rows` token rows and `drafts` more that samples for `sequences`, next drafts included."""
+        return (
+            self._at(self.decoder_s, rows + drafts)
+            + self._at(self.head_s, sequences + drafts)
+            + (self._at(self.head_s, drafts) if drafts else 0.0)
+        )
+
+    def _at(self, costs: tuple[float, ...], rows: int) -> float:
+        i = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        share = (rows - self.rows[i - 1]) / (self.rows[i] - self.rows[i - 1])
+        return costs[i - 1] + max(share, 0.0) * (costs[i] - costs[i - 1])
+
+
+def _rising(costs: tuple[float, ...]) -> tuple[float, ...]:
+    """The largest rising curve that is nowhere above a measurement: disturbance only ever adds."""
+    return tuple(accumulate(reversed(costs), min))[::-1]
+
+
+@dataclass(slots=True)
+class _Acceptance:
+    """Of one adapter, by draft position: decayed counts."""
+
+    judged: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+    idle_steps: int = 0  # since it last had a draft
+
+    def chance(self, position: int) -> float:
+        """P(draft is right | all before it are)."""
+        if position >= len(self.judged):
+            return PRIOR
+        return (self.accepted[position] + PRIOR * PRIOR_WEIGHT) / (self.judged[position] + PRIOR_WEIGHT)
+
+    def observe(self, judged: int, accepted: int) -> None:
+        more = judged - len(self.judged)
+        self.judged += [0.0] * more
+        self.accepted += [0.0] * more
+        for j in range(judged):
+            self.judged[j] = MEMORY * self.judged[j] + 1.0
+            self.accepted[j] = MEMORY * self.accepted[j] + (j < accepted)
+
+
+class GoodputDrafts:
+    """The draft lengths with the best expected tokens a second, from each adapter's measured acceptance."""
+
+    def __init__(self, costs: RowCosts) -> None:
+        self._costs = costs
+        self._adapters: OrderedDict[str, _Acceptance] = OrderedDict()
+
+    def acceptance(self, adapter: str, positions: int) -> tuple[float, ...]:
+        """What is believed of an adapter's drafts now."""
+        return tuple(self._known(adapter).chance(j) for j in range(positions))
+
+    def observe(self, adapter: str, judged: int, accepted: int) -> None:
+        """Learn. Drafts after the first wrong one say nothing."""
+        self._known(adapter).observe(judged, accepted)
+
+    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
+        """Each wish's drafts: those whose survival is among the b highest, for the b with the best goodput."""
+        offers = []  # (survival, wish); survival falls along a chain, so the best b are prefixes of chains
+        for i, wish in enumerate(wishes):
+            known, survival = self._known(wish.adapter), 1.0
+            for position in range(wish.most):
+                survival *= known.chance(position)
+                offers.append((survival, i))
+        offers.sort(key=lambda offer: -offer[0])
+        lengths = [0] * len(wishes)
+        for _, i in offers[: self._best_count([s for s, _ in offers], rows, len(wishes))]:
+            lengths[i] += 1
+        self._probe(wishes, lengths)
+        return lengths
+
+    def _best_count(self, survivals: Sequence[float], rows: int, sequences: int) -> int:
+        best, count = 0.0, 0
+        for b, gained in enumerate(accumulate(survivals, initial=0.0)):
+            goodput = (sequences + gained) / self._costs.step_s(rows, b, sequences)
+            if goodput > best:
+                best, count = goodput, b
+        return count
+
+    def _probe(self, wishes: Sequence[DraftWish], lengths: list[int]) -> None:
+        """What was learnt of an adapter long ago may have changed with its prompts: try one draft now and then."""
+        adapters: dict[str, tuple[int, int]] = {}  # → longest draft, and whose
+        for i, wish in enumerate(wishes):
+            if wish.most:
+                adapters[wish.adapter] = max(adapters.get(wish.adapter, (0, i)), (lengths[i], i))
+        for adapter, (longest, i) in adapters.items():
+            known = self._known(adapter)
+            known.idle_steps = 0 if longest else known.idle_steps + 1
+            if known.idle_steps >= PROBE_EVERY:
+                known.idle_steps = 0
+                lengths[i] = 1
+
+    def _known(self, adapter: str) -> _Acceptance:
+        known = self._adapters.setdefault(adapter, _Acceptance())
+        self._adapters.move_to_end(adapter)
+        if len(self._adapters) > ADAPTERS_KEPT:
+            self._adapters.popitem(last=False)
+        return known
