@@ -7,7 +7,7 @@ blocks gives a contiguous [kv_heads, batch, length, head_dim] with no further co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,16 +37,18 @@ class KVCache:
 class Segment:
     """Sequences of a step that are attended together, padded to the longest. All index tensors are int64 on the device.
 
-    rows: [B, Q] token row of each query (padding repeats the last one); positions: [B, Q]; tables: [B * W] blocks.
-    flat_out: token rows [m] and flat_in: their places [m] in the padded [B * Q] result.
+    rows: [B * Q] token row of each query (padding repeats the last one); positions: [B, Q]; tables: [B * W] blocks.
+    out_rows: token rows [m] and out_places: their places [m] in the padded [B * Q] result. These and `rows` are None when the
+    segment is the whole step, row by row. masks: by sliding window; the layers of a step share them.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     positions: torch.Tensor
     tables: torch.Tensor
     length: int  # keys looked at: W * block_size
-    out_rows: torch.Tensor
-    out_places: torch.Tensor
+    out_rows: torch.Tensor | None
+    out_places: torch.Tensor | None
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +60,24 @@ class PagedBatch:
     segments: tuple[Segment, ...]
 
 
-def _visible(segment: Segment, window: int | None) -> torch.Tensor:
-    """Bool [B, Q, L]: key position at or before the query's, inside the sliding window."""
-    keys = torch.arange(segment.length, device=segment.positions.device)
-    at = segment.positions.unsqueeze(-1)
-    visible = keys <= at
-    if window is not None:
-        visible &= keys > at - window
-    return visible
+def _hidden(segment: Segment, window: int | None) -> torch.Tensor:
+    """Bool [1, B, 1, Q, L]: not (key position at or before the query's, inside the sliding window)."""
+    mask = segment.masks.get(window)
+    if mask is None:
+        keys = torch.arange(segment.length, device=segment.positions.device)
+        at = segment.positions.unsqueeze(-1)
+        mask = keys > at
+        if window is not None:
+            mask |= keys <= at - window
+        mask = mask[None, :, None]
+        segment.masks[window] = mask
+    return mask
 
 
 def _gather(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
     """[kv_heads * B, L, D] of one layer's keys or values."""
     heads, _, _, dim = cache.shape
-    return cache.index_select(1, segment.tables).view(heads * segment.rows.shape[0], segment.length, dim)
+    return cache.index_select(1, segment.tables).view(heads * segment.positions.shape[0], segment.length, dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,13 @@ def _attend(
     the same 37 padded to 48 add up in a different order.
     """
     heads, _, dim = query.shape
-    batch, num_queries = segment.rows.shape
+    batch, num_queries = segment.positions.shape
     kv_heads, length = keys.shape[0], segment.length
     group = heads // kv_heads
-    q = query[:, segment.rows.flatten()].view(kv_heads, group, batch, num_queries, dim).transpose(1, 2)
+    q = query if segment.rows is None else query.index_select(1, segment.rows)
+    q = q.reshape(kv_heads, group, batch, num_queries, dim).transpose(1, 2)
     k, v = _gather(keys, segment).transpose(1, 2), _gather(values, segment)
-    visible = _visible(segment, rules.window)[None, :, None]  # [1, B, 1, Q, L]
+    hidden = _hidden(segment, rules.window)
     tile = max(1, SCORE_TILE // (heads * batch * length))
     outs = []
     for start in range(0, num_queries, tile):
@@ -113,7 +120,7 @@ def _attend(
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap).mul_(rules.softcap)
         scores = scores.view(kv_heads, batch, group, width, length)
-        scores.masked_fill_(~visible[:, :, :, start : start + tile], float("-inf"))
+        scores.masked_fill_(hidden[:, :, :, start : start + tile], float("-inf"))
         weights = scores.softmax(dim=-1).to(query.dtype).view(kv_heads * batch, group * width, length)
         outs.append(torch.bmm(weights, v).view(kv_heads, batch, group, width, dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
@@ -152,10 +159,15 @@ def paged_attention(
     # leave anything in a block that the next owner can trip over. (Masked keys are overwritten with -inf.)
     finite = torch.nan_to_num(value[0].to(values.dtype))
     values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, finite)
-    out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1])
+    out = None
     for segment in batch.segments:
         part = _attend(query[0], keys, values, segment, rules)
-        out[:, segment.out_rows] = part[:, segment.out_places]
+        if segment.out_rows is None or segment.out_places is None:
+            out = part
+        else:
+            out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1]) if out is None else out
+            out[:, segment.out_rows] = part[:, segment.out_places]
+    assert out is not None
     return out.transpose(0, 1).unsqueeze(0), None
 
 

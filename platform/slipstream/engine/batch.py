@@ -49,7 +49,8 @@ def build_batch(parts: Sequence[PlannedSequence], cache: KVCache, device: torch.
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    segments = tuple(_segment(group, size, device) for group in _groups(parts, first_row))
+    groups = _groups(parts, first_row)
+    segments = tuple(_segment(group, size, device, len(groups) == 1) for group in groups)
     paged = PagedBatch(cache, tensor(kv_slots), segments)
     return StepBatch(
         tensor(ids), tensor(positions), tuple(adapter), paged, tensor(sample_rows), tuple(sample_slots),
@@ -107,7 +108,8 @@ def _groups(parts: Sequence[PlannedSequence], first_row: list[int]) -> list[list
     return [*short.values(), *groups]
 
 
-def _segment(group: list[_Member], block_size: int, device: torch.device) -> Segment:
+def _segment(group: list[_Member], block_size: int, device: torch.device, whole: bool) -> Segment:
+    """`whole`: there is no other segment in the step."""
     num_queries = max(len(m.part.tokens) for m in group)
     length = max(m.part.start + len(m.part.tokens) for m in group)
     width = -(-length // block_size)
@@ -129,6 +131,9 @@ def _segment(group: list[_Member], block_size: int, device: torch.device) -> Seg
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    flat = [row for own in rows for row in own]
+    if whole and flat == out_rows == list(range(len(flat))):
+        return Segment(None, tensor(positions), tensor(tables), width * block_size, None, None)
     return Segment(
-        tensor(rows), tensor(positions), tensor(tables), width * block_size, tensor(out_rows), tensor(out_places)
+        tensor(flat), tensor(positions), tensor(tables), width * block_size, tensor(out_rows), tensor(out_places)
     )

@@ -77,7 +77,7 @@ class LinearGroup:
 
     def split(self, y: torch.Tensor) -> Sequence[torch.Tensor]:
         """Views of the members' columns of a [..., sum(sizes)] tensor."""
-        return torch.split(y, self.sizes, dim=-1)
+        return y.split_with_sizes(self.sizes, dim=-1)
 
     def member_norms(self, member: int, module: LoraModule) -> torch.Tensor:
         """||W + sBA|| of each output row, float32 [out], from GEMMs with W alone:

@@ -29,7 +29,7 @@ class PackedWeight:
         bias = self.bias if with_bias else None
         if self._half is None:
             return packed_linear(x, self._weight, bias)
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._half)
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, self._half)
         return y if bias is None else y.add_(bias)
 
 
