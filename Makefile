@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fmt bench soak clean lock
+.PHONY: help serve test check fmt bench bench-peers soak clean lock
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve on 127.0.0.1:8000 until Ctrl-C
 	@exec $(BIN)/slipstream serve
@@ -29,6 +29,9 @@ fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 
 bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), http, lossless, drafts, training, streams or gates, with their options
 	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
+
+bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU build, about 3 GB) under .peers
+	$(BIN)/python -m benchmarks.peers.install
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
 	SLIPSTREAM_FUZZ_EXAMPLES=20000 $(PYTEST) tests/unit/engine/test_scheduler.py --timeout 3600 $(ARGS)

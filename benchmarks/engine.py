@@ -1,130 +1,121 @@
-"""Output tokens/s of the engine alone beside transformers and PEFT `generate`, interleaved, at 1, 8 and 32 at once."""
+"""Output tokens/s of the engine alone beside transformers, PEFT and vLLM, interleaved, at 1, 8 and 32 at once."""
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any
+from contextlib import ExitStack
+from typing import Annotated
 
 import torch
 import typer
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.report import Series, ratio, table
-from benchmarks.workload import NUM_ADAPTERS, adapter_folder, eight_adapters, model_path, prompt_ids
+from benchmarks.peers.hf import generate, peft_mixed, write_peft
+from benchmarks.peers.vllm_client import Vllm
+from benchmarks.results import Results
+from benchmarks.workload import NUM_ADAPTERS, eight_adapters, model_path, prompt_ids
+from slipstream.engine.loader import pick_dtype
 from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
-System = Callable[[int], tuple[float, float]]  # requests at once → (output tokens/s, tokens per step)
+END_TOKENS = 96  # cap of the answers that run to their end
+Run = Callable[[int], tuple[float, float]]  # requests at once → (output tokens/s, tokens per step)
+PAIRS = [
+    ("Slipstream base", "transformers base"),
+    ("Slipstream base", "vLLM base"),
+    ("Slipstream 8 LoRAs", "PEFT 8 LoRAs"),
+    ("Slipstream 8 LoRAs", "vLLM 8 LoRAs"),
+    ("Slipstream 8 Turbo LoRAs", "vLLM 8 LoRAs"),
+    ("Slipstream 8 Turbo LoRAs", "Slipstream 8 LoRAs"),
+    ("Slipstream 8 Turbo LoRAs, to end", "vLLM 8 LoRAs, to end"),
+    ("Slipstream 8 Turbo LoRAs, to end", "vLLM 8 LoRAs, n-gram, to end"),
+    ("Slipstream 8 Turbo LoRAs, to end", "Slipstream 8 LoRAs, to end"),
+]
 
 
-def ours(
-    engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int, to_end: bool
-) -> System:
-    """Our engine on fixed-length answers, or to the end of sequence."""
+def names_of(count: int) -> list[str]:
+    """The adapter of each request: eight in turn."""
+    return [f"snips-{i % NUM_ADAPTERS}" for i in range(count)]
+
+
+def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int) -> Run:
+    """Our engine on answers of a fixed length, or (`tokens` 0) to their end."""
 
     def run(count: int) -> tuple[float, float]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=not to_end)
-        rows = [Row(prompts[i], params, f"snips-{i % NUM_ADAPTERS}" if lora else None, drafts) for i in range(count)]
-        outcome = engine.run(rows)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
+        names = names_of(count) if lora else [None] * count
+        outcome = engine.run([Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)])
         return outcome.tokens_per_s, outcome.tokens_per_step
 
     return run
 
 
-def generate(model: Any, prompts: Sequence[Sequence[int]], tokens: int, adapters: Sequence[str] | None) -> System:
-    """transformers' or PEFT's `generate` on one left-padded batch; fixed length."""
+def vllm(peer: Vllm, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
+    """vLLM on the same."""
 
     def run(count: int) -> tuple[float, float]:
-        width = max(len(p) for p in prompts[:count])
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts[:count]])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts[:count]])
-        extra = {"adapter_names": [adapters[i % len(adapters)] for i in range(count)]} if adapters else {}
-        began = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
-                pad_token_id=0, **extra,
-            )  # fmt: skip
-        return count * tokens / (time.perf_counter() - began), 1.0
+        names: Sequence[str | None] = names_of(count) if lora else [None] * count
+        done = peer.run(prompts[:count], names, tokens or END_TOKENS, to_end=not tokens)
+        return done.tokens / done.seconds, 1.0
 
     return run
 
 
-def peft_mixed(path: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """PEFT with the same eight adapters, for mixed batches by `adapter_names`."""
-    names = [f"snips-{i}" for i in range(NUM_ADAPTERS)]
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    weights = eight_adapters()
-    model: Any = None
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            write_peft(Path(folder), weights[name].lora)
-            if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-    return model.to(dtype).eval(), names
+def transformers(model: object, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
+    """transformers' or PEFT's `generate`."""
 
+    def run(count: int) -> tuple[float, float]:
+        seconds = generate(model, prompts[:count], tokens, names_of(count) if lora else None)
+        return count * tokens / seconds, 1.0
 
-def write_peft(folder: Path, lora: Any) -> None:
-    source = adapter_folder("snips")
-    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-    tensors = load_file(source / "adapter_model.safetensors")
-    for path, module in lora.items():
-        tensors[f"base_model.model.{path}.lora_B.weight"] = module.b.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
+    return run
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 3,
     tokens: Annotated[int, typer.Option(help="Answer length of the fixed-length rows.")] = 48,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32, for all sides.")] = "auto",
+    peers: Annotated[bool, typer.Option(help="Run transformers, PEFT and vLLM (make bench-peers) beside us.")] = True,
 ) -> None:
-    """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers and PEFT."""
+    """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT and vLLM."""
     torch.set_num_threads(threads)
-    path, kind = model_path(), getattr(torch, dtype)
+    path, kind = model_path(), pick_dtype(dtype, torch.device("cpu"))
+    dtype = str(kind).removeprefix("torch.")
     prompts = prompt_ids("snips", max(CONCURRENCY))
-    engine = OfflineEngine(path, dtype, eight_adapters(), device="cpu")
-    peft_model, names = peft_mixed(path, kind)
-    plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
-    systems: dict[str, System] = {
-        "transformers base": generate(plain, prompts, tokens, None),
-        "Slipstream base": ours(engine, prompts, tokens, lora=False, drafts=0, to_end=False),
-        "PEFT 8 LoRAs": generate(peft_model, prompts, tokens, names),
-        "Slipstream 8 LoRAs": ours(engine, prompts, tokens, lora=True, drafts=0, to_end=False),
-        "Slipstream 8 Turbo LoRAs": ours(engine, prompts, tokens, lora=True, drafts=8, to_end=False),
-        "Slipstream 8 LoRAs, to end": ours(engine, prompts, 96, lora=True, drafts=0, to_end=True),
-        "Slipstream 8 Turbo LoRAs, to end": ours(engine, prompts, 96, lora=True, drafts=8, to_end=True),
+    adapters = eight_adapters()
+    engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
+    runs = {
+        "Slipstream base": slipstream(engine, prompts, tokens, lora=False, drafts=0),
+        "Slipstream 8 LoRAs": slipstream(engine, prompts, tokens, lora=True, drafts=0),
+        "Slipstream 8 Turbo LoRAs": slipstream(engine, prompts, tokens, lora=True, drafts=8),
+        "Slipstream 8 LoRAs, to end": slipstream(engine, prompts, 0, lora=True, drafts=0),
+        "Slipstream 8 Turbo LoRAs, to end": slipstream(engine, prompts, 0, lora=True, drafts=8),
     }
-    speed = {(name, n): Series() for name in systems for n in CONCURRENCY}
-    steps: dict[str, float] = {}
-    for round_ in range(rounds + 1):
-        for n in CONCURRENCY:
-            for name, system in systems.items():
-                value, steps[name] = system(n)
-                if round_:  # the first round warms up
-                    speed[name, n].values.append(value)
-    _print(systems, speed, steps)
-
-
-def _print(systems: dict[str, System], speed: dict[tuple[str, int], Series], steps: dict[str, float]) -> None:
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, output tokens/s, median (min–max)\n")
-    rows = [[name, *(str(speed[name, n]) for n in CONCURRENCY), f"{steps[name]:.2f}"] for name in systems]
-    print(table(["system", *(f"{n} at once" for n in CONCURRENCY), "tokens/step at 32"], rows))
-    pairs = [
-        ("Slipstream base", "transformers base"),
-        ("Slipstream 8 LoRAs", "PEFT 8 LoRAs"),
-        ("Slipstream 8 Turbo LoRAs", "Slipstream 8 LoRAs"),
-        ("Slipstream 8 Turbo LoRAs, to end", "Slipstream 8 LoRAs, to end"),
-    ]
-    rows = [[f"{a} / {b}", *(ratio(speed[a, n], speed[b, n]) for n in CONCURRENCY)] for a, b in pairs]
-    print()
-    print(table(["ratio, round by round", *(f"{n}" for n in CONCURRENCY)], rows))
+    results = Results("engine", f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
+    with ExitStack() as stack:
+        if peers:
+            folders = write_peft(adapters)
+            base = stack.enter_context(Vllm(path, dtype, threads=threads))
+            mixed = stack.enter_context(Vllm(path, dtype, folders, threads=threads))
+            ngram = stack.enter_context(Vllm(path, dtype, folders, ngram=True, threads=threads))
+            plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
+            runs |= {
+                "transformers base": transformers(plain, prompts, tokens, lora=False),
+                "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), prompts, tokens, lora=True),
+                "vLLM base": vllm(base, prompts, tokens, lora=False),
+                "vLLM 8 LoRAs": vllm(mixed, prompts, tokens, lora=True),
+                "vLLM 8 LoRAs, to end": vllm(mixed, prompts, 0, lora=True),
+                "vLLM 8 LoRAs, n-gram, to end": vllm(ngram, prompts, 0, lora=True),
+            }
+        with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
+            for round_ in range(rounds + 1):
+                for n in CONCURRENCY:
+                    for name, run in runs.items():
+                        measured = run(n)
+                        bar.update(1)
+                        if round_:  # the first round warms up
+                            results.add(name, n, *measured)
+    command = f"python -m benchmarks engine --rounds {rounds} --tokens {tokens} --threads {threads} --dtype {dtype}"
+    print("\n" + results.write(PAIRS, {"command": command}))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import openai
 import typer
 
-from benchmarks.engine import write_peft
+from benchmarks.peers.hf import write_peft
 from benchmarks.report import Series, table
 from benchmarks.workload import NUM_ADAPTERS, adapter_folder, eight_adapters, prompts
 from slipstream.adapters.save import TurboMetadata, save_turbo
@@ -36,13 +34,13 @@ class Answered:
 async def publish(url: str, key: str) -> None:
     """Push the eight adapters as bench-0 … bench-7."""
     client = SlipstreamClient(url, key)
-    for i, weights in enumerate(eight_adapters().values()):
-        with tempfile.TemporaryDirectory() as folder:
-            write_peft(Path(folder), weights.lora)
-            assert weights.streams is not None
-            base = json.loads((adapter_folder("snips") / "config.json").read_text())["base_model_name_or_path"]
-            save_turbo(Path(folder), weights.streams, TurboMetadata(base_model=base))
-            await client.push(Path(folder), f"bench-{i}")
+    adapters = eight_adapters()
+    base = json.loads((adapter_folder("snips") / "config.json").read_text())["base_model_name_or_path"]
+    for i, (name, folder) in enumerate(write_peft(adapters).items()):
+        streams = adapters[name].streams
+        assert streams is not None
+        save_turbo(folder, streams, TurboMetadata(base_model=base))
+        await client.push(folder, f"bench-{i}")
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, spec: bool, stream: bool) -> Answered:
