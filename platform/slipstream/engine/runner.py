@@ -183,11 +183,30 @@ class ModelRunner:
         states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
         per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
         logits = self._head.drafts(states, per_row, self._streams.own_heads(slots, counts))
+        return self._pick_drafts([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
+
+    def _pick_drafts(
+        self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
+    ) -> dict[int, tuple[int, ...]]:
+        """Each sequence's chain from its rows of the streams' logits; `wanting` says what each has just emitted."""
         picked: dict[int, tuple[int, ...]] = {}
+        rows: list[int] = []  # of chains whose drafts do not depend on each other: all in one go
+        requests: list[RowRequest] = []
         start = 0
-        for (part, _, tokens), count in zip(wanting, counts, strict=True):
-            picked[part.seq_id] = self._draft_one(part, tuple(tokens), logits[start : start + count])
-            start += count
+        for part, tokens in wanting:
+            chain = range(start, start + part.draft_next)
+            start = chain.stop
+            if part.params.has_penalties:
+                picked[part.seq_id] = self._draft_one(part, tokens, logits[chain.start : chain.stop])
+            else:
+                first = part.output_index + len(tokens)
+                requests += [row_request(part, first + k, ()) for k in range(part.draft_next)]
+                rows += chain
+        if rows:
+            found = iter(self._sampler.pick(logits if len(rows) == len(logits) else logits[rows], requests, None))
+            for part, _ in wanting:
+                if part.seq_id not in picked:
+                    picked[part.seq_id] = tuple(next(found) for _ in range(part.draft_next))
         return picked
 
     def _draft_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[int, ...]:
