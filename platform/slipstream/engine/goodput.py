@@ -18,6 +18,7 @@ from typing import Protocol
 PRIOR = 0.6  # acceptance of a draft position that was never judged …
 PRIOR_WEIGHT = 8.0  # … counted as this many judgements
 MEMORY = 0.99  # what a judgement still counts for, one judgement of the same position later
+LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
 PROBE_EVERY = 32  # steps after which an adapter that gets no drafts is tried again with one
 ADAPTERS_KEPT = 4096
 
@@ -142,10 +143,10 @@ class GoodputDrafts:
         return lengths
 
     def _best_count(self, survivals: Sequence[float], rows: int, sequences: int) -> int:
-        best, count = 0.0, 0
+        best, count = sequences / self._costs.step_s(rows, 0, sequences) * (1 + LEAST_GAIN), 0
         for b, gained in enumerate(accumulate(survivals, initial=0.0)):
             goodput = (sequences + gained) / self._costs.step_s(rows, b, sequences)
-            if goodput > best:
+            if b and goodput > best:
                 best, count = goodput, b
         return count
 

@@ -18,7 +18,7 @@ class Head:
 
     def __init__(self, member: nn.Module, name: str, weight: torch.Tensor, config: Any, bank: AdapterBank) -> None:
         self._member = member
-        self._name = name
+        self.name = name
         self._weight = weight
         self._bias = getattr(member, "bias", None)
         self._bank = bank
@@ -53,7 +53,7 @@ class Head:
         """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c]."""
         h = hidden.float()
         logits = self._weight[ids].float() @ h
-        lora = self._bank.targets(slot, self._name)
+        lora = self._bank.targets(slot, self.name)
         if lora is not None:
             delta = (h @ lora.a.float()) @ lora.b[:, ids].float()
             logits = (logits + delta) * lora.gain[ids] if lora.gain is not None else logits + delta

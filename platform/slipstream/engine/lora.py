@@ -80,6 +80,11 @@ class RankStack:
         """Where an adapter lies."""
         return self._slots.index(slot)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter is left."""
+        return not any(slot is not None for slot in self._slots)
+
     def hold(self, loras: Mapping[int, PreparedLora]) -> bool:
         """Give these adapters (by slot) places close together; whether any had to move."""
         self._clock += 1
@@ -283,6 +288,15 @@ class AdapterBank:
             modules[name] = prepared
         return PreparedLora(modules, max((m.a.shape[1] for m in modules.values()), default=0))
 
+    def blank(self, rank: int, without: str) -> PreparedLora:
+        """A LoRA of zeros on every linear but one: costs what a real one costs."""
+        modules = {}
+        for name, (group, member) in self._member_of.items():
+            if name != without:
+                a = self._like.new_zeros(group.in_features, rank)
+                modules[name] = PreparedModule(a, self._like.new_zeros(rank, group.sizes[member]), None)
+        return PreparedLora(modules, rank)
+
     def load(self, slot: int, lora: PreparedLora) -> None:
         """Put an adapter into a free slot: host → device."""
         assert slot not in self._loras
@@ -295,6 +309,7 @@ class AdapterBank:
         del self._loras[slot]
         for stack in self._stacks.values():
             stack.drop(slot)
+        self._stacks = {rank: stack for rank, stack in self._stacks.items() if not stack.is_empty}
         self._layouts.clear()
 
     def targets(self, slot: int, name: str) -> PreparedModule | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,7 +25,10 @@ from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
 
 COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
-COST_RUNS = 3  # the first of which warms up
+COST_ADAPTERS = 4  # among which its rows are divided …
+COST_RANK = 16  # … and the rank of each, on every linear
+COST_ROWS = 128  # beyond, costs go on as they did
+COST_RUNS = 2
 _NO_PARAMS = SamplingParams(temperature=0.0)
 
 
@@ -229,22 +233,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def row_costs(self, most: int) -> RowCosts:
-        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few runs each, with
-        single rows of short contexts of the base model. Writes to the cache: for an engine that has no sequences yet."""
-        size = self.cache.block_size
-        context = min(COST_CONTEXT, self.cache.num_blocks * size)
-        blocks = tuple(range(-(-context // size)))
-        row = PlannedSequence(0, PROBE[:1], context - 1, blocks, True, 0, -1, _NO_PARAMS, 0)
+        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few runs each.
+
+        The rows are those of sequences with three drafts each, short contexts, a few blank adapters in turn. Uses slots and
+        the cache: for an engine that holds nothing yet.
+        """
+        blank = self._bank.blank(COST_RANK, self._head.name)
+        for slot in range(COST_ADAPTERS):
+            self._bank.load(slot, blank)
         counts = [1]
-        while counts[-1] < most or len(counts) < 2:
+        while counts[-1] < min(most, COST_ROWS) or len(counts) < 2:
             counts.append(2 * counts[-1])
         decoder_s, head_s = [], []
         for count in counts:
-            batch = build_batch([row] * count, self.cache, self.device)
-            decoder_s.append(self._best_time(lambda batch=batch: self._forward(batch)))  # type: ignore[misc]
+            batch = build_batch(self._cost_parts(count), self.cache, self.device)
             hidden = self._forward(batch)
-            head_s.append(self._best_time(lambda hidden=hidden, batch=batch: self._head(hidden, batch.slots)))  # type: ignore[misc]
+            decoder_s.append(self._best_time(partial(self._forward, batch)))
+            head_s.append(self._best_time(partial(self._head, hidden, batch.slots)))
+        for slot in range(COST_ADAPTERS):
+            self._bank.unload(slot)
         return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s))
+
+    def _cost_parts(self, rows: int) -> list[PlannedSequence]:
+        """Sequences of four rows (or one of fewer), the same adapter's together."""
+        tokens = PROBE[: min(rows, 4)]
+        context = max(len(tokens), min(COST_CONTEXT, self.cache.num_blocks * self.cache.block_size))
+        blocks = tuple(range(-(-context // self.cache.block_size)))
+        start, sequences = context - len(tokens), rows // len(tokens)
+        slots = [i * min(COST_ADAPTERS, sequences) // sequences for i in range(sequences)]
+        return [
+            PlannedSequence(i, tokens, start, blocks, True, len(tokens) - 1, slot, _NO_PARAMS, 0)
+            for i, slot in enumerate(slots)
+        ]
 
     def _best_time(self, work: Callable[[], object]) -> float:
         times = []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from slipstream.engine.goodput import (
     ADAPTERS_KEPT,
+    LEAST_GAIN,
     PRIOR,
     PROBE_EVERY,
     DraftWish,
@@ -112,8 +113,11 @@ def test_no_other_choice_promises_more(
     lengths = policy.lengths(wishes, rows)
     best = expected_goodput(policy, costs, wishes, lengths, rows)
     assert all(0 <= k <= wish.most for k, wish in zip(lengths, wishes, strict=True))
+    gain = 1 + (LEAST_GAIN if not sum(lengths) else 0)
     for other in itertools.product(*(range(wish.most + 1) for wish in wishes)):
-        assert expected_goodput(policy, costs, wishes, other, rows) <= best * (1 + 1e-9)
+        assert expected_goodput(policy, costs, wishes, other, rows) <= best * gain * (1 + 1e-9)
+    none = expected_goodput(policy, costs, wishes, [0] * len(wishes), rows)
+    assert not sum(lengths) or best > none * (1 + LEAST_GAIN) * (1 - 1e-9)
 
 
 def test_what_was_never_judged_is_believed_a_little() -> None:
