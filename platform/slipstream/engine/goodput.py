@@ -13,12 +13,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import mul
+from statistics import fmean
 from typing import Protocol
 
 PRIOR = 0.6  # acceptance of a draft position that was never judged …
 PRIOR_WEIGHT = 8.0  # … counted as this many judgements
 MEMORY = 0.99  # what a judgement still counts for, one judgement of the same position later
 LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
+ALIKE = 0.85  # adapters whose full drafts give this share of the best's tokens a step are treated like it
 PROBE_EVERY = 32  # steps after which an adapter that gets no drafts is tried again with one
 ADAPTERS_KEPT = 4096
 
@@ -89,6 +92,14 @@ def _rising(costs: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(costs), min))[::-1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """One more draft for each of some wishes, each right with the same chance."""
+
+    survival: float
+    wishers: list[int]
+
+
 @dataclass(slots=True)
 class _Acceptance:
     """Of one adapter, by draft position: decayed counts."""
@@ -128,26 +139,49 @@ class GoodputDrafts:
         self._known(adapter).observe(judged, accepted)
 
     def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
-        """Each wish's drafts: those whose survival is among the b highest, for the b with the best goodput."""
-        offers = []  # (survival, wish); survival falls along a chain, so the best b are prefixes of chains
-        for i, wish in enumerate(wishes):
-            known, survival = self._known(wish.adapter), 1.0
-            for position in range(wish.most):
-                survival *= known.chance(position)
-                offers.append((survival, i))
-        offers.sort(key=lambda offer: -offer[0])
+        """Each wish's drafts: of all offers those with the highest survival, as many as give the best goodput."""
+        offers: list[_Offer] = []
+        for wishers, chances in self.classes(wishes):
+            survivals = accumulate(chances, mul)  # falls along a chain, so the best offers are prefixes of chains
+            for position, survival in enumerate(survivals):
+                offers.append(_Offer(survival, [i for i in wishers if wishes[i].most > position]))
+        offers.sort(key=lambda offer: -offer.survival)
         lengths = [0] * len(wishes)
-        for _, i in offers[: self._best_count([s for s, _ in offers], rows, len(wishes))]:
-            lengths[i] += 1
+        for offer in offers[: self._best_count(offers, rows, len(wishes))]:
+            for i in offer.wishers:
+                lengths[i] += 1
         self._probe(wishes, lengths)
         return lengths
 
-    def _best_count(self, survivals: Sequence[float], rows: int, sequences: int) -> int:
+    def classes(self, wishes: Sequence[DraftWish]) -> list[tuple[list[int], list[float]]]:
+        """Wishes (by index) whose adapters are about as good, and what is believed of their drafts together.
+
+        They get drafts alike: estimates that differ by less than their error must not decide that one request drafts and its
+        neighbour never does, while it waits for the neighbour's rows. Equal lengths are also cheaper: nothing is padded.
+        """
+        most = max((wish.most for wish in wishes), default=0)
+        chances = {wish.adapter: self.acceptance(wish.adapter, most) for wish in wishes}
+        worth = {adapter: sum(accumulate(own, mul)) for adapter, own in chances.items()}
+        classes: list[list[int]] = []
+        for i in sorted(range(len(wishes)), key=lambda i: -worth[wishes[i].adapter]):
+            best = worth[wishes[classes[-1][0]].adapter] if classes else 0.0
+            if not classes or 1.0 + worth[wishes[i].adapter] < ALIKE * (1.0 + best):
+                classes.append([])
+            classes[-1].append(i)
+        return [
+            (members, [fmean(chances[wishes[i].adapter][position] for i in members) for position in range(most)])
+            for members in classes
+        ]
+
+    def _best_count(self, offers: Sequence[_Offer], rows: int, sequences: int) -> int:
         best, count = sequences / self._costs.step_s(rows, 0, sequences) * (1 + LEAST_GAIN), 0
-        for b, gained in enumerate(accumulate(survivals, initial=0.0)):
-            goodput = (sequences + gained) / self._costs.step_s(rows, b, sequences)
-            if b and goodput > best:
-                best, count = goodput, b
+        gained, drafts = 0.0, 0
+        for i, offer in enumerate(offers):
+            gained += offer.survival * len(offer.wishers)
+            drafts += len(offer.wishers)
+            goodput = (sequences + gained) / self._costs.step_s(rows, drafts, sequences)
+            if goodput > best:
+                best, count = goodput, i + 1
         return count
 
     def _probe(self, wishes: Sequence[DraftWish], lengths: list[int]) -> None:
