@@ -14,6 +14,7 @@ from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
 
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
+from slipstream.engine.config import FastPath
 from slipstream.protocol import FinishReason, SamplingParams
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,6 +85,29 @@ def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path],
         assert_same_tokens(alone.answer(text, greedy(), adapter=kind), expected, gaps)
     drafted = {j.adapter: j.sequence.drafted for j in jobs if j.sequence is not None}
     assert {k for k, n in drafted.items() if n} == SPECULATING
+
+
+@pytest.mark.parametrize(
+    "disable", [(), *[(path,) for path in FastPath], tuple(FastPath)], ids=lambda paths: "+".join(paths) or "nothing"
+)
+def test_no_fast_path_changes_the_text(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]], disable: tuple[FastPath, ...]
+) -> None:
+    model, folders, oracles = zoo
+    halves = copy.deepcopy(model)
+    for parameter in halves.parameters():
+        parameter.data = parameter.half().float()  # weights that fit float16, as trained ones do: another packing
+    texts = prompts(len(folders))
+    for base in (model, halves):
+        harness = Harness(base, folders, block_size=8, eos=frozenset(), disable=disable)
+        jobs = [Job(text, greedy(), kind, draft_cap=8) for kind, text in zip(folders, texts, strict=True)]
+        answers = harness.run(jobs)
+        if base is model:
+            for kind, text, answer in zip(folders, texts, answers, strict=True):
+                assert_same_tokens(answer, *oracle_greedy(oracles[kind], text, 20))
+        else:
+            slow = Harness(base, folders, block_size=8, eos=frozenset(), disable=tuple(FastPath))
+            assert answers == slow.run([replace(job, sequence=None, logprobs=[]) for job in jobs])
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
+from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.loader import adopt_model, eos_ids
 from slipstream.engine.plan import Logprob
 from slipstream.engine.residency import ResidencyManager
@@ -58,13 +60,16 @@ class Harness:
         slots: int = 16,
         copy_model: bool = True,
         eos: frozenset[int] | None = None,
+        disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
     ) -> None:
         loaded = adopt_model(copy.deepcopy(model) if copy_model else model)
         self.eos = eos_ids(loaded) if eos is None else eos
-        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos)
+        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos, disable)
         self.pool = BlockPool(num_blocks, block_size)
         self.residency = ResidencyManager(slots, 1 << 34)
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)
+        if FastPath.ADAPTIVE_DRAFTS not in disable:
+            self.scheduler.drafts = GoodputDrafts(self.runner.row_costs(max_batched_tokens))
         self.core = EngineCore(self.scheduler, self.residency, self.runner)
         self.adapters = dict(adapters or {})
         self.steps = 0
