@@ -32,6 +32,7 @@ class AppArgs(BaseModel):
     blob_url: str | None = None
     base_model: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
     device: str | None = None
     engine_replicas: int | None = None
     engine_cpus: float | None = None

@@ -24,6 +24,7 @@ from slipstream.protocol import BaseModelSpec, EngineClient, EngineStats, Genera
 REAL_ENGINE = "slipstream.engine.service:EngineService"
 _ENGINE_FIELDS = (
     "dtype",
+    "quantize",
     "device",
     "max_batched_tokens",
     "max_num_seqs",

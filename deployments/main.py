@@ -34,15 +34,17 @@ def serve(
     base_model: Annotated[
         str | None, typer.Option(help="Hugging Face id or folder (variable SLIPSTREAM_BASE_MODEL).")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4 base weights (variable SLIPSTREAM_QUANTIZE).")
+    ] = None,
 ) -> None:
     """Serve on this machine: base model, registry, engine and HTTP, until Ctrl-C."""
     # Imported here: `slipstream adapters list` should not wait for them.
     from deployments.serve_local import serve_local  # noqa: PLC0415
     from slipstream.config import load_settings  # noqa: PLC0415
 
-    given = {
-        name: value for name, value in (("port", port), ("home", home), ("base_model", base_model)) if value is not None
-    }
+    options = {"port": port, "home": home, "base_model": base_model, "quantize": quantize}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
         serve_local(load_settings(**given), Console(file=sys.stdout))
     except ServerError as error:

@@ -56,6 +56,11 @@ class ModelDefaults(BaseModel):
         description="Number format of weights and KV cache; `auto`: bfloat16 where the processor has it, else float32 (on a "
         "GPU float16). Name one where replicas run on different processors: texts differ between formats.",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="Keep base linears as `int8` or (CPU) `int4`: less memory, faster at few requests, answers may differ "
+        "from the full model's. Adapters, streams and LM head stay as they are.",
+    )
     device: str = Field("auto", description="Torch device; `auto` takes a GPU when there is one.")
     engine_replicas: Count = Field(1, description="Engine replicas of each model.")
     engine_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each engine replica.")

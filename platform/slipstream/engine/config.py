@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from slipstream.errors import ConfigError
 
+QUANTIZE = (None, "int8", "int4")
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
@@ -25,6 +26,7 @@ class EngineConfig:
     model_path: str
     model_id: str
     dtype: str = "auto"
+    quantize: str | None = None  # "int8" or "int4": base linears by weight-only kernels
     device: str = "auto"  # "auto" = CUDA when there is one
     num_threads: int | None = None  # None = torch's own choice
     max_model_len: int | None = None  # None = the model's own context window
@@ -45,6 +47,8 @@ class EngineConfig:
         """Raise `ConfigError` naming the field that cannot work."""
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        if self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
         for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")

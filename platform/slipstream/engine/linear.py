@@ -6,7 +6,7 @@ in `RowContext`, which the adapter bank (`lora.py`) writes before the model is c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +14,17 @@ import torch
 from torch import nn
 
 from slipstream.adapters.weights import LoraModule
-from slipstream.engine.packed import PackedWeight
+from slipstream.engine.packed import BaseWeight, PackedWeight
+
+MakeWeight = Callable[[str, torch.Tensor, torch.Tensor | None], BaseWeight]
+"""(name of a group, weight [out, in], bias) → how its base GEMM runs."""
 
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def as_packed(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
+    """Every weight at full precision, laid out for the processor."""
+    return PackedWeight(weight, bias)
 
 
 class RowAdapters(Protocol):
@@ -37,7 +45,9 @@ class RowContext:
 class LinearGroup:
     """One or more sibling projections with the same input."""
 
-    def __init__(self, names: Sequence[str], linears: Sequence[nn.Linear], rows: RowContext, fast: bool = True) -> None:
+    def __init__(
+        self, names: Sequence[str], linears: Sequence[nn.Linear], rows: RowContext, make: MakeWeight = as_packed
+    ) -> None:
         self.names = tuple(names)
         self.sizes = [linear.out_features for linear in linears]
         self.in_features = linears[0].in_features
@@ -47,7 +57,7 @@ class LinearGroup:
         if any(b is not None for b in biases):
             zeros = (weight.new_zeros(size) for size in self.sizes)
             bias = torch.cat([b if b is not None else z for b, z in zip(biases, zeros, strict=True)])
-        self.base = PackedWeight(weight, bias, fast)
+        self.base = make(self.names[0], weight, bias)
         self._rows = rows
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
@@ -108,14 +118,14 @@ class GroupMember(nn.Module):
         return self._group.output(self._member, x)
 
 
-def swap_linears(model: nn.Module, rows: RowContext, fast: bool = True) -> dict[str, LinearGroup]:
+def swap_linears(model: nn.Module, rows: RowContext, make: MakeWeight = as_packed) -> dict[str, LinearGroup]:
     """Replace every `nn.Linear` below `model` by members of groups; returns the groups by their key."""
     groups: dict[str, LinearGroup] = {}
     for parent_name, parent in list(model.named_modules()):
         linears = {n: c for n, c in parent.named_children() if type(c) is nn.Linear}
         for names in _grouping(linears):
             full = [f"{parent_name}.{n}" if parent_name else n for n in names]
-            group = LinearGroup(full, [linears[n] for n in names], rows, fast)
+            group = LinearGroup(full, [linears[n] for n in names], rows, make)
             groups[group.key] = group
             for i, name in enumerate(names):
                 setattr(parent, name, GroupMember(group, i))

@@ -18,6 +18,7 @@ from slipstream.engine.core import EngineCore
 from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.loader import LoadedModel, adopt_model, cache_shapes, context_length, eos_ids, load_model
 from slipstream.engine.plan import Emission
+from slipstream.engine.quantized import Quantization
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.runner import ModelRunner, PreparedAdapter
 from slipstream.engine.scheduler import Scheduler
@@ -139,6 +140,7 @@ class OfflineEngine:
         kv_cache_bytes: int = 1 << 30,
         prefix_caching: bool = False,
         disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
+        quantize: Quantization | None = None,
     ) -> None:
         """`model` is a folder, or a model in memory, which keeps its own dtype and device.
 
@@ -160,7 +162,7 @@ class OfflineEngine:
         self.max_num_seqs = max_num_seqs
         slots = max(ADAPTER_SLOTS, len(adapters or {}))
         self._vocab_size = loaded.head.out_features
-        self.runner = ModelRunner(loaded, num_blocks, BLOCK_SIZE, self.eos, disable)
+        self.runner = ModelRunner(loaded, num_blocks, BLOCK_SIZE, self.eos, disable, quantize)
         residency = ResidencyManager(slots, _HOST_BYTES)
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)
         scheduler.prefix_caching = prefix_caching

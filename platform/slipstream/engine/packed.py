@@ -7,12 +7,23 @@ oneDNN 26 / 27 / 63 / 195 ms, packed as float16 for FBGEMM 14 / 15 / 54 / 186 ms
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
 X86_VECTORS = frozenset({"AVX2", "AVX512"})  # where packing was seen to pay in float32
+
+
+class BaseWeight(Protocol):
+    """A weight [out, in] and its bias, in whatever form."""
+
+    bias: torch.Tensor | None
+    row_norms_sq: torch.Tensor  # float32 [out], for DoRA
+
+    def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+        """x: [n, in] → [n, out], a tensor of its own that the caller may change."""
+        ...
 
 
 class PackedWeight:

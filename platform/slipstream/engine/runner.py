@@ -19,11 +19,13 @@ from slipstream.engine.linear import RowContext, swap_linears
 from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes
 from slipstream.engine.lora import AdapterBank, PreparedLora
 from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.quantized import Quantization, weight_maker
 from slipstream.engine.sampling import RowRequest, Sampler, logprob_of
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
 
+QUANTISED_DISTANCE = {Quantization.INT8: 0.2, Quantization.INT4: 0.7}  # of logits from the model's own, relative
 COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
 COST_ADAPTERS = 4  # among which its rows are divided …
 COST_RANK = 16  # … and the rank of each, on every linear
@@ -62,14 +64,18 @@ class ModelRunner:
         block_size: int,
         eos_ids: frozenset[int],
         disable: Collection[FastPath] = (),
+        quantize: Quantization | None = None,
     ) -> None:
+        """Raises `ModelUnsupported` when its own forward is not the model's, or when its linears cannot be quantised so."""
         self.device = loaded.device
         self._decoder = loaded.decoder
         self._embedding = loaded.embedding
         head_name = next(n for n, m in loaded.model.named_modules() if m is loaded.head)
         head_weight = loaded.head.weight.data
         self._rows = RowContext()
-        groups = swap_linears(loaded.model, self._rows, FastPath.PACKED_WEIGHTS not in disable)
+        name = type(loaded.model).__name__
+        make = weight_maker(FastPath.PACKED_WEIGHTS not in disable, quantize, keep=head_name)
+        groups = swap_linears(loaded.model, self._rows, make)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, FastPath.GROUPED_LORA not in disable)
         self._streams = StreamBank()
@@ -79,7 +85,8 @@ class ModelRunner:
         self._hidden_size = loaded.head.in_features
         self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
         self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device)
-        self._check_against(loaded.probe_logits, type(loaded.model).__name__)
+        exact = 0.1 if self._rescore else 1e-3
+        self._check_against(loaded.probe_logits, name, exact if quantize is None else QUANTISED_DISTANCE[quantize])
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
@@ -282,7 +289,7 @@ class ModelRunner:
         return next(self._embedding.parameters()).dtype
 
     @torch.inference_mode()
-    def _check_against(self, reference: torch.Tensor, name: str) -> None:
+    def _check_against(self, reference: torch.Tensor, name: str, most: float) -> None:
         """A forward of ours must be transformers' own: refuses models whose attention or head do more than we know of."""
         blocks = tuple(range(-(-len(PROBE) // self.cache.block_size)))
         part = PlannedSequence(0, PROBE, 0, blocks, True, len(PROBE) - 1, -1, _NO_PARAMS, 0, 0)
@@ -293,7 +300,7 @@ class ModelRunner:
             raise ModelUnsupported(f"{name} cannot run on paged attention: {error}") from error
         # Over all logits rather than the worst one: bf16 alone moves single logits of a deep model by several percent.
         distance = float((ours - reference).norm() / (reference - reference.mean(dim=-1, keepdim=True)).norm())
-        if not distance < (0.1 if self._rescore else 1e-3):
+        if not distance < most:
             raise ModelUnsupported(
                 f"{name} does not give transformers' own logits on paged attention: its attention or head does something "
                 "that this engine does not know."

@@ -28,6 +28,7 @@ from slipstream.engine.config import EngineConfig, FastPath
 from slipstream.engine.core import EngineCore, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.plan import Emission, Logprob
+from slipstream.engine.quantized import Quantization
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
@@ -139,7 +140,8 @@ class EngineService:
         num_blocks = config.kv_cache_bytes // block_bytes
         length = _served_length(config, self._spec.context_length, num_blocks, block_bytes)
         self._spec = dataclasses.replace(self._spec, context_length=length)
-        runner = ModelRunner(loaded, num_blocks, config.block_size, self._eos, config.disable)
+        quantize = Quantization(config.quantize) if config.quantize is not None else None
+        runner = ModelRunner(loaded, num_blocks, config.block_size, self._eos, config.disable, quantize)
         residency = ResidencyManager(config.adapter_slots, config.host_adapter_bytes)
         pool = BlockPool(num_blocks, config.block_size)
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)

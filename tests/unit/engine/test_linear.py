@@ -17,6 +17,7 @@ from slipstream.engine.head import Head
 from slipstream.engine.linear import GroupMember, RowContext, swap_linears
 from slipstream.engine.lora import MAX_WASTE, AdapterBank, StackTile
 from slipstream.engine.packed import can_prepack
+from slipstream.engine.quantized import weight_maker
 
 HIDDEN, KV, INNER = 16, 8, 24
 SLOTS = 6
@@ -65,7 +66,7 @@ class World:
         self.plain = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         self.layer = layer
         self.rows = RowContext()
-        self.groups = swap_linears(layer, self.rows, fast)
+        self.groups = swap_linears(layer, self.rows, weight_maker(fast, None, keep=""))
         self.bank = AdapterBank(self.groups, self.rows, torch.empty(0, dtype=dtype), fast)
         self.adapters: dict[int, AdapterWeights] = {}
 
