@@ -1,14 +1,17 @@
-"""`python -m benchmarks engine|sweep|http|lossless|drafts|training|streams|gates`: see README.md for what each measures."""
+"""`python -m benchmarks COMMAND` (`--help` lists them): see README.md for what each measures."""
 
 from __future__ import annotations
 
 import typer
 
-from benchmarks import ablations, drafts, engine, http, lossless, sweep, training
+from benchmarks import ablations, adapters, drafts, engine, http, lossless, prompts, quantized, sweep, training
 
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
 app.command("sweep")(sweep.main)
+app.command("quantized")(quantized.main)
+app.command("prompts")(prompts.main)
+app.command("adapters")(adapters.main)
 app.command("http")(http.main)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)

@@ -27,6 +27,7 @@ _ENGINE_FIELDS = (
     "quantize",
     "device",
     "max_batched_tokens",
+    "long_prompt_stretch",
     "max_num_seqs",
     "max_waiting",
     "kv_cache_bytes",

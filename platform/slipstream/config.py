@@ -73,6 +73,11 @@ class ModelDefaults(BaseModel):
         None, description="Longest prompt and answer together, in tokens; empty = the model's own context window."
     )
     max_batched_tokens: Count = Field(512, description="Tokens of one engine step: decodes, drafts and prefill chunks.")
+    long_prompt_stretch: float = Field(
+        2.5,
+        gt=1,
+        description="While others decode, a prompt longer than `max_batched_tokens` may make a step this many times as long.",
+    )
     max_num_seqs: Count = Field(64, description="Sequences that run at once in a replica.")
     max_waiting: Count = Field(256, description="Requests that wait in a replica; more are answered 429.")
     kv_cache_bytes: int = Field(GIB, ge=1 << 20, description="Bytes of a replica's KV cache.")

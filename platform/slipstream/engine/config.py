@@ -41,12 +41,17 @@ class EngineConfig:
     adapter_fetch_timeout_s: float = 60.0
     scratch_dir: str | None = None  # where adapters are fetched to; None = the system's temporary folder
     max_draft: int = 8  # cap over every adapter's number of streams
+    long_prompt_stretch: float = (
+        2.5  # how long a step may take, in steps of decodes alone, for a prompt over the budget
+    )
     disable: tuple[FastPath, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` naming the field that cannot work."""
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+        if not self.long_prompt_stretch > 1.0:
+            raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1.")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
         for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):

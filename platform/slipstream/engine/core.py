@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -67,10 +69,18 @@ class StepOutcome:
 class EngineCore(Generic[P]):
     """Scheduler, residency and runner, stepped together."""
 
-    def __init__(self, scheduler: Scheduler, residency: ResidencyManager, runner: Runner[P]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        residency: ResidencyManager,
+        runner: Runner[P],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`clock` gives seconds; only how long steps take is read from it."""
         self.scheduler = scheduler
         self.residency = residency
         self.runner = runner
+        self._clock = clock
         self.sequences: dict[int, Sequence] = {}
         self._on_host: dict[str, P] = {}
         self._steps = 0
@@ -120,7 +130,9 @@ class EngineCore(Generic[P]):
         self._move_adapters(outcome)
         plan = self.scheduler.schedule()
         if plan.sequences:
+            began = self._clock()
             result = self.runner.run(plan)
+            self.scheduler.observe(plan, self._clock() - began)
             outcome.emissions = self.scheduler.commit(plan, result)
             outcome.ran = True
             self._steps += 1

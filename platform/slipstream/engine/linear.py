@@ -27,6 +27,11 @@ def as_packed(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Bas
     return PackedWeight(weight, bias)
 
 
+def as_is(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
+    """Every weight as it lies in the model; such a group can be remade."""
+    return PackedWeight(weight, bias, fast=False)
+
+
 class RowAdapters(Protocol):
     """Adapters of some consecutive rows of a call."""
 
@@ -57,11 +62,16 @@ class LinearGroup:
         if any(b is not None for b in biases):
             zeros = (weight.new_zeros(size) for size in self.sizes)
             bias = torch.cat([b if b is not None else z for b, z in zip(biases, zeros, strict=True)])
-        self.base = make(self.names[0], weight, bias)
+        self.base: BaseWeight = make(self.key, weight, bias)
         self._rows = rows
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
         self._left = 0
+
+    def remake(self, make: MakeWeight) -> None:
+        """Keep the base weight in another form; only for groups made `as_is`."""
+        assert isinstance(self.base, PackedWeight)
+        self.base = make(self.key, self.base.unpacked, self.base.bias)
 
     @property
     def key(self) -> str:

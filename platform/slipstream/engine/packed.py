@@ -35,6 +35,13 @@ class PackedWeight:
         self._half: Any = torch.ops.quantized.linear_prepack_fp16(weight, None) if fast and is_half(weight) else None
         self._weight = weight[:0] if self._half is not None else pack(weight) if fast else weight
 
+    @property
+    def unpacked(self) -> torch.Tensor:
+        """The weight [out, in] itself, of one that was kept as it is."""
+        assert self._half is None
+        assert not self._weight.is_mkldnn
+        return self._weight
+
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """x: [n, in] → [n, out]."""
         bias = self.bias if with_bias else None

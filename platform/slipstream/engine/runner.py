@@ -15,7 +15,7 @@ from slipstream.engine.batch import StepBatch, build_batch, row_request
 from slipstream.engine.config import FastPath
 from slipstream.engine.goodput import RowCosts
 from slipstream.engine.head import Head
-from slipstream.engine.linear import RowContext, swap_linears
+from slipstream.engine.linear import RowContext, as_is, swap_linears
 from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes
 from slipstream.engine.lora import AdapterBank, PreparedLora
 from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
@@ -25,7 +25,6 @@ from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_strea
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
 
-QUANTISED_DISTANCE = {Quantization.INT8: 0.2, Quantization.INT4: 0.7}  # of logits from the model's own, relative
 COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
 COST_ADAPTERS = 4  # among which its rows are divided …
 COST_RANK = 16  # … and the rank of each, on every linear
@@ -75,7 +74,7 @@ class ModelRunner:
         self._rows = RowContext()
         name = type(loaded.model).__name__
         make = weight_maker(FastPath.PACKED_WEIGHTS not in disable, quantize, keep=head_name)
-        groups = swap_linears(loaded.model, self._rows, make)
+        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, FastPath.GROUPED_LORA not in disable)
         self._streams = StreamBank()
@@ -85,8 +84,10 @@ class ModelRunner:
         self._hidden_size = loaded.head.in_features
         self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
         self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device)
-        exact = 0.1 if self._rescore else 1e-3
-        self._check_against(loaded.probe_logits, name, exact if quantize is None else QUANTISED_DISTANCE[quantize])
+        self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
+        if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
+            for group in groups.values():
+                group.remake(make)
 
     # -- adapters -------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from slipstream.engine.blocks import BlockPool, chain_hash, root_hash
 from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts
+from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.protocol import FinishReason
@@ -59,6 +60,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.prefix_caching = True
         self.drafts: DraftPolicy = FullDrafts()
+        self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
+        self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
@@ -113,6 +116,7 @@ class Scheduler:
         planned: dict[int, PlannedSequence] = {}
         budget = self.max_batched_tokens
         decodes = [s for s in self._running if self._missing(s) == 1]
+        self._long_room = self.pacer.rows() if self.pacer is not None and decodes else None
         floor = self._prefill_floor()
         for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
             if seq.state is SequenceState.RUNNING:  # not preempted for an older one
@@ -122,6 +126,13 @@ class Scheduler:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)
         return StepPlan(tuple(self._with_drafts(list(planned.values()))))
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """What a step took: teaches the pacer."""
+        if self.pacer is not None:
+            decodes = [p for p in plan.sequences if p.samples and len(p.tokens) == p.num_drafts + 1]
+            prompts = plan.num_tokens - sum(len(p.tokens) for p in decodes)
+            self.pacer.observe(len(decodes), prompts, seconds)
 
     def _with_drafts(self, parts: list[PlannedSequence]) -> list[PlannedSequence]:
         """The parts, each with the drafts that it makes for the next step."""
@@ -189,14 +200,25 @@ class Scheduler:
 
     def _plan_chunk(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
         """The next piece of a prompt (or of a recomputed sequence)."""
-        size = self._chunk(self._missing(seq), budget)
+        size = self._chunk(seq, self._missing(seq), budget)
         end = seq.num_computed + size
         if size < 1 or not self._reserve(seq, end, planned):
             return 0
+        self._take_room(seq, size)
         planned[seq.seq_id] = self._part(seq, end, [])
         return size
 
-    def _chunk(self, missing: int, budget: int) -> int:
+    def _is_paced(self, seq: Sequence) -> bool:
+        """Whether a prompt takes several steps anyway, and may so take more and shorter ones for the sake of the others."""
+        return self._long_room is not None and len(seq.tokens) > self.max_batched_tokens
+
+    def _take_room(self, seq: Sequence, size: int) -> None:
+        if self._long_room is not None and self._is_paced(seq):
+            self._long_room -= size
+
+    def _chunk(self, seq: Sequence, missing: int, budget: int) -> int:
+        if self._long_room is not None and self._is_paced(seq):
+            return min(missing, budget, self._long_room)
         if missing <= budget:
             return missing
         return budget // CHUNK_ALIGN * CHUNK_ALIGN or budget  # unaligned rather than starved by the decodes
@@ -251,6 +273,8 @@ class Scheduler:
         for seq in list(self._waiting):
             if budget < 1 or len(self._running) >= self.max_num_seqs:
                 return
+            if self._is_paced(seq) and self._long_room == 0:
+                continue  # the others need not wait for it
             lease = None
             if seq.adapter is not None:
                 lease = self.adapters.try_pin(seq.adapter)
@@ -269,11 +293,12 @@ class Scheduler:
         """Blocks for all known tokens, prefix hits first; None (nothing held) when they are not free."""
         cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
-        size = self._chunk(len(seq.tokens) - known, budget)
+        size = self._chunk(seq, len(seq.tokens) - known, budget)
         rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached))
         if rest is None:
             self.pool.release(cached)
             return None
+        self._take_room(seq, size)
         seq.blocks = cached + rest
         seq.num_computed = known
         seq.num_published = len(cached)

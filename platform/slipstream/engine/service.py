@@ -27,6 +27,7 @@ from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import EngineConfig, FastPath
 from slipstream.engine.core import EngineCore, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, Logprob
 from slipstream.engine.quantized import Quantization
 from slipstream.engine.residency import ResidencyManager
@@ -146,6 +147,7 @@ class EngineService:
         pool = BlockPool(num_blocks, config.block_size)
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
         scheduler.prefix_caching = config.prefix_caching
+        scheduler.pacer = PromptPacer(config.long_prompt_stretch)
         if config.max_draft and FastPath.ADAPTIVE_DRAFTS not in config.disable:
             most = min(config.max_batched_tokens, config.max_num_seqs * (1 + config.max_draft))
             scheduler.drafts = GoodputDrafts(runner.row_costs(most))

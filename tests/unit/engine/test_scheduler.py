@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scripted import ScriptedRunner, next_token
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.pacing import FIRST_CHUNK, LEAST_CHUNK, PromptPacer
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import AdapterLease, Scheduler
 from slipstream.engine.sequence import Sequence, SequenceState
@@ -145,6 +147,53 @@ def test_tokens_per_step_counts_the_step_that_ends_prefill() -> None:
     assert (seq.num_answer, seq.decode_steps) == (5, 5)
 
 
+def first_step(scheduler: Scheduler, runner: ScriptedRunner, seq: Sequence) -> None:
+    """One sequence, up to its first token."""
+    scheduler.add(seq)
+    plan = scheduler.schedule()
+    scheduler.commit(plan, runner.run(plan))
+
+
+def test_a_long_prompt_takes_the_pacers_rows_and_short_ones_all_they_need() -> None:
+    scheduler, runner = make_scheduler(num_blocks=200, budget=100), ScriptedRunner(BLOCK)
+    scheduler.pacer = PromptPacer(2.0)
+    first_step(scheduler, runner, make_seq(1, [5, 6]))
+    scheduler.add(make_seq(2, [7] * 300))
+    scheduler.add(make_seq(3, [8] * 200))  # long too, and the first long one has taken the room
+    scheduler.add(make_seq(4, [9] * 30))
+    plan = scheduler.schedule()
+    assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(1, 1), (2, FIRST_CHUNK), (4, 30)]
+    scheduler.commit(plan, runner.run(plan))
+    scheduler.observe(plan, 0.050)  # nothing known about plain steps: not learnt from
+    for _ in range(20):
+        scheduler.pacer.observe(2, 0, 0.010)
+        scheduler.pacer.observe(2, 40, 0.050)
+    plan = scheduler.schedule()
+    assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(1, 1), (4, 1), (2, LEAST_CHUNK)]
+    run(scheduler, runner)
+
+
+def test_without_anybody_to_wait_a_long_prompt_takes_the_whole_budget() -> None:
+    scheduler = make_scheduler(num_blocks=200, budget=100)
+    scheduler.pacer = PromptPacer(2.0)
+    scheduler.add(make_seq(1, [7] * 300))
+    assert [len(s.tokens) for s in scheduler.schedule().sequences] == [64]  # an aligned chunk of 100
+
+
+def test_what_a_step_took_is_told_by_decodes_and_prompt_rows() -> None:
+    scheduler, runner = make_scheduler(num_blocks=200, budget=100), ScriptedRunner(BLOCK)
+    scheduler.pacer = PromptPacer(2.0)
+    first_step(scheduler, runner, make_seq(1, [5, 6], max_tokens=60))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, runner.run(plan))
+    scheduler.observe(plan, 0.064)
+    scheduler.add(make_seq(2, [7] * 300))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, runner.run(plan))
+    scheduler.observe(plan, 0.064 + FIRST_CHUNK * 0.002)
+    assert scheduler.pacer.rows() == 32
+
+
 @dataclass
 class Arrival:
     prompt: list[int]
@@ -188,13 +237,18 @@ class World:
 
 
 @settings(max_examples=FUZZ_EXAMPLES)
-@given(ARRIVALS, st.integers(14, 40), st.integers(4, 40), st.integers(1, 4), st.floats(0, 1), st.booleans())
+@given(
+    ARRIVALS, st.integers(14, 40), st.integers(4, 40), st.integers(1, 4), st.floats(0, 1), st.booleans(),
+    st.none() | st.floats(1.1, 4.0), st.randoms(use_true_random=False),
+)  # fmt: skip
 def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
-    arrivals: list[Arrival], blocks: int, budget: int, seqs: int, accept: float, prefix: bool
-) -> None:
+    arrivals: list[Arrival], blocks: int, budget: int, seqs: int, accept: float, prefix: bool,
+    stretch: float | None, times: Random,
+) -> None:  # fmt: skip
     residency = ResidencyManager(2, 25, drain_after_ticks=5)
     scheduler = Scheduler(BlockPool(blocks, BLOCK), residency, budget, min(seqs, budget))
     scheduler.prefix_caching = prefix
+    scheduler.pacer = PromptPacer(stretch) if stretch is not None else None
     world = World(scheduler, residency)
     runner = ScriptedRunner(BLOCK, accept=accept)
     made: list[tuple[Arrival, Sequence]] = []
@@ -212,6 +266,7 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
         plan = scheduler.schedule()
         assert plan.num_tokens <= budget
         scheduler.commit(plan, runner.run(plan))
+        scheduler.observe(plan, times.uniform(0.001, 0.1))
         scheduler.check_integrity()
         residency.check_integrity()
         if now > 60 and not scheduler.has_work:
