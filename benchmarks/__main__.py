@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablations, adapters, drafts, engine, http, lossless, prompts, quantized, sweep, training
+from benchmarks import ablations, adapters, drafts, engine, gpu, http, lossless, prompts, quantized, sweep, training
 
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
@@ -12,6 +12,7 @@ app.command("sweep")(sweep.main)
 app.command("quantized")(quantized.main)
 app.command("prompts")(prompts.main)
 app.command("adapters")(adapters.main)
+app.command("gpu")(gpu.main)
 app.command("http")(http.main)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)

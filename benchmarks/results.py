@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.report import Series, ratio, table
 
@@ -71,6 +69,9 @@ class Results:
         return text
 
     def _draw(self, path: Path) -> None:
+        import matplotlib as mpl  # noqa: PLC0415  # machines that only measure may do without
+        from matplotlib.figure import Figure  # noqa: PLC0415
+
         figure = Figure(figsize=(9, 0.7 + 0.28 * len(self.systems) * len(self.counts)), layout="constrained")
         axes = figure.subplots()
         colours = mpl.colormaps["tab10"]

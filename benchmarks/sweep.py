@@ -6,73 +6,24 @@ from the answers that the same adapters give without speculation. So a speculato
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks.engine import names_of
+from benchmarks.forced import run
 from benchmarks.results import Results
 from benchmarks.workload import ROOT, model_path, perturbed, prompt_ids
 from slipstream.adapters.load import load_adapter
 from slipstream.engine.config import FastPath
-from slipstream.engine.offline import OfflineEngine, Outcome, Row
-from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-TAIL = 0.75  # acceptance of the positions after the named ones
 SPECULATORS = {"good": (0.95, 0.85, 0.75), "middling": (0.6, 0.5, 0.45), "useless": (0.02, 0.02, 0.02)}
 PLAIN = "no drafts"
-
-
-class Forced:
-    """A runner whose drafts are right with given chances. Everything else is the runner's own."""
-
-    def __init__(self, runner: Any, chances: Sequence[float]) -> None:
-        self._runner = runner
-        self._chances = chances
-        self._random = random.Random(0)
-        self.answers: dict[int, Sequence[int]] = {}  # sequence → what it will say
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """One step."""
-        results = dict(self._runner.run(plan).results)
-        for part in plan.sequences:
-            result = results.get(part.seq_id)
-            if result is not None and result.drafts:
-                start = part.output_index + len(result.tokens)
-                coming = self.answers[part.seq_id][start : start + len(result.drafts)]
-                results[part.seq_id] = replace(result, drafts=tuple(map(self._draft, coming, range(len(coming)))))
-        return StepResult(results)
-
-    def _draft(self, right: int, position: int) -> int:
-        chance = self._chances[position] if position < len(self._chances) else TAIL
-        return right if self._random.random() < chance else right + 1 if right == 0 else right - 1
-
-
-def run(
-    engine: OfflineEngine, rows: Sequence[Row], chances: Sequence[float], answers: Sequence[Sequence[int]]
-) -> Outcome:
-    """The rows with forced drafts; the text must be what it was without."""
-    core = engine._core  # a measurement's business, not an interface's
-    own, first = core.runner, engine._last_id + 1
-    forced = Forced(own, chances)
-    forced.answers = {first + i: answer for i, answer in enumerate(answers)}
-    core.runner = forced
-    try:
-        outcome = engine.run(rows)
-    finally:
-        core.runner = own
-    if engine.runner.cache.keys[0].dtype == torch.float32:
-        assert outcome.answers == list(map(list, answers)), "speculation changed the text"
-    return outcome
 
 
 def main(

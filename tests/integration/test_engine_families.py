@@ -10,6 +10,7 @@ from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.engine import batch
+from slipstream.engine.attention import Segments
 from slipstream.engine.loader import adopt_model
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
@@ -117,7 +118,8 @@ def test_one_long_context_does_not_widen_the_others() -> None:
 
         def spy(*args: Any) -> Any:
             made = build(*args)
-            widths.append({s.length for s in made.paged.segments})
+            assert isinstance(made.paged.layout, Segments)
+            widths.append({s.length for s in made.paged.layout.segments})
             return made
 
         patch.setattr("slipstream.engine.runner.build_batch", spy)

@@ -17,6 +17,7 @@ from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
 from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.kernels import Kernels
 from slipstream.engine.loader import adopt_model, eos_ids
 from slipstream.engine.plan import Logprob
 from slipstream.engine.quantized import Quantization
@@ -63,10 +64,11 @@ class Harness:
         eos: frozenset[int] | None = None,
         disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
         quantize: Quantization | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         loaded = adopt_model(copy.deepcopy(model) if copy_model else model)
         self.eos = eos_ids(loaded) if eos is None else eos
-        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos, disable, quantize)
+        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos, disable, quantize, kernels)
         self.pool = BlockPool(num_blocks, block_size)
         self.residency = ResidencyManager(slots, 1 << 34)
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)

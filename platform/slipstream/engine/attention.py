@@ -8,7 +8,7 @@ blocks gives a contiguous [kv_heads, batch, length, head_dim] with no further co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,13 +24,39 @@ class KVCache:
     """Keys and values of every layer. Owned by the runner; blocks are handed out by the scheduler's `BlockPool`."""
 
     def __init__(
-        self, shapes: list[tuple[int, int]], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: list[tuple[int, int]],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_blocks: int = 0,
     ) -> None:
-        """shapes: (kv_heads, head_dim) of each layer."""
+        """shapes: (kv_heads, head_dim) of each layer. `spare_blocks` lie behind the others: for rows of nobody."""
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.keys = [torch.zeros(h, num_blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
+        blocks = num_blocks + spare_blocks
+        self.keys = [torch.zeros(h, blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
         self.values = [torch.zeros_like(k) for k in self.keys]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRules:
+    """What the model asks of attention besides causality. window: keys a query sees, itself included; None = all."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+class AttentionLayout(Protocol):
+    """Which keys each row of a step sees, in the form that an attention kernel wants."""
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """query: [heads, n, D]; keys, values: one layer's cache [kv_heads, blocks, block_size, D] → [n, heads, D]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +83,29 @@ class PagedBatch:
 
     cache: KVCache
     slots: torch.Tensor
+    layout: AttentionLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Attention by gathering each sequence's keys and plain matrix products: for processors, and the reference."""
+
     segments: tuple[Segment, ...]
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: AttentionRules
+    ) -> torch.Tensor:
+        """See `AttentionLayout`."""
+        out = None
+        for segment in self.segments:
+            part = _attend(query, keys, values, segment, rules)
+            if segment.out_rows is None or segment.out_places is None:
+                out = part
+            else:
+                out = query.new_empty(*query.shape[:2], values.shape[-1]) if out is None else out
+                out[:, segment.out_rows] = part[:, segment.out_places]
+        assert out is not None
+        return out.transpose(0, 1)
 
 
 def _hidden(segment: Segment, window: int | None) -> torch.Tensor:
@@ -80,17 +128,8 @@ def _gather(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
     return cache.index_select(1, segment.tables).view(heads * segment.positions.shape[0], segment.length, dim)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What the model asks of attention besides causality."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-
-
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, rules: _Rules
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, rules: AttentionRules
 ) -> torch.Tensor:
     """query: [heads, n, D]; keys, values: one layer's cache → [heads, B * Q, D]. Query heads of a KV group are folded into
     query rows, so that each key is read once a group.
@@ -147,7 +186,7 @@ def paged_attention(
     if foreign:
         raise ModelUnsupported(f"This model's attention needs {', '.join(foreign)}, which paged attention does not do.")
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every transformers attention module has one
-    rules = _Rules(
+    rules = AttentionRules(
         float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
         kwargs.get("sliding_window"),
         kwargs.get("softcap"),
@@ -159,16 +198,7 @@ def paged_attention(
     # leave anything in a block that the next owner can trip over. (Masked keys are overwritten with -inf.)
     finite = torch.nan_to_num(value[0].to(values.dtype))
     values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, finite)
-    out = None
-    for segment in batch.segments:
-        part = _attend(query[0], keys, values, segment, rules)
-        if segment.out_rows is None or segment.out_places is None:
-            out = part
-        else:
-            out = query.new_empty(query.shape[1], query.shape[2], values.shape[-1]) if out is None else out
-            out[:, segment.out_rows] = part[:, segment.out_places]
-    assert out is not None
-    return out.transpose(0, 1).unsqueeze(0), None
+    return batch.layout.attend(query[0], keys, values, rules).unsqueeze(0), None
 
 
 def register() -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from slipstream.engine.attention import KVCache, PagedBatch, Segment
+from slipstream.engine.attention import AttentionLayout, KVCache, PagedBatch, Segment, Segments
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import RowRequest
 
 WIDTH_UNIT = 256  # contexts below this many tokens share a group; above, those within a factor of two
 DECODE_ROWS = 16  # sequences with at most this many rows are attended in one padded group
+
+
+LayOut = Callable[[Sequence[PlannedSequence], Sequence[int], int, torch.device], AttentionLayout]
+"""(sequences, first row of each, block size, device) → their attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,17 @@ class StepBatch:
     spans: tuple[tuple[PlannedSequence, int], ...]  # sampling sequences and their first index in sample_rows
 
 
-def build_batch(parts: Sequence[PlannedSequence], cache: KVCache, device: torch.device) -> StepBatch:
+def segments(
+    parts: Sequence[PlannedSequence], first_row: Sequence[int], block_size: int, device: torch.device
+) -> AttentionLayout:
+    """Attention by gathered segments."""
+    groups = _groups(parts, first_row)
+    return Segments(tuple(_segment(group, block_size, device, len(groups) == 1) for group in groups))
+
+
+def build_batch(
+    parts: Sequence[PlannedSequence], cache: KVCache, device: torch.device, lay_out: LayOut = segments
+) -> StepBatch:
     """Lay a plan's sequences out, in the order given."""
     ids: list[int] = []
     positions: list[int] = []
@@ -49,9 +63,7 @@ def build_batch(parts: Sequence[PlannedSequence], cache: KVCache, device: torch.
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    groups = _groups(parts, first_row)
-    segments = tuple(_segment(group, size, device, len(groups) == 1) for group in groups)
-    paged = PagedBatch(cache, tensor(kv_slots), segments)
+    paged = PagedBatch(cache, tensor(kv_slots), lay_out(parts, first_row, size, device))
     return StepBatch(
         tensor(ids), tensor(positions), tuple(adapter), paged, tensor(sample_rows), tuple(sample_slots),
         tuple(requests), tuple(spans),
@@ -94,7 +106,7 @@ class _Member:
     first_row: int
 
 
-def _groups(parts: Sequence[PlannedSequence], first_row: list[int]) -> list[list[_Member]]:
+def _groups(parts: Sequence[PlannedSequence], first_row: Sequence[int]) -> list[list[_Member]]:
     """Short sequences of similar context together; each longer prefill chunk alone. All members of a group are padded to the
     longest, in rows and in keys: one 8,000-token context must not make 31 short ones read 8,000 keys each."""
     short: dict[int, list[_Member]] = {}

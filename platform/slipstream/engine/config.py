@@ -16,6 +16,10 @@ class FastPath(StrEnum):
 
     PACKED_WEIGHTS = "packed-weights"  # base weights laid out for the processor; off: as they were loaded
     GROUPED_LORA = "grouped-lora"  # all adapters of a step in one batched GEMM; off: one adapter after the other
+    TRITON_KERNELS = "triton-kernels"  # GPUs: attention and adapters by Triton kernels; off: by torch's own operations
+    CUDA_GRAPHS = (
+        "cuda-graphs"  # GPUs: small steps replayed as graphs, which needs the Triton kernels; off: launched anew
+    )
     ADAPTIVE_DRAFTS = "adaptive-drafts"  # as many drafts as pay; off: as many as an adapter has streams
 
 
@@ -41,9 +45,7 @@ class EngineConfig:
     adapter_fetch_timeout_s: float = 60.0
     scratch_dir: str | None = None  # where adapters are fetched to; None = the system's temporary folder
     max_draft: int = 8  # cap over every adapter's number of streams
-    long_prompt_stretch: float = (
-        2.5  # how long a step may take, in steps of decodes alone, for a prompt over the budget
-    )
+    long_prompt_stretch: float = 2.5  # a step with rows of a prompt over the budget, in steps of decodes alone
     disable: tuple[FastPath, ...] = ()
 
     def __post_init__(self) -> None:

@@ -10,17 +10,19 @@ from functools import partial
 import torch
 
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
-from slipstream.engine.attention import KVCache
+from slipstream.engine.attention import KVCache, PagedBatch
 from slipstream.engine.batch import StepBatch, build_batch, row_request
 from slipstream.engine.config import FastPath
 from slipstream.engine.goodput import RowCosts
 from slipstream.engine.head import Head
+from slipstream.engine.kernels import Kernels, pick_kernels
 from slipstream.engine.linear import RowContext, as_is, swap_linears
-from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes
-from slipstream.engine.lora import AdapterBank, PreparedLora
+from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes, context_length
+from slipstream.engine.lora import AdapterBank
 from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.quantized import Quantization, weight_maker
 from slipstream.engine.sampling import RowRequest, Sampler, logprob_of
+from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
@@ -64,8 +66,12 @@ class ModelRunner:
         eos_ids: frozenset[int],
         disable: Collection[FastPath] = (),
         quantize: Quantization | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Raises `ModelUnsupported` when its own forward is not the model's, or when its linears cannot be quantised so."""
+        """`kernels` None: as `disable` and the device say.
+
+        Raises `ModelUnsupported` when its own forward is not the model's, or when its linears cannot be quantised so.
+        """
         self.device = loaded.device
         self._decoder = loaded.decoder
         self._embedding = loaded.embedding
@@ -76,14 +82,18 @@ class ModelRunner:
         make = weight_maker(FastPath.PACKED_WEIGHTS not in disable, quantize, keep=head_name)
         groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
-        self._bank = AdapterBank(groups, self._rows, like, FastPath.GROUPED_LORA not in disable)
+        kernels = kernels if kernels is not None else pick_kernels(self.device, disable)
+        self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank()
         member = loaded.model.get_submodule(head_name)
         self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
-        self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device)
+        self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
+        blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
+        self._attention = kernels.attention
+        self._graphs = kernels.graphs(self._decode, self._rows, self.cache, blocks)
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
             for group in groups.values():
@@ -129,7 +139,7 @@ class ModelRunner:
         """Forward → verify → draft."""
         parts = plan.sequences
         order = self._bank.order([part.slot for part in parts], [len(part.tokens) for part in parts])
-        batch = build_batch([parts[i] for i in order], self.cache, self.device)
+        batch = self._batch([parts[i] for i in order])
         hidden = self._forward(batch)
         if not batch.spans:
             return StepResult()
@@ -147,14 +157,21 @@ class ModelRunner:
             results[part.seq_id] = SequenceResult(tuple(tokens), drafts.get(part.seq_id, ()), logprobs)
         return StepResult(results)
 
+    def _batch(self, parts: list[PlannedSequence]) -> StepBatch:
+        """The sequences' tensors; padded to a number of rows that there is a graph for."""
+        if self._graphs is not None:
+            parts = parts + self._graphs.padding(sum(len(part.tokens) for part in parts))
+        return build_batch(parts, self.cache, self.device, self._attention)
+
     def _forward(self, batch: StepBatch) -> torch.Tensor:
-        """Final hidden states [n, H]."""
+        """Final hidden states [n, H], valid until the next call."""
         self._bank.use(batch.slots)
+        out = self._graphs(batch) if self._graphs is not None else None
+        return out if out is not None else self._decode(batch.input_ids, batch.positions, batch.paged)
+
+    def _decode(self, ids: torch.Tensor, positions: torch.Tensor, paged: PagedBatch) -> torch.Tensor:
         out = self._decoder(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            paged=batch.paged,
+            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, paged=paged
         )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -254,10 +271,10 @@ class ModelRunner:
             counts.append(2 * counts[-1])
         decoder_s, head_s = [], []
         for count in counts:
-            batch = build_batch(self._cost_parts(count), self.cache, self.device)
+            batch = self._batch(self._cost_parts(count))
             hidden = self._forward(batch)
             decoder_s.append(self._best_time(partial(self._forward, batch)))
-            head_s.append(self._best_time(partial(self._head, hidden, batch.slots)))
+            head_s.append(self._best_time(partial(self._head, hidden[:count], batch.slots[:count])))
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
         return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s))
@@ -295,8 +312,8 @@ class ModelRunner:
         blocks = tuple(range(-(-len(PROBE) // self.cache.block_size)))
         part = PlannedSequence(0, PROBE, 0, blocks, True, len(PROBE) - 1, -1, _NO_PARAMS, 0, 0)
         try:
-            batch = build_batch([part], self.cache, self.device)
-            ours = self._head(self._forward(batch), batch.slots).float()
+            batch = self._batch([part])
+            ours = self._head(self._forward(batch)[batch.sample_rows], batch.sample_slots).float()
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             raise ModelUnsupported(f"{name} cannot run on paged attention: {error}") from error
         # Over all logits rather than the worst one: bf16 alone moves single logits of a deep model by several percent.

@@ -9,15 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import interpreted  # noqa: F401  # before any kernel
 from torch import nn
 from torch.nn import functional as F
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.head import Head
 from slipstream.engine.linear import GroupMember, RowContext, swap_linears
-from slipstream.engine.lora import MAX_WASTE, AdapterBank, StackTile
+from slipstream.engine.lora import MAX_WASTE, AdapterBank, LoraKernels
 from slipstream.engine.packed import can_prepack
 from slipstream.engine.quantized import weight_maker
+from slipstream.engine.stacks import StackTile
 
 HIDDEN, KV, INNER = 16, 8, 24
 SLOTS = 6
@@ -59,15 +61,17 @@ class Layer(nn.Module):
 class World:
     """A layer, its swapped twin, and a bank; adapters are kept for the reference."""
 
-    def __init__(self, bias: bool = True, dtype: torch.dtype = torch.float32, fast: bool = True) -> None:
+    def __init__(
+        self, bias: bool = True, dtype: torch.dtype = torch.float32, kernels: LoraKernels = LoraKernels.BATCHED
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layer = Layer(bias).requires_grad_(False).to(dtype)
         self.plain = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         self.layer = layer
         self.rows = RowContext()
-        self.groups = swap_linears(layer, self.rows, weight_maker(fast, None, keep=""))
-        self.bank = AdapterBank(self.groups, self.rows, torch.empty(0, dtype=dtype), fast)
+        self.groups = swap_linears(layer, self.rows, weight_maker(kernels is not LoraKernels.PLAIN, None, keep=""))
+        self.bank = AdapterBank(self.groups, self.rows, torch.empty(0, dtype=dtype), kernels)
         self.adapters: dict[int, AdapterWeights] = {}
 
     def load(self, slot: int, weights: AdapterWeights) -> None:
@@ -129,8 +133,10 @@ NOTHING: dict[str, int] = {}
 DORA = frozenset({"attn.q_proj", "attn.v_proj", "mlp.down_proj"})
 
 
-def full_world(bias: bool = True, dtype: torch.dtype = torch.float32) -> World:
-    world = World(bias, dtype)
+def full_world(
+    bias: bool = True, dtype: torch.dtype = torch.float32, kernels: LoraKernels = LoraKernels.BATCHED
+) -> World:
+    world = World(bias, dtype, kernels)
     world.load(0, adapter(1, ALL))
     world.load(1, adapter(2, MIXED_RANKS, scale=0.25))
     world.load(2, adapter(3, V_ONLY))
@@ -140,6 +146,7 @@ def full_world(bias: bool = True, dtype: torch.dtype = torch.float32) -> World:
     return world
 
 
+@pytest.mark.parametrize("kernels", list(LoraKernels))
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "slots",
@@ -160,8 +167,8 @@ def full_world(bias: bool = True, dtype: torch.dtype = torch.float32) -> World:
     ],
     ids=str,
 )
-def test_every_row_is_served_by_its_own_adapter(slots: list[int], bias: bool) -> None:
-    full_world(bias).check(slots)
+def test_every_row_is_served_by_its_own_adapter(slots: list[int], bias: bool, kernels: LoraKernels) -> None:
+    full_world(bias, kernels=kernels).check(slots)
 
 
 def test_adapters_change_the_output() -> None:
@@ -359,13 +366,13 @@ ACTIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kernels", list(LoraKernels))
 @settings(max_examples=30, deadline=None)
 @given(actions=ACTIONS)
 def test_any_order_of_loads_and_steps_serves_everybody(
-    fast: bool, actions: list[tuple[str, int, dict[str, int], bool] | tuple[str, list[int]]]
+    kernels: LoraKernels, actions: list[tuple[str, int, dict[str, int], bool] | tuple[str, list[int]]]
 ) -> None:
-    world = World(fast=fast)
+    world = World(kernels=kernels)
     for i, action in enumerate(actions):
         if len(action) == 4:
             _, slot, ranks, dora = action

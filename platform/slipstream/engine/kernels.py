@@ -1,0 +1,55 @@
+"""Which code computes attention and adapters on a device, and whether small steps are recorded as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from slipstream.engine.attention import KVCache
+from slipstream.engine.batch import LayOut, segments
+from slipstream.engine.config import FastPath
+from slipstream.engine.linear import RowContext
+from slipstream.engine.lora import LoraKernels
+
+if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
+    from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One choice for a whole engine."""
+
+    lora: LoraKernels
+    attention: LayOut
+    capture: Capture | None = None  # how small steps are recorded; None = they are not
+
+    def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
+        """The decoder behind graphs, where steps are recorded. `max_blocks`: most blocks of a sequence."""
+        if self.capture is None:
+            return None
+        from slipstream.engine.graphs import GraphedDecoder  # noqa: PLC0415
+
+        return GraphedDecoder(decode, rows, cache, max_blocks, self.capture)
+
+
+def pick_kernels(device: torch.device, disable: Collection[FastPath]) -> Kernels:
+    """The fastest that the device has and nobody turned off."""
+    lora = LoraKernels.PLAIN if FastPath.GROUPED_LORA in disable else LoraKernels.BATCHED
+    if device.type != "cuda" or FastPath.TRITON_KERNELS in disable or find_spec("triton") is None:
+        return Kernels(lora, segments)
+    if lora is LoraKernels.PLAIN or FastPath.CUDA_GRAPHS in disable:
+        return triton_kernels(lora=lora)
+    from slipstream.engine.graphs import CudaCapture  # noqa: PLC0415
+
+    return triton_kernels(CudaCapture())
+
+
+def triton_kernels(capture: Capture | None = None, lora: LoraKernels = LoraKernels.TRITON) -> Kernels:
+    """Triton for attention and adapters; on a processor only under Triton's interpreter."""
+    from slipstream.engine.triton_attention import paged_tables  # noqa: PLC0415
+
+    return Kernels(LoraKernels.TRITON if lora is LoraKernels.BATCHED else lora, paged_tables, capture)

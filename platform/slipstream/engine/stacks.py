@@ -1,0 +1,244 @@
+"""LoRA weights of adapters of similar rank, side by side, and how the rows of a step get them by batched GEMMs.
+
+One batched GEMM shrinks the rows of all adapters of a stack and another expands them again. Rows of one adapter are
+consecutive and every adapter multiplies its own rows alone, whatever the number of adapters. (Measured on two AVX2 cores,
+SmolLM2-135M, rank 16 on all linears, 32 rows of 8 adapters: 15 ms, where one stacked GEMM with the other adapters' columns
+masked took 42 ms; 128 rows of 32 adapters: 42 and 339 ms.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from slipstream.engine.linear import LinearGroup
+
+MAX_SPREAD = 2  # adapters of a step lie within this many times as many places as there are of them
+
+_versions = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModule:
+    """One adapter's part of one target, ready for the bank. a: [in, r]; b: [r, out] with the scale folded in;
+    gain: [out] = DoRA's m / ||W + sBA||, float32, or None."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gain: torch.Tensor | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.a, self.b, *([self.gain] if self.gain is not None else [])]
+
+    def to(self, device: torch.device) -> PreparedModule:
+        """The same on a device; nothing is copied when it is there already."""
+        return PreparedModule(
+            self.a.to(device), self.b.to(device), self.gain.to(device) if self.gain is not None else None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLora:
+    """An adapter's LoRA in the engine's dtype."""
+
+    modules: Mapping[str, PreparedModule]
+    rank: int  # largest over the modules; 0 for an adapter without
+
+
+@dataclass(slots=True)
+class StackPart:
+    """A stack's weights for one group of k siblings. shrink: [P, in, k * R]; expand: [P, R, out] for each member that any
+    adapter here has, gains: [P, out] float32 for each that has DoRA, 1 where an adapter has none."""
+
+    shrink: torch.Tensor
+    expand: list[torch.Tensor | None]
+    gains: list[torch.Tensor | None]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.shrink, *self.expand, *self.gains) if t is not None]
+
+
+class RankStack:
+    """Adapters padded to rank R, in P places. An adapter that comes overwrites one that was not used for long."""
+
+    def __init__(self, groups: Mapping[str, LinearGroup], rank: int, like: torch.Tensor) -> None:
+        self.rank = rank
+        self.parts: dict[str, StackPart] = {}
+        self._groups = groups
+        self._like = like
+        self._slots: list[int | None] = []  # the adapter slot in each place
+        self._used: list[int] = []  # when each place was last asked for
+        self._clock = 0
+        self.version = next(_versions)  # changes when any tensor of the stack moves
+
+    def place_of(self, slot: int) -> int:
+        """Where an adapter lies."""
+        return self._slots.index(slot)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter is left."""
+        return not any(slot is not None for slot in self._slots)
+
+    def hold(self, loras: Mapping[int, PreparedLora]) -> bool:
+        """Give these adapters (by slot) places close together; whether any had to move."""
+        self._clock += 1
+        moved = False
+        for slot in loras:
+            if slot in self._slots:
+                self._used[self.place_of(slot)] = self._clock
+        for slot, lora in loras.items():
+            if slot not in self._slots:
+                self._write(self._free_place(loras), slot, lora)
+                moved = True
+        return self._close_ranks(loras) or moved
+
+    def drop(self, slot: int) -> None:
+        """Forget an adapter; its place is the next to be taken."""
+        if slot in self._slots:
+            place = self.place_of(slot)
+            self._slots[place], self._used[place] = None, 0
+
+    def _free_place(self, wanted: Mapping[int, PreparedLora]) -> int:
+        """The place that was used longest ago by an adapter that is not wanted now."""
+        free = [p for p, slot in enumerate(self._slots) if slot not in wanted]
+        if not free:
+            self._grow(max(1, 2 * len(self._slots)))
+            return self._free_place(wanted)
+        return min(free, key=lambda place: self._used[place])
+
+    def _close_ranks(self, loras: Mapping[int, PreparedLora]) -> bool:
+        """Adapters far apart make a tile that reads all in between: move one of them closer, one a step."""
+        places = sorted(self.place_of(slot) for slot in loras)
+        if places[-1] - places[0] < MAX_SPREAD * len(places):
+            return False
+        gap = next(p for p in range(places[0], places[-1]) if p not in places)
+        slot = self._slots[places[-1]]
+        assert slot is not None
+        self.drop(slot)
+        self._write(gap, slot, loras[slot])
+        return True
+
+    def _grow(self, places: int) -> None:
+        more = places - len(self._slots)
+        self.version = next(_versions)
+        self._slots += [None] * more
+        self._used += [0] * more
+        for part in self.parts.values():
+            part.shrink = _longer(part.shrink, more, 0.0)
+            part.expand = [_longer(t, more, 0.0) if t is not None else None for t in part.expand]
+            part.gains = [_longer(t, more, 1.0) if t is not None else None for t in part.gains]
+
+    def _write(self, place: int, slot: int, lora: PreparedLora) -> None:
+        self._slots[place], self._used[place] = slot, self._clock
+        for key, group in self._groups.items():
+            modules = [lora.modules.get(name) for name in group.names]
+            part = self.parts.get(key)
+            if part is None:
+                if not any(modules):
+                    continue
+                part = self._new_part(group)
+                self.parts[key] = part
+            part.shrink[place].zero_()
+            for m, module in enumerate(modules):
+                self._write_member(part, m, place, module, group.sizes[m])
+
+    def _new_part(self, group: LinearGroup) -> StackPart:
+        k = len(group.names)
+        self.version = next(_versions)
+        shrink = self._like.new_zeros(len(self._slots), group.in_features, k * self.rank)
+        return StackPart(shrink, [None] * k, [None] * k)
+
+    def _write_member(self, part: StackPart, m: int, place: int, module: PreparedModule | None, out: int) -> None:
+        expand, gains = part.expand[m], part.gains[m]
+        if expand is None and module is not None:
+            self.version = next(_versions)
+            expand = part.expand[m] = self._like.new_zeros(len(self._slots), self.rank, out)
+        if gains is None and module is not None and module.gain is not None:
+            self.version = next(_versions)
+            gains = part.gains[m] = torch.ones(len(self._slots), out, device=self._like.device)
+        if expand is not None:
+            expand[place].zero_()
+        if gains is not None:
+            gains[place] = module.gain if module is not None and module.gain is not None else 1.0
+        if module is not None and expand is not None:
+            rank = module.a.shape[1]
+            part.shrink[place, :, m * self.rank : m * self.rank + rank] = module.a
+            expand[place, :rank] = module.b
+
+
+def _longer(tensor: torch.Tensor, more: int, fill: float) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_full((more, *tensor.shape[1:]), fill)])
+
+
+@dataclass(frozen=True, slots=True)
+class StackTile:
+    """Rows start … stop of adapters of one stack, `width` rows an adapter after padding.
+
+    gather: int64 [count * width], row (from `start`) of each padded place; scatter: int64 [stop - start], padded place of
+    each row; both None where the rows lie as the places do. row_places: int64 [stop - start], place in the stack, for DoRA.
+    """
+
+    stack: RankStack
+    first: int
+    count: int
+    width: int
+    start: int
+    stop: int
+    gather: torch.Tensor | None
+    scatter: torch.Tensor | None
+    row_places: torch.Tensor
+
+    def apply_(self, group: LinearGroup, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y += x A B on these rows (then DoRA's gain)."""
+        part = self.stack.parts.get(group.key)
+        if part is None:
+            return
+        x, y = x[self.start : self.stop], y[self.start : self.stop]
+        if self.gather is not None:
+            x = x.index_select(0, self.gather)
+        places, rank = slice(self.first, self.first + self.count), self.stack.rank
+        shrunk = torch.bmm(x.view(self.count, self.width, -1), part.shrink[places])
+        for m, out in enumerate(group.split(y)):
+            expand, gains = part.expand[m], part.gains[m]
+            if expand is None:
+                continue
+            delta = torch.bmm(shrunk[:, :, m * rank : (m + 1) * rank], expand[places]).view(self.count * self.width, -1)
+            out.add_(delta if self.scatter is None else delta.index_select(0, self.scatter))
+            if gains is not None:
+                finish_dora_(out, gains[self.row_places], bias_of(group, m))
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Rows start … stop of one adapter, module by module: what `StackTile` must agree with."""
+
+    lora: PreparedLora
+    start: int
+    stop: int
+
+    def apply_(self, group: LinearGroup, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y += x A B on these rows (then DoRA's gain)."""
+        rows = slice(self.start, self.stop)
+        for m, out in enumerate(group.split(y)):
+            module = self.lora.modules.get(group.names[m])
+            if module is not None:
+                out[rows].add_(x[rows] @ module.a @ module.b)
+                if module.gain is not None:
+                    finish_dora_(out[rows], module.gain, bias_of(group, m))
+
+
+def bias_of(group: LinearGroup, member: int) -> torch.Tensor | None:
+    """The member's own bias."""
+    return group.split(group.base.bias)[member] if group.base.bias is not None else None
+
+
+def finish_dora_(out: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """DoRA (arXiv 2402.09353): y = g (W x + s B A x) + bias, in place; rows without (gain 1) keep their bits."""
+    shift = bias.float() if bias is not None else 0.0
+    scaled = ((out.float() - shift) * gain + shift).to(out.dtype)
+    out.copy_(torch.where(gain == 1.0, out, scaled))

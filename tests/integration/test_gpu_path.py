@@ -1,0 +1,84 @@
+"""What a GPU runs, on the processor: Triton's kernels interpreted, steps padded and replayed from fixed buffers.
+
+The text of a tiny model with adapters of several kinds is transformers + PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import interpreted  # noqa: F401  # before any kernel
+from support.adapters import random_peft_adapter, random_streams, tiny_llama, write_own_streams
+from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+
+from slipstream.engine.graphs import Captured, bucket_of, record_again
+from slipstream.engine.kernels import triton_kernels
+from slipstream.protocol import SamplingParams
+
+KINDS: dict[str, dict[str, Any]] = {
+    "all-linear": {"r": 8, "target_modules": "all-linear"},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "up_proj"]},
+    "rank-32": {"r": 32, "target_modules": ["k_proj", "down_proj"]},
+}
+TOKENS = 5
+
+
+class Counting:
+    """A `Capture` that counts recordings and replays."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> Captured:
+        self.recorded += 1
+        captured = record_again(work)
+
+        def replay() -> None:
+            self.replayed += 1
+            captured.replay()
+
+        return Captured(replay, captured.out)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path], dict[str, Any]]:
+    model = tiny_llama()
+    folders, oracles = {}, {}
+    for i, (kind, kwargs) in enumerate(KINDS.items()):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        oracles[kind] = random_peft_adapter(model, folders[kind], seed=i, **kwargs)
+    write_own_streams(folders["all-linear"], random_streams(model.config.hidden_size, 3, rank=4, seed=1))
+    return model, folders, oracles
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
+def test_mixed_adapters_chunked_and_drafting_give_the_oracles_text(
+    zoo: tuple[Any, dict[str, Path], dict[str, Any]], recorded: bool
+) -> None:
+    model, folders, oracles = zoo
+    capture = Counting()
+    kernels = triton_kernels(capture if recorded else None)
+    harness = Harness(model, folders, block_size=8, max_batched_tokens=24, eos=frozenset(), kernels=kernels)
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 30, 9, 3)]
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    names = [*folders, None]
+    jobs = [Job(text, params, name, draft_cap=3) for text, name in zip(texts, names, strict=True)]
+    answers = harness.run(jobs)
+    for text, name, answer in zip(texts, names, answers, strict=True):
+        assert_same_tokens(answer, *oracle_greedy(oracles[name] if name else model, text, TOKENS))
+    assert bool(capture.replayed) == recorded
+    again = harness.run([Job(texts[0], params, names[0])])
+    assert again == [answers[0]]
+    before = capture.recorded
+    harness.run([Job(texts[0], params, names[0])])
+    assert capture.recorded == before  # the same shapes: nothing is recorded anew
+
+
+def test_steps_are_padded_to_the_next_bucket_and_long_ones_not_at_all() -> None:
+    assert [bucket_of(n) for n in (1, 3, 8, 9, 17, 128, 129, 256, 257)] == [1, 4, 8, 16, 24, 128, 144, 256, None]
