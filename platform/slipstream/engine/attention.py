@@ -39,6 +39,15 @@ class KVCache:
         self.keys = [torch.zeros(h, blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
         self.values = [torch.zeros_like(k) for k in self.keys]
 
+    def store(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep the keys and values [kv_heads, n, D] of rows. slots: int64 [n], block * size + offset of each."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.view(keys.shape[0], -1, keys.shape[-1]).index_copy_(1, slots, key.to(keys.dtype))
+        # A stale value is multiplied by a weight of zero, which only a finite one survives: an adapter that overflows must
+        # not leave anything in a block that the next owner can trip over. (Masked keys are overwritten with -inf.)
+        finite = torch.nan_to_num(value.to(values.dtype))
+        values.view(values.shape[0], -1, values.shape[-1]).index_copy_(1, slots, finite)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionRules:
@@ -191,14 +200,9 @@ def paged_attention(
         kwargs.get("sliding_window"),
         kwargs.get("softcap"),
     )
-    keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-    heads, _, _, dim = keys.shape
-    keys.view(heads, -1, dim).index_copy_(1, batch.slots, key[0].to(keys.dtype))
-    # A stale value is multiplied by a weight of zero, which only a finite one survives: an adapter that overflows must not
-    # leave anything in a block that the next owner can trip over. (Masked keys are overwritten with -inf.)
-    finite = torch.nan_to_num(value[0].to(values.dtype))
-    values.view(heads, -1, values.shape[-1]).index_copy_(1, batch.slots, finite)
-    return batch.layout.attend(query[0], keys, values, rules).unsqueeze(0), None
+    cache = batch.cache
+    cache.store(layer, batch.slots, key[0], value[0])
+    return batch.layout.attend(query[0], cache.keys[layer], cache.values[layer], rules).unsqueeze(0), None
 
 
 def register() -> str:

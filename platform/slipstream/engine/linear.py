@@ -78,13 +78,17 @@ class LinearGroup:
         """Name of the group: its first member's."""
         return self.names[0]
 
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """All members' projections of x [n, in], adapters applied per row → [n, sum(sizes)]."""
+        y = self.base(x)
+        for adapters in self._rows.adapters:
+            adapters.apply_(self, x, y)
+        return y
+
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """The member's projection of x [..., in]. All members are computed when the first asks, and kept for the rest."""
         if self._input is not x:
-            flat = x.reshape(-1, self.in_features)
-            y = self.base(flat)
-            for adapters in self._rows.adapters:
-                adapters.apply_(self, flat, y)
+            y = self.whole(x.reshape(-1, self.in_features))
             self._outputs = [part.view(*x.shape[:-1], -1) for part in self.split(y)]
             self._input = x
             self._left = len(self.names)
@@ -116,7 +120,7 @@ class GroupMember(nn.Module):
 
     def __init__(self, group: LinearGroup, member: int) -> None:
         super().__init__()
-        self._group = group
+        self.group = group
         self._member = member
         self.in_features = group.in_features
         self.out_features = group.sizes[member]
@@ -125,7 +129,7 @@ class GroupMember(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] → [..., out], adapters applied per row."""
-        return self._group.output(self._member, x)
+        return self.group.output(self._member, x)
 
 
 def swap_linears(model: nn.Module, rows: RowContext, make: MakeWeight = as_packed) -> dict[str, LinearGroup]:

@@ -13,6 +13,7 @@ from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache, PagedBatch
 from slipstream.engine.batch import StepBatch, build_batch, row_request
 from slipstream.engine.config import FastPath
+from slipstream.engine.flat import FlatDecoder
 from slipstream.engine.goodput import RowCosts
 from slipstream.engine.head import Head
 from slipstream.engine.kernels import Kernels, pick_kernels
@@ -93,6 +94,7 @@ class ModelRunner:
         self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
+        self._flat = FlatDecoder.of(self._decoder) if FastPath.FLAT_DECODER not in disable else None
         self._graphs = kernels.graphs(self._decode, self._rows, self.cache, blocks)
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
@@ -170,6 +172,8 @@ class ModelRunner:
         return out if out is not None else self._decode(batch.input_ids, batch.positions, batch.paged)
 
     def _decode(self, ids: torch.Tensor, positions: torch.Tensor, paged: PagedBatch) -> torch.Tensor:
+        if self._flat is not None:
+            return self._flat(ids, positions, paged)
         out = self._decoder(
             input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, paged=paged
         )
