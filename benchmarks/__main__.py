@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablations, adapters, drafts, engine, gpu, http, lossless, prompts, quantized, sweep, training
+from benchmarks import (
+    ablations,
+    adapters,
+    drafts,
+    engine,
+    gpu,
+    http,
+    lossless,
+    prompts,
+    quantized,
+    replay,
+    sweep,
+    training,
+)
 
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
@@ -14,6 +27,7 @@ app.command("prompts")(prompts.main)
 app.command("adapters")(adapters.main)
 app.command("gpu")(gpu.main)
 app.command("http")(http.main)
+app.command("replay")(replay.main)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)
 app.command("training")(training.main)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -96,6 +96,13 @@ def write_turbo(weights: AdapterWeights, folder: Path) -> None:
     base = json.loads((adapter_folder("snips") / "config.json").read_text())["base_model_name_or_path"]
     assert weights.streams is not None
     save_turbo(folder, weights.streams, TurboMetadata(base_model=base))
+
+
+async def publish(pusher: SlipstreamClient, adapters: Mapping[str, AdapterWeights]) -> None:
+    """Push Turbo LoRAs under these names."""
+    for name, folder in write_peft(adapters).items():
+        write_turbo(adapters[name], folder)
+        await pusher.push(folder, name)
 
 
 async def ask(
@@ -200,9 +207,7 @@ def main(
 
     async def run() -> None:
         pusher = SlipstreamClient(url, key)
-        for name, folder in write_peft(adapters).items():
-            write_turbo(adapters[name], folder)
-            await pusher.push(folder, name)
+        await publish(pusher, adapters)
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
         found = await measure(client, offline, traffic, rounds)
         print("\n" + found.tables())

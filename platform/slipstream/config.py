@@ -86,8 +86,9 @@ class ModelDefaults(BaseModel):
     max_draft: int = Field(8, ge=0, le=8, description="Longest draft, whatever an adapter's number of streams.")
     disable: tuple[FastPath, ...] = Field(
         (),
-        description="Fast paths to leave out, to compare or to find a fault, as a JSON list: "
-        "`packed-weights`, `grouped-lora`, `adaptive-drafts`.",
+        description="Fast paths to leave out, to compare or to find a fault, as a JSON list of "
+        + ", ".join(f"`{path}`" for path in FastPath)
+        + ".",
     )
     adapter_slots: Count = Field(32, description="Adapters held on the device at once.")
     host_adapter_bytes: int = Field(2 * GIB, ge=1 << 20, description="Bytes of adapters held in host memory.")
