@@ -12,6 +12,7 @@ import typer
 
 from benchmarks.report import Series, ratio, table
 from benchmarks.workload import model_path, prompt_ids
+from slipstream.engine.memory import keep_freed_memory
 from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.sequence import Sequence
@@ -97,6 +98,7 @@ def main(
 ) -> None:
     """Gaps between tokens while long prompts arrive; prefix cache on a shared prefix."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the service does
     engine = OfflineEngine(
         model_path(), "auto", device="cpu", max_batched_tokens=MAX_BATCHED_TOKENS, kv_cache_bytes=1 << 31
     )

@@ -72,15 +72,17 @@ class AttentionLayout(Protocol):
 class Segment:
     """Sequences of a step that are attended together, padded to the longest. All index tensors are int64 on the device.
 
-    rows: [B * Q] token row of each query (padding repeats the last one); positions: [B, Q]; tables: [B * W] blocks.
+    rows: [B * Q] token row of each query (padding repeats the last one); positions: [B, Q]; tables: [B * W] blocks, or the
+    first block of one sequence whose blocks lie side by side. seen: every query sees the first `seen` keys.
     out_rows: token rows [m] and out_places: their places [m] in the padded [B * Q] result. These and `rows` are None when the
     segment is the whole step, row by row. masks: by sliding window; the layers of a step share them.
     """
 
     rows: torch.Tensor | None
     positions: torch.Tensor
-    tables: torch.Tensor
+    tables: torch.Tensor | int
     length: int  # keys looked at: W * block_size
+    seen: int
     out_rows: torch.Tensor | None
     out_places: torch.Tensor | None
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -118,10 +120,11 @@ class Segments:
 
 
 def _hidden(segment: Segment, window: int | None) -> torch.Tensor:
-    """Bool [1, B, 1, Q, L]: not (key position at or before the query's, inside the sliding window)."""
+    """Bool [1, B, 1, Q, L or its last part]: not (key position at or before the query's, inside the sliding window)."""
     mask = segment.masks.get(window)
     if mask is None:
-        keys = torch.arange(segment.length, device=segment.positions.device)
+        first = segment.seen if window is None else 0
+        keys = torch.arange(first, segment.length, device=segment.positions.device)
         at = segment.positions.unsqueeze(-1)
         mask = keys > at
         if window is not None:
@@ -133,7 +136,9 @@ def _hidden(segment: Segment, window: int | None) -> torch.Tensor:
 
 def _gather(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
     """[kv_heads * B, L, D] of one layer's keys or values."""
-    heads, _, _, dim = cache.shape
+    heads, _, size, dim = cache.shape
+    if isinstance(segment.tables, int):
+        return cache[:, segment.tables : segment.tables + segment.length // size].view(heads, segment.length, dim)
     return cache.index_select(1, segment.tables).view(heads * segment.positions.shape[0], segment.length, dim)
 
 
@@ -168,7 +173,8 @@ def _attend(
         if rules.softcap is not None:
             scores = torch.tanh(scores / rules.softcap).mul_(rules.softcap)
         scores = scores.view(kv_heads, batch, group, width, length)
-        scores.masked_fill_(hidden[:, :, :, start : start + tile], float("-inf"))
+        masked = scores[..., length - hidden.shape[-1] :]
+        masked.masked_fill_(hidden[:, :, :, start : start + tile], float("-inf"))
         weights = scores.softmax(dim=-1).to(query.dtype).view(kv_heads * batch, group * width, length)
         outs.append(torch.bmm(weights, v).view(kv_heads, batch, group, width, dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)

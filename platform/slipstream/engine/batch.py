@@ -143,9 +143,12 @@ def _segment(group: list[_Member], block_size: int, device: torch.device, whole:
     def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    side_by_side = len(group) == 1 and tables == list(range(tables[0], tables[0] + width))
+    keys = tables[0] if side_by_side else tensor(tables)
+    seen = min(own[0] for own in positions)
     flat = [row for own in rows for row in own]
     if whole and flat == out_rows == list(range(len(flat))):
-        return Segment(None, tensor(positions), tensor(tables), width * block_size, None, None)
+        return Segment(None, tensor(positions), keys, width * block_size, seen, None, None)
     return Segment(
-        tensor(flat), tensor(positions), tensor(tables), width * block_size, tensor(out_rows), tensor(out_places)
+        tensor(flat), tensor(positions), keys, width * block_size, seen, tensor(out_rows), tensor(out_places)
     )

@@ -52,7 +52,7 @@ class BlockPool:
             self._forget(block)
             self._refs[block] = 1
             taken.append(block)
-        return taken
+        return sorted(taken)  # blocks that lie side by side are attended without a copy
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each. Later blocks of a chain become evictable before earlier ones."""

@@ -27,6 +27,7 @@ from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import EngineConfig, FastPath
 from slipstream.engine.core import EngineCore, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.memory import keep_freed_memory
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, Logprob
 from slipstream.engine.quantized import Quantization
@@ -129,6 +130,7 @@ class EngineService:
 
     def _load(self) -> None:
         config = self.config
+        keep_freed_memory()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         loaded = loader.load_model(config.model_path, config.dtype, config.device)

@@ -129,7 +129,7 @@ def _attend(
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
         best = higher
-    result = acc / total[:, None]
+    result = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # members that are nobody's row have seen no key
     tl.store(
         out + (first + row).to(tl.int64)[:, None] * out_row + head[:, None] * out_head + dv[None, :],
         result.to(out.dtype.element_ty),

@@ -1,0 +1,38 @@
+"""Freed memory stays with the process."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+from slipstream.engine.memory import keep_freed_memory
+
+PROGRAM = """
+import resource, torch
+from slipstream.engine.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        a, b = torch.ones(2_000_000), torch.ones(1_500_000)
+        del a, b
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+without = faults()
+assert keep_freed_memory()
+faults()
+print(without, faults())
+"""
+
+
+def test_pages_of_the_next_step_do_not_fault_again() -> None:
+    """In a process of its own: the setting is the whole process's."""
+    if platform.libc_ver()[0] != "glibc":
+        assert not keep_freed_memory()
+        return
+    out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
+    without, kept = map(int, out.split())
+    assert kept < 1000
+    assert without > 10 * kept
