@@ -8,7 +8,7 @@ what a row costs depends on the context, the adapters and the machine). Pure Pyt
 from __future__ import annotations
 
 FIRST_CHUNK = 64  # rows, before anything was measured
-LEAST_CHUNK = 16  # rows: a long prompt always gets on, and chunks are multiples of it
+LEAST_CHUNK = 8  # rows: a long prompt always gets on, and chunks are multiples of it
 FORGET = 0.3  # weight of the newest step in the averages
 
 

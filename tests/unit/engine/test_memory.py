@@ -15,8 +15,8 @@ from slipstream.engine.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
-        a, b = torch.ones(2_000_000), torch.ones(1_500_000)
-        del a, b
+        tensors = [torch.ones(3_000_000) for _ in range(4)]
+        del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()

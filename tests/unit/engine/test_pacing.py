@@ -25,7 +25,7 @@ def test_prompts_without_decodes_teach_nothing() -> None:
     pacer.observe(4, 64, 0.104)
     before = pacer.rows()
     pacer.observe(0, 512, 100.0)
-    assert pacer.rows() == before == 48  # 1.5 * 40 ms at 1 ms a row is 60, in sixteens 48
+    assert pacer.rows() == before == 56  # 1.5 * 40 ms at 1 ms a row is 60, in eights 56
 
 
 @given(st.floats(0.001, 1.0), st.floats(1e-6, 0.1), st.floats(1.1, 5.0), st.integers(0, 4000))
