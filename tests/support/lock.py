@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 _HEADER = "# What 'pip install -e .[dev]' brings in, at the versions the test suite passed with. Made by 'make lock'."
+_UNPINNED = frozenset({"triton"})  # every CUDA build of torch asks for a version of its own
 
 
 def installed_closure(requirements: list[str]) -> dict[str, str]:
@@ -39,7 +40,7 @@ def main() -> None:
     ]
     print(_HEADER)
     closure = installed_closure([*project["dependencies"], *project["optional-dependencies"]["dev"]])
-    print("\n".join(f"{name}=={version}" for name, version in sorted(closure.items())))
+    print("\n".join(f"{name}=={version}" for name, version in sorted(closure.items()) if name not in _UNPINNED))
 
 
 if __name__ == "__main__":
