@@ -95,7 +95,9 @@ class ModelRunner:
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
         self._flat = FlatDecoder.of(self._decoder) if FastPath.FLAT_DECODER not in disable else None
-        self._graphs = kernels.graphs(self._decode, self._rows, self.cache, blocks)
+        # transformers' own forwards may look at values on the way, which a recording cannot.
+        graphs = kernels.graphs(self._flat, self._rows, self.cache, blocks) if self._flat is not None else None
+        self._graphs = graphs
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
             for group in groups.values():
