@@ -9,7 +9,7 @@ import sys
 from slipstream.engine.memory import keep_freed_memory
 
 PROGRAM = """
-import resource, torch
+import ctypes, resource, torch
 from slipstream.engine.memory import keep_freed_memory
 
 def faults():
@@ -19,7 +19,8 @@ def faults():
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
+libc = ctypes.CDLL(None)
+assert libc.mallopt(-3, 1 << 17) and libc.mallopt(-1, 1 << 17)  # glibc's first thresholds, without its adapting them
 without = faults()
 assert keep_freed_memory()
 faults()
@@ -34,5 +35,5 @@ def test_pages_of_the_next_step_do_not_fault_again() -> None:
         return
     out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
     without, kept = map(int, out.split())
-    assert kept < 1000
-    assert without > 10 * kept
+    assert kept < 100
+    assert without > 10 * kept + 100  # huge pages make even these few
