@@ -90,13 +90,16 @@ async def send(client: openai.AsyncOpenAI, arrival: Arrival, text: Sequence[int]
     return Served(first - began, (last - first) / max(1, tokens - 1), tokens)
 
 
-async def replay(client: openai.AsyncOpenAI, plan: Sequence[Arrival], text: Sequence[int], spec: bool) -> list[Served]:
-    """All requests at their times, whatever became of those before."""
+async def replay(
+    client: openai.AsyncOpenAI, plan: Sequence[Arrival], text: Sequence[int], spec: bool, first_token: int
+) -> list[Served]:
+    """All requests at their times, whatever became of those before. Their first tokens count up from `first_token`, so that no
+    prompt begins like another and the prefix cache has nothing to give."""
     began = time.perf_counter()
 
     async def one(i: int, arrival: Arrival) -> Served:
         await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
-        return await send(client, arrival, text[i * 7 % 1000 :], spec)  # different beginnings: no prefix hits
+        return await send(client, arrival, [first_token + i, *text], spec)
 
     return await asyncio.gather(*(one(i, arrival) for i, arrival in enumerate(plan)))
 
@@ -133,11 +136,13 @@ def main(
     async def run() -> list[list[str]]:
         await publish(SlipstreamClient(url, key), {f"bench-{i}": w for i, w in enumerate(eight_adapters().values())})
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
-        rows = []
+        rows: list[list[str]] = []
+        first_token = 1000
         for rate in map(float, rates.split(",")):
             plan = arrivals(trace, rate, seconds, scale)
             for name, spec in (("8 LoRAs", False), ("8 Turbo LoRAs", True)):
-                rows.append(line(name, rate, await replay(client, plan, text, spec), seconds, slo))
+                rows.append(line(name, rate, await replay(client, plan, text, spec, first_token), seconds, slo))
+                first_token += len(plan)
         return rows
 
     head = ["offered req/s", "adapters", "sent / served", "TTFT p50, ms", "p99", "between tokens p50, ms", "p99"]
