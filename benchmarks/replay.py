@@ -93,8 +93,10 @@ async def send(client: openai.AsyncOpenAI, arrival: Arrival, text: Sequence[int]
 async def replay(
     client: openai.AsyncOpenAI, plan: Sequence[Arrival], text: Sequence[int], spec: bool, first_token: int
 ) -> list[Served]:
-    """All requests at their times, whatever became of those before. Their first tokens count up from `first_token`, so that no
-    prompt begins like another and the prefix cache has nothing to give."""
+    """All requests at their times, whatever became of those before.
+
+    Their first tokens count up from `first_token`: no prompt begins like another, so the prefix cache has nothing to give.
+    """
     began = time.perf_counter()
 
     async def one(i: int, arrival: Arrival) -> Served:
