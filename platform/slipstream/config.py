@@ -76,6 +76,7 @@ class ModelDefaults(BaseModel):
     long_prompt_stretch: float = Field(
         2.5,
         gt=1,
+        allow_inf_nan=False,
         description="While others decode, a prompt longer than `max_batched_tokens` may make a step this many times as long.",
     )
     max_num_seqs: Count = Field(64, description="Sequences that run at once in a replica.")

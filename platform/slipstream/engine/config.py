@@ -53,8 +53,8 @@ class EngineConfig:
         """Raise `ConfigError` naming the field that cannot work."""
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
-        if not self.long_prompt_stretch > 1.0:
-            raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1.")
+        if not 1.0 < self.long_prompt_stretch < float("inf"):
+            raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1 and finite.")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
         for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
+
+if TYPE_CHECKING:
+    from slipstream.engine.graphs import GraphedDecoder
 
 COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
 COST_ADAPTERS = 4  # among which its rows are divided …
@@ -95,13 +99,13 @@ class ModelRunner:
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
         self._flat = FlatDecoder.of(self._decoder) if FastPath.FLAT_DECODER not in disable else None
-        # transformers' own forwards may look at values on the way, which a recording cannot.
-        graphs = kernels.graphs(self._flat, self._rows, self.cache, blocks) if self._flat is not None else None
-        self._graphs = graphs
+        self._graphs: GraphedDecoder | None = None  # recordings hold on to weights: none before these are final
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
             for group in groups.values():
                 group.remake(make)
+        if self._flat is not None:  # transformers' own forwards may look at values on the way, which a recording cannot
+            self._graphs = kernels.graphs(self._flat, self._rows, self.cache, blocks)
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
