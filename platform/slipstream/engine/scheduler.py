@@ -128,11 +128,18 @@ class Scheduler:
         return StepPlan(tuple(self._with_drafts(list(planned.values()))))
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """What a step took: teaches the pacer."""
-        if self.pacer is not None:
-            decodes = [p for p in plan.sequences if p.samples and len(p.tokens) == p.num_drafts + 1]
-            prompts = plan.num_tokens - sum(len(p.tokens) for p in decodes)
-            self.pacer.observe(len(decodes), prompts, seconds)
+        """What a step took, before it is committed: teaches the pacer."""
+        if self.pacer is None:
+            return
+        decodes = paced = others = 0
+        for part in plan.sequences:
+            if part.samples and len(part.tokens) == part.num_drafts + 1:
+                decodes += 1
+            elif self._by_id[part.seq_id].paced:
+                paced += len(part.tokens)
+            else:
+                others += len(part.tokens)
+        self.pacer.observe(decodes, paced, others, seconds)
 
     def _with_drafts(self, parts: list[PlannedSequence]) -> list[PlannedSequence]:
         """The parts, each with the drafts that it makes for the next step."""
@@ -144,9 +151,10 @@ class Scheduler:
         if not wishes:
             return parts
         # Next step's rows: one for each sequence that samples, and what prompts have left to compute.
-        rows = sum(part.samples for part in parts) + sum(
-            self._missing(self._by_id[part.seq_id]) - len(part.tokens) for part in parts if not part.samples
-        )
+        rows = 0
+        for part in parts:
+            seq = self._by_id[part.seq_id]
+            rows += 1 if part.samples else self._paced_rows(seq, self._missing(seq) - len(part.tokens))
         lengths = self.drafts.lengths(list(wishes.values()), min(rows, self.max_batched_tokens))
         for i, length in zip(wishes, lengths, strict=True):
             parts[i] = replace(parts[i], draft_next=length)
@@ -185,7 +193,7 @@ class Scheduler:
         most = min(CHUNK_ALIGN, self.max_batched_tokens // 4)
         if self._waiting:
             return most
-        return min(most, sum(missing for s in self._running if (missing := self._missing(s)) > 1))
+        return min(most, sum(self._paced_rows(s, missing) for s in self._running if (missing := self._missing(s)) > 1))
 
     def _plan_decode(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
         """One known token and its drafts. Drafts give way before anybody is preempted."""
@@ -208,16 +216,16 @@ class Scheduler:
         planned[seq.seq_id] = self._part(seq, end, [])
         return size
 
-    def _is_paced(self, seq: Sequence) -> bool:
-        """Whether a prompt takes several steps anyway, and may so take more and shorter ones for the sake of the others."""
-        return self._long_room is not None and len(seq.tokens) > self.max_batched_tokens
+    def _paced_rows(self, seq: Sequence, missing: int) -> int:
+        """Rows of a prompt that the next step can take, beside others that decode."""
+        return min(missing, self.pacer.rows()) if self.pacer is not None and seq.paced else missing
 
     def _take_room(self, seq: Sequence, size: int) -> None:
-        if self._long_room is not None and self._is_paced(seq):
+        if self._long_room is not None and seq.paced:
             self._long_room -= size
 
     def _chunk(self, seq: Sequence, missing: int, budget: int) -> int:
-        if self._long_room is not None and self._is_paced(seq):
+        if self._long_room is not None and seq.paced:
             return min(missing, budget, self._long_room)
         if missing <= budget:
             return missing
@@ -273,31 +281,32 @@ class Scheduler:
         for seq in list(self._waiting):
             if budget < 1 or len(self._running) >= self.max_num_seqs:
                 return
-            if self._is_paced(seq) and self._long_room == 0:
-                continue  # the others need not wait for it
             lease = None
             if seq.adapter is not None:
                 lease = self.adapters.try_pin(seq.adapter)
                 if lease is None:
                     continue
             taken = self._start(seq, lease, budget, planned)
+            if not taken and seq.adapter is not None:
+                self.adapters.unpin(seq.adapter)
             if taken is None:
-                if seq.adapter is not None:
-                    self.adapters.unpin(seq.adapter)
                 return
             budget -= taken
 
     def _start(
         self, seq: Sequence, lease: AdapterLease | None, budget: int, planned: dict[int, PlannedSequence]
     ) -> int | None:
-        """Blocks for all known tokens, prefix hits first; None (nothing held) when they are not free."""
+        """Blocks for all known tokens, prefix hits first, and the rows of its first chunk. Nothing is held when that is None,
+        for want of blocks, or 0: a long prompt for which others leave no room in this step, and which nobody waits behind."""
         cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
+        # Not a preempted one, whose client is in the middle of its answer.
+        seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not seq.preemptions
         size = self._chunk(seq, len(seq.tokens) - known, budget)
-        rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached))
-        if rest is None:
+        rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else []
+        if not size or rest is None:
             self.pool.release(cached)
-            return None
+            return None if size else 0
         self._take_room(seq, size)
         seq.blocks = cached + rest
         seq.num_computed = known

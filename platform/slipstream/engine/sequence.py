@@ -45,6 +45,9 @@ class Sequence:
     accepted: int = 0
     cached_prompt: int = 0
     preemptions: int = 0
+    paced: bool = (
+        False  # its prompt takes several steps anyway, and may take more and shorter ones for the others' sake
+    )
 
     @property
     def num_answer(self) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.scripted import ScriptedRunner, next_token
 
 from slipstream.engine.blocks import BlockPool
-from slipstream.engine.pacing import FIRST_CHUNK, LEAST_CHUNK, PromptPacer
+from slipstream.engine.pacing import CHUNK_STEP, FIRST_CHUNK, PromptPacer
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import AdapterLease, Scheduler
 from slipstream.engine.sequence import Sequence, SequenceState
@@ -163,21 +163,39 @@ def test_a_long_prompt_takes_the_pacers_rows_and_short_ones_all_they_need() -> N
     scheduler.add(make_seq(4, [9] * 30))
     plan = scheduler.schedule()
     assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(1, 1), (2, FIRST_CHUNK), (4, 30)]
+    scheduler.observe(plan, 0.050)  # a short prompt in between: not learnt from
     scheduler.commit(plan, runner.run(plan))
-    scheduler.observe(plan, 0.050)  # nothing known about plain steps: not learnt from
+    scheduler.pacer.observe(2, 0, 0, 0.010)
     for _ in range(20):
-        scheduler.pacer.observe(2, 0, 0.010)
-        scheduler.pacer.observe(2, 40, 0.050)
+        scheduler.pacer.observe(2, scheduler.pacer.rows(), 0, 0.050)
     plan = scheduler.schedule()
-    assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(1, 1), (4, 1), (2, LEAST_CHUNK)]
+    assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(1, 1), (4, 1), (2, CHUNK_STEP)]
     run(scheduler, runner)
 
 
 def test_without_anybody_to_wait_a_long_prompt_takes_the_whole_budget() -> None:
-    scheduler = make_scheduler(num_blocks=200, budget=100)
+    scheduler = make_scheduler(num_blocks=200, budget=200)
     scheduler.pacer = PromptPacer(2.0)
     scheduler.add(make_seq(1, [7] * 300))
-    assert [len(s.tokens) for s in scheduler.schedule().sequences] == [64]  # an aligned chunk of 100
+    assert [len(s.tokens) for s in scheduler.schedule().sequences] == [192]  # an aligned chunk of 200
+
+
+def test_a_long_prompt_that_is_mostly_cached_or_was_preempted_is_not_paced() -> None:
+    """One step is all that it needs, or a client waits in the middle of its answer."""
+    scheduler, runner = make_scheduler(num_blocks=400, budget=100), ScriptedRunner(BLOCK)
+    scheduler.add(make_seq(1, [7] * 300))
+    run(scheduler, runner)
+    scheduler.pacer = PromptPacer(2.0)
+    first_step(scheduler, runner, make_seq(2, [5, 6], max_tokens=60))
+    scheduler.add(make_seq(3, [8] * 300))
+    scheduler.add(make_seq(4, [7] * 300 + [9] * 20))
+    plan = scheduler.schedule()
+    assert [(s.seq_id, len(s.tokens)) for s in plan.sequences] == [(2, 1), (3, FIRST_CHUNK), (4, 20)]
+    scheduler.commit(plan, runner.run(plan))
+    preempted = make_seq(5, [9] * 150, preemptions=1)
+    scheduler.abort(3)
+    scheduler.add(preempted)
+    assert [(s.seq_id, len(s.tokens)) for s in scheduler.schedule().sequences][-1] == (5, 64)  # aligned, all that fits
 
 
 def test_what_a_step_took_is_told_by_decodes_and_prompt_rows() -> None:
@@ -185,13 +203,12 @@ def test_what_a_step_took_is_told_by_decodes_and_prompt_rows() -> None:
     scheduler.pacer = PromptPacer(2.0)
     first_step(scheduler, runner, make_seq(1, [5, 6], max_tokens=60))
     plan = scheduler.schedule()
-    scheduler.commit(plan, runner.run(plan))
     scheduler.observe(plan, 0.064)
+    scheduler.commit(plan, runner.run(plan))
     scheduler.add(make_seq(2, [7] * 300))
     plan = scheduler.schedule()
-    scheduler.commit(plan, runner.run(plan))
-    scheduler.observe(plan, 0.064 + FIRST_CHUNK * 0.002)
-    assert scheduler.pacer.rows() == 32
+    scheduler.observe(plan, 0.064 * 2 / 0.75)
+    assert scheduler.pacer.rows() == 48
 
 
 @dataclass
@@ -265,8 +282,9 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
         world.tick(now)
         plan = scheduler.schedule()
         assert plan.num_tokens <= budget
-        scheduler.commit(plan, runner.run(plan))
+        result = runner.run(plan)
         scheduler.observe(plan, times.uniform(0.001, 0.1))
+        scheduler.commit(plan, result)
         scheduler.check_integrity()
         residency.check_integrity()
         if now > 60 and not scheduler.has_work:
