@@ -29,6 +29,7 @@ from benchmarks.workload import (
 from slipstream.adapters.save import TurboMetadata, save_turbo
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.client import SlipstreamClient
+from slipstream.engine.memory import keep_freed_memory
 from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
@@ -201,6 +202,7 @@ def main(
 ) -> None:
     """Over HTTP through Ray Serve, beside the engine alone. Serve with SLIPSTREAM_PREFIX_CACHING=false, for equal work."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the server does
     adapters = {f"bench-{i}": weights for i, weights in enumerate(eight_adapters().values())}
     traffic = Traffic(prompts("snips", max(CONCURRENCY)), prompt_ids("snips", max(CONCURRENCY)), tokens)
     offline = OfflineEngine(model_path(), "auto", adapters, device="cpu", disable=()) if engine else None

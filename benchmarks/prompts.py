@@ -74,10 +74,11 @@ def gaps(engine: OfflineEngine, pacer: PromptPacer | None, runners: int, long: i
             pause = max(0, pause - 1)
         for seq_id in short_ids:
             core.abort(seq_id)
+    core.scheduler.pacer = None
 
 
 def shared_prefix(engine: OfflineEngine, requests: int) -> tuple[float, float, int]:
-    """Requests with one long prefix: (output tokens/s, seconds of the first eight answers' first tokens, cached tokens)."""
+    """Requests with one long prefix: (output tokens/s, seconds to the first token of one more alone, cached tokens)."""
     prefix = [token for ids in prompt_ids("snips", 100) for token in ids][:SHARED_PREFIX]
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     before = engine._core.scheduler.counters.prefix_hit_tokens

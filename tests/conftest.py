@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import os
 
-# Triton reads it when it is imported, which other libraries may do first. TRITON_INTERPRET=0 pytest -m gpu: compiled kernels.
+# Triton reads it when it is imported, which other libraries may do first.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -56,7 +56,7 @@ class CudaCapture:
         work()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # adapters load meanwhile
             out = work()
         return Captured(graph.replay, out)
 
@@ -107,6 +107,7 @@ class GraphedDecoder:
         rows = len(batch.input_ids)
         layout = batch.paged.layout
         adapters = [a for a in self._rows.adapters if isinstance(a, TritonRows)]
+        assert len(adapters) == len(self._rows.adapters)
         assert isinstance(layout, PagedTables)
         if bucket_of(rows) != rows:
             return None

@@ -59,7 +59,7 @@ def test_rows_of_one_pool_come_out_ascending() -> None:
     first, second = pool.allocate(3), pool.allocate(4)
     assert first is not None
     assert second is not None
-    pool.release(second)
     pool.release(first)
+    pool.release(second)
     again = pool.allocate(7)
     assert again == sorted(again or ())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import interpreted  # noqa: F401  # before any kernel
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,6 +32,10 @@ SIZES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
+
+
+NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel for this platform")
+KERNELS = [pytest.param(k, marks=NO_TRITON if k is LoraKernels.TRITON else ()) for k in LoraKernels]
 
 
 class Attention(nn.Module):
@@ -146,7 +150,7 @@ def full_world(
     return world
 
 
-@pytest.mark.parametrize("kernels", list(LoraKernels))
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "slots",
@@ -366,7 +370,7 @@ ACTIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("kernels", list(LoraKernels))
+@pytest.mark.parametrize("kernels", KERNELS)
 @settings(max_examples=30, deadline=None)
 @given(actions=ACTIONS)
 def test_any_order_of_loads_and_steps_serves_everybody(
