@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.engine import batch
 from slipstream.engine.attention import Segments
+from slipstream.engine.config import FastPath
 from slipstream.engine.loader import adopt_model
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
@@ -112,7 +113,7 @@ def test_one_long_context_does_not_widen_the_others() -> None:
     texts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "WIDTH_UNIT", 16)
-        harness = Harness(model, eos=frozenset())
+        harness = Harness(model, eos=frozenset(), disable=(FastPath.ADAPTIVE_DRAFTS, FastPath.NATIVE_KERNELS))
         widths: list[set[int]] = []
         build = batch.build_batch
 

@@ -17,6 +17,9 @@ class FastPath(StrEnum):
     PACKED_WEIGHTS = "packed-weights"  # base weights laid out for the processor; off: as they were loaded
     GROUPED_LORA = "grouped-lora"  # all adapters of a step in one batched GEMM; off: one adapter after the other
     FLAT_DECODER = "flat-decoder"  # Llama-shaped models without calling their modules; off: as transformers wrote them
+    NATIVE_KERNELS = (
+        "native-kernels"  # processors: attention, adapters and what lies between linears in C++; off: torch
+    )
     TRITON_KERNELS = "triton-kernels"  # GPUs: attention and adapters by Triton kernels; off: by torch's own operations
     CUDA_GRAPHS = (
         "cuda-graphs"  # GPUs: small steps replayed as graphs, which needs the Triton kernels; off: launched anew

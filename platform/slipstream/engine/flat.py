@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from slipstream.engine.attention import AttentionRules, PagedBatch
+from slipstream.engine.attention import AttentionRules, KVCache, PagedBatch
 from slipstream.engine.linear import GroupMember, LinearGroup
 
 FLAT = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
+class Norm:
     """RMSNorm (arXiv 1910.07467): normalised in float32, rounded, then scaled, as transformers does."""
 
     weight: torch.Tensor
@@ -32,18 +32,54 @@ class _Norm:
         return F.rms_norm(x, self.weight.shape, None, self.eps).mul_(self.weight)
 
 
+class TorchOps:
+    """What lies between a layer's linears, by torch's own operations: everywhere, and the reference."""
+
+    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        """hidden [n, H] += delta, in place → normalised [n, H], a tensor of its own."""
+        if delta is not None:
+            hidden += delta
+        return norm(hidden)
+
+    def rotate_store(
+        self,
+        qkv: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        norms: tuple[Norm, Norm] | None,
+        cache: KVCache,
+        layer: int,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Norm (if any) and rotate queries and keys of qkv [n, heads + 2 kv_heads, D], which may be overwritten; keep keys
+        and values in the cache → queries [heads, n, D]. rotary: cos and (-sin, sin) by halves, [n, D] each."""
+        kv_heads, dim = cache.keys[layer].shape[0], qkv.shape[2]
+        heads = qkv.shape[1] - 2 * kv_heads
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if norms is not None:
+            qk = torch.cat([norms[0](qk[:, :heads]), norms[1](qk[:, heads:])], dim=1)
+        # Rotary embedding (arXiv 2104.09864) by halves: rotate_half(x) * sin = roll(x) * (-sin, sin).
+        cos, sin = (part.unsqueeze(1) for part in rotary)
+        qk = (qk * cos).add_(qk.roll(dim // 2, -1).mul_(sin)).transpose(0, 1)
+        cache.store(layer, slots, qk[heads:], v.transpose(0, 1))
+        return qk[:heads]
+
+    def gate(self, gate_up: torch.Tensor, act: nn.Module) -> torch.Tensor:
+        """gate_up: [n, 2 I] → act(gate) up [n, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(gate).mul_(up)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """What one layer computes with."""
 
-    before: _Norm
+    before: Norm
     qkv: LinearGroup
-    q_norm: _Norm | None
-    k_norm: _Norm | None
-    heads: tuple[int, int, int]  # query heads, KV heads, head dimension
+    norms: tuple[Norm, Norm] | None  # of queries and keys
+    dim: int  # of a head
     rules: AttentionRules
     out: LinearGroup
-    after: _Norm
+    after: Norm
     gate_up: LinearGroup
     act: nn.Module
     down: LinearGroup
@@ -52,50 +88,51 @@ class _Layer:
 class FlatDecoder:
     """A decoder's forward, from input ids to final hidden states."""
 
-    def __init__(self, embedding: nn.Module, rotary: nn.Module, layers: list[_Layer], norm: _Norm) -> None:
+    def __init__(
+        self, embedding: nn.Module, rotary: nn.Module, layers: list[_Layer], norm: Norm, ops: TorchOps
+    ) -> None:
         self._embedding = embedding
         self._rotary = rotary
         self._layers = layers
         self._norm = norm
+        self._ops = ops
 
     @staticmethod
-    def of(decoder: Any) -> FlatDecoder | None:
+    def of(decoder: Any, ops: TorchOps) -> FlatDecoder | None:
         """The flat form of a decoder whose linears are group members; None for an architecture that has none."""
         if type(decoder).__name__ not in FLAT or type(decoder).__module__.split(".")[0] != "transformers":
             return None
         layers = [_layer(layer) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
-        return FlatDecoder(decoder.embed_tokens, decoder.rotary_emb, layers, _norm(decoder.norm))
+        return FlatDecoder(decoder.embed_tokens, decoder.rotary_emb, layers, _norm(decoder.norm), ops)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, paged: PagedBatch) -> torch.Tensor:
         """ids, positions: int64 [n] → final hidden states [n, H]."""
+        ops = self._ops
         hidden = self._embedding(ids)
         cos, sin = self._rotary(hidden.unsqueeze(0), position_ids=positions.unsqueeze(0))
         half = cos.shape[-1] // 2
-        cos = cos[0].unsqueeze(1)  # [n, 1, D]
-        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1).unsqueeze(1)  # of the half that comes in negated
+        rotary = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        delta = None
         for i, layer in enumerate(self._layers):
-            hidden += _attention(layer, i, layer.before(hidden), cos, sin, paged)
-            gate, up = layer.gate_up.split(layer.gate_up.whole(layer.after(hidden)))
-            hidden += layer.down.whole(layer.act(gate).mul_(up))
-        return self._norm(hidden)
+            delta = self._attention(layer, i, ops.add_norm(hidden, delta, layer.before), rotary, paged)
+            gate_up = layer.gate_up.whole(ops.add_norm(hidden, delta, layer.after))
+            delta = layer.down.whole(ops.gate(gate_up, layer.act))
+        return ops.add_norm(hidden, delta, self._norm)
 
-
-def _attention(
-    layer: _Layer, index: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, paged: PagedBatch
-) -> torch.Tensor:
-    """x: normalised [n, H] → what attention adds to it [n, H]."""
-    heads, kv_heads, dim = layer.heads
-    n = x.shape[0]
-    qkv = layer.qkv.whole(x).view(n, heads + 2 * kv_heads, dim)
-    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    if layer.q_norm is not None and layer.k_norm is not None:
-        qk = torch.cat([layer.q_norm(qk[:, :heads]), layer.k_norm(qk[:, heads:])], dim=1)
-    # Rotary embedding (arXiv 2104.09864) by halves: rotate_half(x) * sin = roll(x) * (-sin, sin).
-    qk = (qk * cos).add_(qk.roll(dim // 2, -1).mul_(sin)).transpose(0, 1)
-    paged.cache.store(index, paged.slots, qk[heads:], v.transpose(0, 1))
-    cache = paged.cache
-    mixed = paged.layout.attend(qk[:heads], cache.keys[index], cache.values[index], layer.rules)
-    return layer.out.whole(mixed.reshape(n, heads * dim))
+    def _attention(
+        self,
+        layer: _Layer,
+        index: int,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        paged: PagedBatch,
+    ) -> torch.Tensor:
+        """x: normalised [n, H] → what attention adds to it [n, H]."""
+        n, cache = x.shape[0], paged.cache
+        qkv = layer.qkv.whole(x).view(n, -1, layer.dim)
+        q = self._ops.rotate_store(qkv, rotary, layer.norms, cache, index, paged.slots)
+        mixed = paged.layout.attend(q, cache.keys[index], cache.values[index], layer.rules)
+        return layer.out.whole(mixed.reshape(n, -1))
 
 
 def _layer(layer: Any) -> _Layer:
@@ -109,9 +146,8 @@ def _layer(layer: Any) -> _Layer:
     return _Layer(
         before=_norm(layer.input_layernorm),
         qkv=qkv,
-        q_norm=_norm(q_norm) if q_norm is not None else None,
-        k_norm=_norm(k_norm) if k_norm is not None else None,
-        heads=(qkv.sizes[0] // dim, qkv.sizes[1] // dim, dim),
+        norms=(_norm(q_norm), _norm(k_norm)) if q_norm is not None and k_norm is not None else None,
+        dim=dim,
         rules=AttentionRules(float(attention.scaling), window, None),
         out=_group(attention.o_proj),
         after=_norm(layer.post_attention_layernorm),
@@ -121,8 +157,8 @@ def _layer(layer: Any) -> _Layer:
     )
 
 
-def _norm(norm: Any) -> _Norm:
-    return _Norm(norm.weight.data, norm.variance_epsilon)
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight.data, norm.variance_epsilon)
 
 
 def _group(*members: GroupMember) -> LinearGroup:

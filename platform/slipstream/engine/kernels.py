@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import LayOut, segments
 from slipstream.engine.config import FastPath
+from slipstream.engine.flat import TorchOps
 from slipstream.engine.linear import RowContext
 from slipstream.engine.lora import LoraKernels
 
@@ -25,6 +26,7 @@ class Kernels:
 
     lora: LoraKernels
     attention: LayOut
+    ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
     def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
@@ -36,9 +38,17 @@ class Kernels:
         return GraphedDecoder(decode, rows, cache, max_blocks, self.capture)
 
 
-def pick_kernels(device: torch.device, disable: Collection[FastPath]) -> Kernels:
-    """The fastest that the device has and nobody turned off."""
+def pick_kernels(
+    device: torch.device,
+    disable: Collection[FastPath],
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int]],
+    block_size: int,
+) -> Kernels:
+    """The fastest that the device has and nobody turned off. shapes: (kv_heads, head_dim) of each layer's cache."""
     lora = LoraKernels.PLAIN if FastPath.GROUPED_LORA in disable else LoraKernels.BATCHED
+    if device.type == "cpu" and FastPath.NATIVE_KERNELS not in disable:
+        return native_kernels(dtype, shapes, block_size, lora)
     if device.type != "cuda" or FastPath.TRITON_KERNELS in disable or find_spec("triton") is None:
         return Kernels(lora, segments)
     if lora is LoraKernels.PLAIN or FastPath.CUDA_GRAPHS in disable:
@@ -48,8 +58,26 @@ def pick_kernels(device: torch.device, disable: Collection[FastPath]) -> Kernels
     return triton_kernels(CudaCapture())
 
 
+def native_kernels(
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int]],
+    block_size: int,
+    lora: LoraKernels = LoraKernels.BATCHED,
+) -> Kernels:
+    """C++ kernels for processors where they can be built, for as much of the model as they serve."""
+    from slipstream.engine.native import ops  # noqa: PLC0415
+
+    if not ops.is_available(dtype, torch.device("cpu")):
+        return Kernels(lora, segments)
+    return Kernels(
+        LoraKernels.NATIVE if lora is LoraKernels.BATCHED else lora,
+        ops.paged if ops.attends(shapes, block_size) else segments,
+        ops.NativeOps(),
+    )
+
+
 def triton_kernels(capture: Capture | None = None, lora: LoraKernels = LoraKernels.TRITON) -> Kernels:
     """Triton for attention and adapters; on a processor only under Triton's interpreter."""
     from slipstream.engine.triton_attention import paged_tables  # noqa: PLC0415
 
-    return Kernels(LoraKernels.TRITON if lora is LoraKernels.BATCHED else lora, paged_tables, capture)
+    return Kernels(LoraKernels.TRITON if lora is LoraKernels.BATCHED else lora, paged_tables, capture=capture)

@@ -17,7 +17,11 @@ from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.linear import LinearGroup, RowAdapters, RowContext
 from slipstream.engine.stacks import PlainRows, PreparedLora, PreparedModule, RankStack, StackTile
 
-SMALLEST_RANK = 8  # stacks have ranks 8, 16, 32 …: an adapter is padded to less than twice its own
+SMALLEST_RANK = (
+    8  # stacks have ranks 8 (16 where kernels want whole vectors), 16, 32 …: an adapter is padded to less than
+)
+# twice its own
+WHOLE_VECTOR = 16  # what a C++ kernel works on at a time
 FEW_ROWS = 8  # adapters with at most this many rows share a tile, the others with those within a factor of two
 MAX_WASTE = 2  # a tile of more rows than that may be padded to at most this many times its own
 LAYOUTS_KEPT = 8
@@ -28,6 +32,7 @@ class LoraKernels(StrEnum):
 
     PLAIN = "plain"  # each adapter by itself: slow, and the reference
     BATCHED = "batched"  # all adapters of a rank in one batched GEMM
+    NATIVE = "native"  # one call of a C++ kernel a group, for processors
     TRITON = "triton"  # two kernel launches a projection, for GPUs
 
 
@@ -134,7 +139,10 @@ class AdapterBank:
         found = self._layouts.get(layout)
         if found is None:
             self._hold(dict.fromkeys(slots, 1))  # may clear the layouts
-            found = tuple(self._triton_rows(layout) if self._kernels is LoraKernels.TRITON else self._lay_out(layout))
+            if self._kernels in {LoraKernels.TRITON, LoraKernels.NATIVE}:
+                found = tuple(self._by_stack(layout))
+            else:
+                found = tuple(self._lay_out(layout))
             if len(self._layouts) >= LAYOUTS_KEPT:
                 self._layouts.clear()
             self._layouts[layout] = found
@@ -144,7 +152,7 @@ class AdapterBank:
         return slot < 0 or self._loras[slot].rank == 0
 
     def _stack(self, slot: int) -> RankStack:
-        rank = SMALLEST_RANK
+        rank = SMALLEST_RANK if self._kernels is not LoraKernels.NATIVE else WHOLE_VECTOR
         while rank < self._loras[slot].rank:
             rank *= 2
         if rank not in self._stacks:
@@ -163,9 +171,8 @@ class AdapterBank:
             if self._stacks[rank].hold(loras):
                 self._layouts.clear()
 
-    def _triton_rows(self, slots: tuple[int, ...]) -> Iterable[RowAdapters]:
-        from slipstream.engine.triton_lora import TritonRows  # noqa: PLC0415  # only where Triton is installed
-
+    def _by_stack(self, slots: tuple[int, ...]) -> Iterable[RowAdapters]:
+        """All rows of a stack at once, for kernels that take any mix of its adapters."""
         stacks = dict.fromkeys(self._stack(slot) for slot in slots if not self._is_plain(slot))
         for stack in stacks:
             here = {
@@ -173,7 +180,15 @@ class AdapterBank:
                 for slot in set(slots)
                 if not self._is_plain(slot) and self._stack(slot) is stack
             }
-            yield TritonRows.of(stack, [here.get(slot, -1) for slot in slots], self._like.device)
+            places = [here.get(slot, -1) for slot in slots]
+            if self._kernels is LoraKernels.NATIVE:
+                from slipstream.engine.native.ops import NativeRows  # noqa: PLC0415  # only where they were built
+
+                yield NativeRows.of(stack, places)
+            else:
+                from slipstream.engine.triton_lora import TritonRows  # noqa: PLC0415  # only where Triton is installed
+
+                yield TritonRows.of(stack, places, self._like.device)
 
     def _lay_out(self, slots: tuple[int, ...]) -> Iterable[RowAdapters]:
         tile: list[_Run] = []

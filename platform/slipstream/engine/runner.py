@@ -87,7 +87,8 @@ class ModelRunner:
         make = weight_maker(FastPath.PACKED_WEIGHTS not in disable, quantize, keep=head_name)
         groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
-        kernels = kernels if kernels is not None else pick_kernels(self.device, disable)
+        shapes = cache_shapes(loaded)
+        kernels = kernels or pick_kernels(self.device, disable, loaded.dtype, shapes, block_size)
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank()
         member = loaded.model.get_submodule(head_name)
@@ -95,10 +96,10 @@ class ModelRunner:
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
-        self.cache = KVCache(cache_shapes(loaded), num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
+        self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
-        self._flat = FlatDecoder.of(self._decoder) if FastPath.FLAT_DECODER not in disable else None
+        self._flat = FlatDecoder.of(self._decoder, kernels.ops) if FastPath.FLAT_DECODER not in disable else None
         self._graphs: GraphedDecoder | None = None  # recordings hold on to weights: none before these are final
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's

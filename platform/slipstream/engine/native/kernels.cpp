@@ -1,0 +1,498 @@
+// The parts of a decode step that are many small operations in torch, one call each: norms, rotary embedding, attention
+// over paged keys, the gated activation, adapters. Arithmetic is float32 on values widened from T, rounded to T where
+// torch's own operations would round. Every row is computed in one order that does not depend on its company or on the
+// number of threads. Portable vectors: the compiler lowers them to whatever the processor has.
+//
+// Pointers and shapes are not checked here: whoever chooses these kernels has (`kernels.py`).
+// Widths of hidden states and MLPs, head dimensions and blocks are whole multiples of 16.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+inline F splat(float x) { return F{} + x; }
+
+template <class V, class P>
+inline V read(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class W>
+inline V cast_bits(W w) {
+  V v;
+  static_assert(sizeof v == sizeof w);
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+
+inline F load(const float* p) { return read<F>(p); }
+inline F load(const bf16* p) { return cast_bits<F>(__builtin_convertvector(read<H>(p), U) << 16); }
+
+inline U round_bits(F x) {  // to nearest even, as torch rounds to bfloat16; not-a-number stays that
+  U u = cast_bits<U>(x);
+  U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  U nan = cast_bits<U>(I(x != x));
+  return (rounded & ~nan) | (nan & 0x7fc0u);
+}
+inline void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+inline void store(bf16* p, F x) {
+  H h = __builtin_convertvector(round_bits(x), H);
+  std::memcpy(p, &h, sizeof h);
+}
+inline F rounded(const float*, F x) { return x; }
+inline F rounded(const bf16*, F x) { return cast_bits<F>(round_bits(x) << 16); }
+
+// The first `lanes` of a vector: for ends that are no whole vector.
+template <class T>
+inline F load(const T* p, int lanes) {
+  if (lanes == kLanes) return load(p);
+  T whole[kLanes] = {};
+  std::memcpy(whole, p, lanes * sizeof(T));
+  return load(whole);
+}
+template <class T>
+inline void store(T* p, F x, int lanes) {
+  if (lanes == kLanes) return store(p, x);
+  T whole[kLanes];
+  store(whole, x);
+  std::memcpy(p, whole, lanes * sizeof(T));
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return cast_bits<float>(std::uint32_t(x.bits) << 16); }
+
+inline float sum(F x) {
+  float a[kLanes];
+  std::memcpy(a, &x, sizeof x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) a[i] += a[i + width];
+  return a[0];
+}
+inline float largest(F x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+inline F choose(I mask, F yes, F no) { return mask ? yes : no; }
+
+// e^x for x <= 88; below -87 it is 0. Cephes' polynomial, about one unit in the last place.
+inline F exp(F x) {
+  I tiny = x < -87.0f;
+  F n = x * 1.44269504088896341f;
+  n = cast_bits<F>(cast_bits<I>(n + 12582912.0f)) - 12582912.0f;  // to the nearest integer
+  F r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  F y = p * r * r + r + 1.0f;
+  I scale = (__builtin_convertvector(n, I) + 127) << 23;
+  return choose(tiny, F{}, y * cast_bits<F>(scale));
+}
+
+// ---- norms and activations ------------------------------------------------------------------------------------------
+
+// RMSNorm of one row of `width`: normalised in float32, rounded, then scaled, as transformers does.
+template <class T>
+inline void norm_row(T* out, const T* x, const T* weight, float eps, std::int64_t width) {
+  F squares{};
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    F v = load(x + i);
+    squares += v * v;
+  }
+  float scale = 1.0f / std::sqrt(sum(squares) / float(width) + eps);
+  for (std::int64_t i = 0; i < width; i += kLanes)
+    store(out + i, rounded(x, load(x + i) * scale) * load(weight + i));
+}
+
+template <class T>
+void add_norm(T* out, T* x, const T* delta, const T* weight, float eps, std::int64_t rows, std::int64_t width) {
+#pragma omp parallel for schedule(static) if (rows > 3)
+  for (std::int64_t row = 0; row < rows; row++) {
+    T* mine = x + row * width;
+    if (delta)
+      for (std::int64_t i = 0; i < width; i += kLanes)
+        store(mine + i, load(mine + i) + load(delta + row * width + i));
+    norm_row(out + row * width, mine, weight, eps, width);
+  }
+}
+
+template <class T>
+void silu_mul(T* out, const T* gate_up, std::int64_t rows, std::int64_t width) {
+#pragma omp parallel for schedule(static) if (rows > 3)
+  for (std::int64_t row = 0; row < rows; row++) {
+    const T *gate = gate_up + row * 2 * width, *up = gate + width;
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      F g = load(gate + i), magnitude = choose(g < 0.0f, -g, g);
+      F small = exp(-magnitude);  // of a number that is never positive, so that nothing overflows
+      F sigmoid = choose(g < 0.0f, small, splat(1.0f)) / (1.0f + small);
+      store(out + row * width + i, rounded(gate, g * sigmoid) * load(up + i));
+    }
+  }
+}
+
+// ---- rotary embedding, and keys and values into their cache --------------------------------------------------------------
+
+template <class T>
+inline void finite_row(T* out, const T* in, std::int64_t dim) {  // as torch.nan_to_num: see `KVCache.store`
+  float most = sizeof(T) == 4 ? std::numeric_limits<float>::max() : 3.38953138925153547590e38f;
+  for (std::int64_t i = 0; i < dim; i += kLanes) {
+    F v = load(in + i);
+    v = choose(v != v, F{}, v);
+    v = choose(v > most, splat(most), v);
+    store(out + i, choose(v < -most, splat(-most), v));
+  }
+}
+
+// sin: of the half that comes in negated, as `flat.py` prepares it.
+template <class T>
+void rotate_store(T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps, T* keys, T* values,
+                  const std::int64_t* slots, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
+                  std::int64_t dim, std::int64_t cache_slots) {
+  std::int64_t half = dim / 2;
+#pragma omp parallel for schedule(static) if (rows > 3)
+  for (std::int64_t row = 0; row < rows; row++) {
+    T* mine = qkv + row * (heads + 2 * kv_heads) * dim;
+    const T *c = cos + row * dim, *s = sin + row * dim;
+    for (std::int64_t head = 0; head < heads + kv_heads; head++) {
+      T* x = mine + head * dim;
+      const T* weight = head < heads ? q_weight : k_weight;
+      if (weight) norm_row(x, x, weight, eps, dim);
+      for (std::int64_t i = 0; i < half; i += kLanes) {
+        int lanes = half - i < kLanes ? int(half - i) : kLanes;
+        F low = load(x + i, lanes), high = load(x + half + i, lanes);
+        F turned_low = rounded(x, low * load(c + i, lanes)) + rounded(x, high * load(s + i, lanes));
+        F turned_high = rounded(x, high * load(c + half + i, lanes)) + rounded(x, low * load(s + half + i, lanes));
+        store(x + i, turned_low, lanes);
+        store(x + half + i, turned_high, lanes);
+      }
+    }
+    for (std::int64_t head = 0; head < kv_heads; head++) {
+      std::int64_t at = (head * cache_slots + slots[row]) * dim;
+      std::memcpy(keys + at, mine + (heads + head) * dim, dim * sizeof(T));
+      finite_row(values + at, mine + (heads + kv_heads + head) * dim, dim);
+    }
+  }
+}
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+// One stage of transposing 16 × 16 lanes: of rows a and b, exchanges the off-diagonal squares of kStep lanes.
+template <int kStep>
+inline void swap_lanes(F& a, F& b) {
+  I low, high;
+  for (int i = 0; i < kLanes; i++) {
+    low[i] = i & kStep ? kLanes + i - kStep : i;
+    high[i] = i & kStep ? kLanes + i : i + kStep;
+  }
+  F x = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = x;
+}
+
+template <int kStep>
+inline void swap_all(F* r) {
+  for (int i = 0; i < kLanes; i++)
+    if (!(i & kStep)) swap_lanes<kStep>(r[i], r[i + kStep]);
+}
+
+// 16 keys [16, dim] → out [dim, 16] in float32.
+template <class T>
+inline void transpose_keys(float* out, const T* keys, std::int64_t dim) {
+  for (std::int64_t d = 0; d < dim; d += kLanes) {
+    F r[kLanes];
+    for (int i = 0; i < kLanes; i++) r[i] = load(keys + i * dim + d);
+    swap_all<8>(r);
+    swap_all<4>(r);
+    swap_all<2>(r);
+    swap_all<1>(r);
+    for (int i = 0; i < kLanes; i++) store(out + (d + i) * kLanes, r[i]);
+  }
+}
+
+constexpr int kRows = 12;     // query rows (heads of a KV group x tokens) that share a pass over the keys
+constexpr int kMaxDim = 256;  // of a head
+
+struct Sequence {  // int64 each, as ops.py writes them
+  std::int64_t first_row, rows, start, table;
+};
+
+struct Heads {
+  std::int64_t group, dim, query_row, query_head, out_row, blocks, block_size, window;
+  float scaling, softcap;
+};
+
+// kCount rows at a time keep their sums in registers.
+template <int kCount>
+inline void dot_keys(F* scores, std::int64_t stride, const float* q, const float* kt, std::int64_t dim) {
+  F acc[kCount] = {};
+  for (std::int64_t d = 0; d < dim; d++) {
+    F k = load(kt + d * kLanes);
+    for (int r = 0; r < kCount; r++) acc[r] += k * q[r * kMaxDim + d];
+  }
+  for (int r = 0; r < kCount; r++) scores[r * stride] = acc[r];
+}
+
+template <int kCount, class T>
+inline void add_values(float* out, const float* weights, std::int64_t stride, const T* values, std::int64_t dim) {
+  for (std::int64_t d = 0; d < dim; d += kLanes) {
+    F acc[kCount];
+    for (int r = 0; r < kCount; r++) acc[r] = load(out + r * kMaxDim + d);
+    for (int i = 0; i < kLanes; i++) {
+      F v = load(values + i * dim + d);
+      for (int r = 0; r < kCount; r++) acc[r] += v * weights[r * stride + i];
+    }
+    for (int r = 0; r < kCount; r++) store(out + r * kMaxDim + d, acc[r]);
+  }
+}
+
+// Up to kRows query rows of one KV head of one sequence. scores: scratch [kRows, length up to whole 16s].
+template <class T>
+void attend_rows(T* out, const T* query, const T* keys, const T* values, const std::int32_t* table, const Sequence& seq,
+                 const Heads& h, std::int64_t kv_head, std::int64_t first, int count, F* scores, std::int64_t stride) {
+  alignas(64) float q[kRows * kMaxDim], kt[kMaxDim * kLanes], sums[kRows * kMaxDim];
+  std::int64_t last_seen[kRows];
+  // Member m of the group's rows: token m / group, head m % group. Rows are padded to kRows or a third by repeating.
+  int padded = count <= 4 ? 4 : kRows;
+  std::int64_t low = 0, high = 0;
+  for (int r = 0; r < padded; r++) {
+    std::int64_t member = first + (r < count ? r : count - 1), token = member / h.group;
+    const T* from = query + (seq.first_row + token) * h.query_row + (kv_head * h.group + member % h.group) * h.query_head;
+    for (std::int64_t d = 0; d < h.dim; d += kLanes) store(q + r * kMaxDim + d, load(from + d));
+    std::memset(sums + r * kMaxDim, 0, h.dim * sizeof(float));
+    last_seen[r] = seq.start + token;
+    if (last_seen[r] + 1 > high) high = last_seen[r] + 1;
+  }
+  if (h.window) {
+    low = last_seen[0] - h.window + 1;
+    low = low < 0 ? 0 : low / kLanes * kLanes;
+  }
+  std::int64_t chunks = (high - low + kLanes - 1) / kLanes;
+  auto place = [&](std::int64_t chunk) {  // of the chunk's 16 keys in the cache
+    std::int64_t key = low + chunk * kLanes;
+    return ((kv_head * h.blocks + table[key / h.block_size]) * h.block_size + key % h.block_size) * h.dim;
+  };
+  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  F best[kRows];
+  for (int r = 0; r < padded; r++) best[r] = splat(-INFINITY);
+  for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+    transpose_keys(kt, keys + place(chunk), h.dim);
+    if (padded == 4)
+      dot_keys<4>(scores + chunk, stride, q, kt, h.dim);
+    else
+      dot_keys<kRows>(scores + chunk, stride, q, kt, h.dim);
+    I key = lane + std::int32_t(low + chunk * kLanes);
+    for (int r = 0; r < count; r++) {
+      F s = rounded(query, scores[r * stride + chunk]) * h.scaling;  // a product of T's is a T, in torch
+      if (h.softcap > 0.0f) {
+        F z = choose(s < 0.0f, s, -s) * (2.0f / h.softcap), e = exp(z), t = (1.0f - e) / (1.0f + e);  // |tanh|
+        s = choose(s < 0.0f, -t, t) * h.softcap;
+      }
+      I hidden = key > std::int32_t(last_seen[r]);
+      if (h.window) hidden |= key <= std::int32_t(last_seen[r] - h.window);
+      s = choose(hidden, splat(-INFINITY), s);
+      scores[r * stride + chunk] = s;
+      best[r] = choose((s > best[r]) | (s != s), s, best[r]);
+    }
+  }
+  for (int r = 0; r < count; r++) {
+    F most = splat(largest(best[r])), total{};
+    for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+      F e = exp(scores[r * stride + chunk] - most);
+      scores[r * stride + chunk] = e;
+      total += e;
+    }
+    F whole = splat(sum(total));
+    for (std::int64_t chunk = 0; chunk < chunks; chunk++)
+      scores[r * stride + chunk] = rounded(query, scores[r * stride + chunk] / whole);
+  }
+  for (int r = count; r < padded; r++)
+    for (std::int64_t chunk = 0; chunk < chunks; chunk++) scores[r * stride + chunk] = F{};
+  for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+    const float* weights = reinterpret_cast<const float*>(scores + chunk);
+    if (padded == 4)
+      add_values<4>(sums, weights, stride * kLanes, values + place(chunk), h.dim);
+    else
+      add_values<kRows>(sums, weights, stride * kLanes, values + place(chunk), h.dim);
+  }
+  for (int r = 0; r < count; r++) {
+    std::int64_t member = first + r;
+    T* to = out + (seq.first_row + member / h.group) * h.out_row + (kv_head * h.group + member % h.group) * h.dim;
+    for (std::int64_t d = 0; d < h.dim; d += kLanes) store(to + d, load(sums + r * kMaxDim + d));
+  }
+}
+
+// tasks: int64 [num_tasks, 3] = sequence, first member, members; each for every KV head.
+template <class T>
+void attend(T* out, const T* query, const T* keys, const T* values, const Sequence* sequences, const std::int64_t* tasks,
+            const std::int32_t* tables, std::int64_t num_tasks, std::int64_t kv_heads, std::int64_t longest,
+            const Heads& h) {
+  std::int64_t stride = (longest + kLanes - 1) / kLanes + 1;
+#pragma omp parallel if (num_tasks * kv_heads > 1)
+  {
+    F* scores = new (std::align_val_t(64)) F[kRows * stride];
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t i = 0; i < num_tasks * kv_heads; i++) {
+      const std::int64_t* task = tasks + i / kv_heads * 3;
+      const Sequence& seq = sequences[task[0]];
+      attend_rows(out, query, keys, values, tables + seq.table, seq, h, i % kv_heads, task[1], int(task[2]), scores, stride);
+    }
+    operator delete[](scores, std::align_val_t(64));
+  }
+}
+
+// ---- adapters ----------------------------------------------------------------------------------------------------------
+
+constexpr int kLoraRows = 4;  // rows of one adapter that share a pass over its weights
+constexpr std::int64_t kMaxShrunk = 3 * 512;
+
+// partial[r, c] = Σ_i x[r, i] a[i, c] over inputs first … last, for kWide vectors of columns at a time.
+template <int kCount, int kWide, class T>
+inline void shrink_columns(float* out, std::int64_t out_row, const T* x, std::int64_t x_row, const T* a,
+                           std::int64_t a_row, std::int64_t first, std::int64_t last) {
+  F acc[kCount][kWide] = {};
+  for (std::int64_t i = first; i < last; i++) {
+    F column[kWide];
+    for (int w = 0; w < kWide; w++) column[w] = load(a + i * a_row + w * kLanes);
+    for (int r = 0; r < kCount; r++) {
+      float value = widen(x[r * x_row + i]);
+      for (int w = 0; w < kWide; w++) acc[r][w] += column[w] * value;
+    }
+  }
+  for (int r = 0; r < kCount; r++)
+    for (int w = 0; w < kWide; w++) store(out + r * out_row + w * kLanes, acc[r][w]);
+}
+
+template <int kCount, class T>
+inline void shrink_rows(float* out, std::int64_t out_row, const T* x, std::int64_t x_row, const T* a, std::int64_t columns,
+                        std::int64_t first, std::int64_t last) {
+  std::int64_t c = 0;
+  for (; c + 3 * kLanes <= columns; c += 3 * kLanes)
+    shrink_columns<kCount, 3>(out + c, out_row, x, x_row, a + c, columns, first, last);
+  for (; c < columns; c += kLanes)
+    shrink_columns<kCount, 1>(out + c, out_row, x, x_row, a + c, columns, first, last);
+}
+
+template <int kCount, class T>
+inline void expand_rows(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
+                        std::int64_t rank, std::int64_t width, std::int64_t first, std::int64_t last) {
+  for (std::int64_t o = first; o < last; o += kLanes) {
+    int lanes = last - o < kLanes ? int(last - o) : kLanes;
+    F acc[kCount] = {};
+    for (std::int64_t k = 0; k < rank; k++) {
+      F column = load(b + k * width + o, lanes);
+      for (int r = 0; r < kCount; r++) acc[r] += column * shrunk[r * shrunk_row + k];
+    }
+    for (int r = 0; r < kCount; r++) {
+      T* to = y + r * y_row + o;
+      store(to, load(to, lanes) + rounded(to, acc[r]), lanes);
+    }
+  }
+}
+
+struct Member {  // of a group of siblings, int64 each: where its columns lie and its weights [places, rank, width]
+  std::int64_t column, width, expand;
+};
+
+// tiles: int64 [num_tiles, 3] = first row, rows (up to kLoraRows), place. Inputs are summed in two halves, so that two
+// threads can share one tile and the sum is the same when one does both. scratch: float32 [num_tiles, 2, kLoraRows, columns].
+template <class T>
+void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t inputs, const T* shrink,
+          std::int64_t columns, std::int64_t rank, const Member* members, std::int64_t num_members,
+          const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
+  std::int64_t half = (inputs + 1) / 2, part = kLoraRows * columns;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
+      const std::int64_t* tile = tiles + i / 2 * 3;
+      const T *a = shrink + tile[2] * inputs * columns, *from = x + tile[0] * x_row;
+      std::int64_t first = i % 2 ? half : 0, last = i % 2 ? inputs : half;
+      float* to = scratch + i * part;
+      switch (tile[1]) {
+        case 1: shrink_rows<1>(to, columns, from, x_row, a, columns, first, last); break;
+        case 2: shrink_rows<2>(to, columns, from, x_row, a, columns, first, last); break;
+        case 3: shrink_rows<3>(to, columns, from, x_row, a, columns, first, last); break;
+        default: shrink_rows<4>(to, columns, from, x_row, a, columns, first, last);
+      }
+    }
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < num_tiles; i++) {
+      float *low = scratch + 2 * i * part, *high = low + part;
+      for (std::int64_t c = 0; c < part; c += kLanes)
+        if (c < tiles[i * 3 + 1] * columns) store(low + c, rounded(x, load(low + c) + load(high + c)));
+    }
+    // Each member's outputs in two halves too: the work of one tile is shared.
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
+      const std::int64_t* tile = tiles + i / 2 * 3;
+      for (std::int64_t m = 0; m < num_members; m++) {
+        const Member& member = members[m];
+        if (!member.expand) continue;
+        std::int64_t middle = member.width / kLanes / 2 * kLanes;
+        std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? member.width : middle;
+        const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * member.width;
+        const float* from = scratch + i / 2 * 2 * part + m * rank;
+        T* to = y + tile[0] * y_row + member.column;
+        switch (tile[1]) {
+          case 1: expand_rows<1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+          case 2: expand_rows<2>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+          case 3: expand_rows<3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+          default: expand_rows<4>(to, y_row, from, columns, b, rank, member.width, first, last);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(T, suffix)                                                                                                  \
+  extern "C" void slipstream_add_norm_##suffix(T* out, T* x, const T* delta, const T* weight, float eps, std::int64_t rows, \
+                                               std::int64_t width) {                                                       \
+    add_norm(out, x, delta, weight, eps, rows, width);                                                                     \
+  }                                                                                                                        \
+  extern "C" void slipstream_silu_mul_##suffix(T* out, const T* gate_up, std::int64_t rows, std::int64_t width) {           \
+    silu_mul(out, gate_up, rows, width);                                                                                   \
+  }                                                                                                                        \
+  extern "C" void slipstream_rotate_store_##suffix(                                                                        \
+      T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps, T* keys, T* values,             \
+      const std::int64_t* slots, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,           \
+      std::int64_t cache_slots) {                                                                                          \
+    rotate_store(qkv, cos, sin, q_weight, k_weight, eps, keys, values, slots, rows, heads, kv_heads, dim, cache_slots);    \
+  }                                                                                                                        \
+  extern "C" void slipstream_attend_##suffix(                                                                              \
+      T* out, const T* query, const T* keys, const T* values, const Sequence* sequences, const std::int64_t* tasks,        \
+      const std::int32_t* tables, std::int64_t num_tasks, std::int64_t kv_heads, std::int64_t longest,                     \
+      std::int64_t group, std::int64_t dim, std::int64_t query_row, std::int64_t query_head, std::int64_t out_row,         \
+      std::int64_t blocks, std::int64_t block_size, std::int64_t window, float scaling, float softcap) {                   \
+    Heads h{group, dim, query_row, query_head, out_row, blocks, block_size, window, scaling, softcap};                     \
+    attend(out, query, keys, values, sequences, tasks, tables, num_tasks, kv_heads, longest, h);                           \
+  }                                                                                                                        \
+  extern "C" void slipstream_lora_##suffix(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t inputs,  \
+                                           const T* shrink, std::int64_t columns, std::int64_t rank,                       \
+                                           const Member* members, std::int64_t num_members, const std::int64_t* tiles,     \
+                                           std::int64_t num_tiles, float* scratch) {                                       \
+    lora(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, num_tiles, scratch);              \
+  }
+
+EXPORT(float, f32)
+EXPORT(bf16, bf16)
