@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace {
 
@@ -195,14 +196,11 @@ void rotate_store(T* qkv, const T* cos, const T* sin, const T* q_weight, const T
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-// One stage of transposing 16 × 16 lanes: of rows a and b, exchanges the off-diagonal squares of kStep lanes.
-template <int kStep>
-inline void swap_lanes(F& a, F& b) {
-  I low, high;
-  for (int i = 0; i < kLanes; i++) {
-    low[i] = i & kStep ? kLanes + i - kStep : i;
-    high[i] = i & kStep ? kLanes + i : i + kStep;
-  }
+// One stage of transposing 16 x 16 lanes: of rows a and b, exchanges the off-diagonal squares of kStep lanes.
+template <int kStep, int... kLane>
+inline void swap_lanes(F& a, F& b, std::integer_sequence<int, kLane...>) {
+  constexpr I low = {(kLane & kStep ? kLanes + kLane - kStep : kLane)...};
+  constexpr I high = {(kLane & kStep ? kLanes + kLane : kLane + kStep)...};
   F x = __builtin_shuffle(a, b, low);
   b = __builtin_shuffle(a, b, high);
   a = x;
@@ -210,8 +208,9 @@ inline void swap_lanes(F& a, F& b) {
 
 template <int kStep>
 inline void swap_all(F* r) {
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; i++)
-    if (!(i & kStep)) swap_lanes<kStep>(r[i], r[i + kStep]);
+    if (!(i & kStep)) swap_lanes<kStep>(r[i], r[i + kStep], std::make_integer_sequence<int, kLanes>());
 }
 
 // 16 keys [16, dim] → out [dim, 16] in float32.
@@ -219,11 +218,13 @@ template <class T>
 inline void transpose_keys(float* out, const T* keys, std::int64_t dim) {
   for (std::int64_t d = 0; d < dim; d += kLanes) {
     F r[kLanes];
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) r[i] = load(keys + i * dim + d);
     swap_all<8>(r);
     swap_all<4>(r);
     swap_all<2>(r);
     swap_all<1>(r);
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) store(out + (d + i) * kLanes, r[i]);
   }
 }
@@ -364,21 +365,31 @@ void attend(T* out, const T* query, const T* keys, const T* values, const Sequen
 constexpr int kLoraRows = 4;  // rows of one adapter that share a pass over its weights
 constexpr std::int64_t kMaxShrunk = 3 * 512;
 
-// partial[r, c] = Σ_i x[r, i] a[i, c] over inputs first … last, for kWide vectors of columns at a time.
+// out[r, c] = sum of x[r, i] a[i, c] over inputs first ... last, for kWide vectors of columns. Inputs are summed in kTurns
+// interleaved parts, the same for any number of rows, so that additions need not wait for each other.
 template <int kCount, int kWide, class T>
 inline void shrink_columns(float* out, std::int64_t out_row, const T* x, std::int64_t x_row, const T* a,
                            std::int64_t a_row, std::int64_t first, std::int64_t last) {
-  F acc[kCount][kWide] = {};
-  for (std::int64_t i = first; i < last; i++) {
+  constexpr int kTurns = kWide == 1 ? 4 : 2;
+  F acc[kTurns][kCount][kWide] = {};
+  auto add = [&](int turn, std::int64_t i) {
     F column[kWide];
     for (int w = 0; w < kWide; w++) column[w] = load(a + i * a_row + w * kLanes);
     for (int r = 0; r < kCount; r++) {
       float value = widen(x[r * x_row + i]);
-      for (int w = 0; w < kWide; w++) acc[r][w] += column[w] * value;
+      for (int w = 0; w < kWide; w++) acc[turn][r][w] += column[w] * value;
     }
-  }
+  };
+  std::int64_t i = first;
+  for (; i + kTurns <= last; i += kTurns)
+    for (int turn = 0; turn < kTurns; turn++) add(turn, i + turn);
+  for (int turn = 0; i < last; i++, turn++) add(turn, i);
   for (int r = 0; r < kCount; r++)
-    for (int w = 0; w < kWide; w++) store(out + r * out_row + w * kLanes, acc[r][w]);
+    for (int w = 0; w < kWide; w++) {
+      F total = acc[0][r][w];
+      for (int turn = 1; turn < kTurns; turn++) total += acc[turn][r][w];
+      store(out + r * out_row + w * kLanes, total);
+    }
 }
 
 template <int kCount, class T>
@@ -387,25 +398,37 @@ inline void shrink_rows(float* out, std::int64_t out_row, const T* x, std::int64
   std::int64_t c = 0;
   for (; c + 3 * kLanes <= columns; c += 3 * kLanes)
     shrink_columns<kCount, 3>(out + c, out_row, x, x_row, a + c, columns, first, last);
-  for (; c < columns; c += kLanes)
+  if (c + 2 * kLanes <= columns)
+    shrink_columns<kCount, 2>(out + c, out_row, x, x_row, a + c, columns, first, last), c += 2 * kLanes;
+  if (c < columns)
     shrink_columns<kCount, 1>(out + c, out_row, x, x_row, a + c, columns, first, last);
+}
+
+// y[r, o] += sum of shrunk[r, k] b[k, o]: kWide vectors of outputs at a time, so that whole cache lines are read.
+template <int kCount, int kWide, class T>
+inline void expand_columns(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
+                           std::int64_t rank, std::int64_t width, int lanes) {
+  F acc[kCount][kWide] = {};
+  for (std::int64_t k = 0; k < rank; k++)
+    for (int w = 0; w < kWide; w++) {
+      F column = load(b + k * width + w * kLanes, lanes);
+      for (int r = 0; r < kCount; r++) acc[r][w] += column * shrunk[r * shrunk_row + k];
+    }
+  for (int r = 0; r < kCount; r++)
+    for (int w = 0; w < kWide; w++) {
+      T* to = y + r * y_row + w * kLanes;
+      store(to, load(to, lanes) + rounded(to, acc[r][w]), lanes);
+    }
 }
 
 template <int kCount, class T>
 inline void expand_rows(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
                         std::int64_t rank, std::int64_t width, std::int64_t first, std::int64_t last) {
-  for (std::int64_t o = first; o < last; o += kLanes) {
-    int lanes = last - o < kLanes ? int(last - o) : kLanes;
-    F acc[kCount] = {};
-    for (std::int64_t k = 0; k < rank; k++) {
-      F column = load(b + k * width + o, lanes);
-      for (int r = 0; r < kCount; r++) acc[r] += column * shrunk[r * shrunk_row + k];
-    }
-    for (int r = 0; r < kCount; r++) {
-      T* to = y + r * y_row + o;
-      store(to, load(to, lanes) + rounded(to, acc[r]), lanes);
-    }
-  }
+  std::int64_t o = first;
+  for (; o + 4 * kLanes <= last; o += 4 * kLanes)
+    expand_columns<kCount, 4>(y + o, y_row, shrunk, shrunk_row, b + o, rank, width, kLanes);
+  for (; o < last; o += kLanes)
+    expand_columns<kCount, 1>(y + o, y_row, shrunk, shrunk_row, b + o, rank, width, last - o < kLanes ? int(last - o) : kLanes);
 }
 
 struct Member {  // of a group of siblings, int64 each: where its columns lie and its weights [places, rank, width]
