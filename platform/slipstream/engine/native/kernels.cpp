@@ -213,17 +213,35 @@ inline void swap_all(F* r) {
     if (!(i & kStep)) swap_lanes<kStep>(r[i], r[i + kStep], std::make_integer_sequence<int, kLanes>());
 }
 
-// 16 keys [16, dim] → out [dim, 16] in float32.
+inline void transpose(F* r) {
+  swap_all<8>(r);
+  swap_all<4>(r);
+  swap_all<2>(r);
+  swap_all<1>(r);
+}
+
+// 16 keys [16, dim] -> out [dim, 16] in float32.
 template <class T>
 inline void transpose_keys(float* out, const T* keys, std::int64_t dim) {
-  for (std::int64_t d = 0; d < dim; d += kLanes) {
+  constexpr bool kPairs = sizeof(T) == 2;  // move as one lane, and come apart at the end
+  std::int64_t d = 0;
+  for (; kPairs && d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    F r[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) r[i] = read<F>(keys + i * dim + d);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      U pair = cast_bits<U>(r[i]);
+      store(out + (d + 2 * i) * kLanes, cast_bits<F>(pair << 16));
+      store(out + (d + 2 * i + 1) * kLanes, cast_bits<F>(pair & 0xffff0000u));
+    }
+  }
+  for (; d < dim; d += kLanes) {
     F r[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) r[i] = load(keys + i * dim + d);
-    swap_all<8>(r);
-    swap_all<4>(r);
-    swap_all<2>(r);
-    swap_all<1>(r);
+    transpose(r);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) store(out + (d + i) * kLanes, r[i]);
   }

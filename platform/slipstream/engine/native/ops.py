@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -34,8 +35,9 @@ def attends(shapes: Sequence[tuple[int, int]], block_size: int) -> bool:
     return block_size % LANES == 0 and all(dim % LANES == 0 and dim <= MAX_DIM for _, dim in shapes)
 
 
-def _kernel(name: str, like: torch.Tensor) -> Callable[..., None]:
-    found: Callable[..., None] = getattr(library(), f"slipstream_{name}_{DTYPES[like.dtype]}")
+@cache
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(library(), f"slipstream_{name}_{DTYPES[dtype]}")
     return found
 
 
@@ -48,7 +50,7 @@ class NativeOps(TorchOps):
         if width % LANES:
             return super().add_norm(hidden, delta, norm)
         out = torch.empty_like(hidden)
-        _kernel("add_norm", hidden)(
+        _kernel("add_norm", hidden.dtype)(
             out.data_ptr(), hidden.data_ptr(), delta.data_ptr() if delta is not None else None, norm.weight.data_ptr(),
             norm.eps, rows, width,
         )  # fmt: skip
@@ -60,7 +62,7 @@ class NativeOps(TorchOps):
         if width % LANES or type(act).__name__ not in SILU:
             return super().gate(gate_up, act)
         out = gate_up.new_empty(rows, width)
-        _kernel("silu_mul", out)(out.data_ptr(), gate_up.data_ptr(), rows, width)
+        _kernel("silu_mul", out.dtype)(out.data_ptr(), gate_up.data_ptr(), rows, width)
         return out
 
     def rotate_store(
@@ -81,7 +83,7 @@ class NativeOps(TorchOps):
         heads = width - 2 * kv_heads
         q, k = (norm.weight.data_ptr() for norm in norms) if norms else (None, None)
         cos, sin = rotary
-        _kernel("rotate_store", qkv)(
+        _kernel("rotate_store", qkv.dtype)(
             qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), q, k, norms[0].eps if norms else 0.0, keys.data_ptr(),
             values.data_ptr(), slots.data_ptr(), rows, heads, kv_heads, dim, keys.shape[1] * keys.shape[2],
         )  # fmt: skip
@@ -110,7 +112,7 @@ class Paged:
         group = heads // kv_heads
         tasks = self._tasks(group)
         out = query.new_empty(rows, heads, dim)
-        _kernel("attend", query)(
+        _kernel("attend", query.dtype)(
             out.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), self.sequences.data_ptr(),
             tasks.data_ptr(), self.tables.data_ptr(), tasks.shape[0], kv_heads, self.longest, group, dim,
             query.stride(1), query.stride(0), heads * dim, blocks, size, rules.window or 0, rules.scaling,
@@ -185,10 +187,12 @@ class NativeRows:
             x = x.contiguous()
         columns, num_tiles = part.shrink.shape[2], self.tiles.shape[0]
         scratch = torch.empty(num_tiles, 2, LORA_ROWS, columns)
-        _kernel("lora", x)(
+        _kernel("lora", x.dtype)(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], part.shrink.data_ptr(), columns,
             self.stack.rank, members.data_ptr(), members.shape[0], self.tiles.data_ptr(), num_tiles, scratch.data_ptr(),
         )  # fmt: skip
+        if not any(gains is not None for gains in part.gains):
+            return
         for m, (out, gains) in enumerate(zip(group.split(y), part.gains, strict=True)):
             if gains is not None:
                 mine = torch.where(self.places.unsqueeze(1) < 0, 1.0, gains[self.places.clamp_min(0)])
