@@ -13,7 +13,7 @@ from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import LayOut, segments
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
-from slipstream.engine.linear import RowContext
+from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
@@ -27,6 +27,7 @@ class Kernels:
     lora: LoraKernels
     attention: LayOut
     ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
+    weights: MakeWeight = as_packed  # how base weights at full precision are kept
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
     def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
@@ -66,6 +67,7 @@ def native_kernels(
 ) -> Kernels:
     """C++ kernels for processors where they can be built, for as much of the model as they serve."""
     from slipstream.engine.native import ops  # noqa: PLC0415
+    from slipstream.engine.native.weights import native_weight  # noqa: PLC0415
 
     if not ops.is_available(dtype, torch.device("cpu")):
         return Kernels(lora, segments)
@@ -73,6 +75,7 @@ def native_kernels(
         LoraKernels.NATIVE if lora is LoraKernels.BATCHED else lora,
         ops.paged if ops.attends(shapes, block_size) else segments,
         ops.NativeOps(),
+        native_weight,
     )
 
 

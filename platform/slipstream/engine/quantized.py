@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 
 from slipstream.engine.linear import MakeWeight
-from slipstream.engine.packed import BaseWeight, PackedWeight
+from slipstream.engine.packed import BaseWeight
 from slipstream.errors import ModelUnsupported
 
 INT4_GROUP = 32  # inputs that share a scale and a zero point
@@ -63,12 +63,13 @@ class Int4Weight:
         return y if self.bias is None or not with_bias else y.add_(self.bias)
 
 
-def weight_maker(fast: bool, quantize: Quantization | None, keep: str) -> MakeWeight:
-    """How base weights are kept; `keep` names the one group that is never quantised (the LM head)."""
+def weight_maker(full: MakeWeight, quantize: Quantization | None, keep: str) -> MakeWeight:
+    """How base weights are kept: by `full` at full precision, as is the one group that is never quantised, `keep` (the LM
+    head)."""
 
     def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
         if quantize is None or name == keep:
-            return PackedWeight(weight, bias, fast)
+            return full(name, weight, bias)
         if quantize is Quantization.INT8:
             return Int8Weight(weight, bias)
         if weight.device.type != "cpu" or weight.shape[1] % INT4_GROUP or weight.shape[0] % INT4_OUTPUTS:

@@ -84,11 +84,12 @@ class ModelRunner:
         head_weight = loaded.head.weight.data
         self._rows = RowContext()
         name = type(loaded.model).__name__
-        make = weight_maker(FastPath.PACKED_WEIGHTS not in disable, quantize, keep=head_name)
-        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
-        like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         shapes = cache_shapes(loaded)
         kernels = kernels or pick_kernels(self.device, disable, loaded.dtype, shapes, block_size)
+        full = as_is if FastPath.PACKED_WEIGHTS in disable else kernels.weights
+        make = weight_maker(full, quantize, keep=head_name)
+        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
+        like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank()
         member = loaded.model.get_submodule(head_name)

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.head import Head
-from slipstream.engine.linear import GroupMember, RowContext, swap_linears
+from slipstream.engine.linear import GroupMember, RowContext, as_is, as_packed, swap_linears
 from slipstream.engine.lora import MAX_WASTE, AdapterBank, LoraKernels
 from slipstream.engine.packed import can_prepack
-from slipstream.engine.quantized import weight_maker
 from slipstream.engine.stacks import StackTile
 
 HIDDEN, KV, INNER = 16, 8, 24
@@ -74,7 +73,7 @@ class World:
         self.plain = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         self.layer = layer
         self.rows = RowContext()
-        self.groups = swap_linears(layer, self.rows, weight_maker(kernels is not LoraKernels.PLAIN, None, keep=""))
+        self.groups = swap_linears(layer, self.rows, as_is if kernels is LoraKernels.PLAIN else as_packed)
         self.bank = AdapterBank(self.groups, self.rows, torch.empty(0, dtype=dtype), kernels)
         self.adapters: dict[int, AdapterWeights] = {}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from slipstream.engine.linear import as_packed
 from slipstream.engine.packed import BaseWeight, PackedWeight, is_half
 from slipstream.engine.quantized import Int4Weight, Int8Weight, Quantization, weight_maker
 from slipstream.errors import ModelUnsupported
@@ -77,7 +78,7 @@ def test_only_weights_that_float16_holds_are_kept_so() -> None:
 
 @pytest.mark.parametrize("shape", [(48, 80), (40, 96)])
 def test_int4_refuses_by_name_what_its_kernel_cannot_take(shape: tuple[int, int]) -> None:
-    make = weight_maker(True, Quantization.INT4, keep="lm_head")
+    make = weight_maker(as_packed, Quantization.INT4, keep="lm_head")
     with pytest.raises(ModelUnsupported, match=r"layers\.3\.q_proj cannot be int4.*Use int8"):
         make("layers.3.q_proj", matrix(*shape), None)
     assert isinstance(make("lm_head", matrix(*shape), None), PackedWeight)

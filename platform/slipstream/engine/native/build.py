@@ -49,6 +49,8 @@ def library() -> ctypes.CDLL | None:
         for suffix in ("f32", "bf16"):
             function = getattr(found, f"slipstream_{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
+    found.slipstream_product_bf16.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 2 + [_INT] * 3
+    found.slipstream_product_bf16.restype = None
     return found
 
 

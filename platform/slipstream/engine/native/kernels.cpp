@@ -1,10 +1,15 @@
 // The parts of a decode step that are many small operations in torch, one call each: norms, rotary embedding, attention
 // over paged keys, the gated activation, adapters. Arithmetic is float32 on values widened from T, rounded to T where
 // torch's own operations would round. Every row is computed in one order that does not depend on its company or on the
-// number of threads. Portable vectors: the compiler lowers them to whatever the processor has.
+// number of threads. Portable vectors, which the compiler lowers to whatever the processor has; only the base GEMM asks for
+// an instruction of its own.
 //
 // Pointers and shapes are not checked here: whoever chooses these kernels has (`kernels.py`).
 // Widths of hidden states and MLPs, head dimensions and blocks are whole multiples of 16.
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -504,6 +509,64 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
   }
 }
 
+// ---- base GEMMs --------------------------------------------------------------------------------------------------------
+
+// y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels of kPanel outputs:
+// [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs.
+constexpr int kPanel = 32;
+constexpr int kTile = 12;            // rows whose sums stay in registers
+constexpr std::int64_t kBlock = 96;  // rows that share a pass over the weights
+
+#ifdef __AVX512BF16__
+template <int kCount>
+void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const bf16* panel, std::int64_t inputs,
+                  const bf16* bias, int lanes) {
+  __m512 acc[kCount][2];
+  for (int h = 0; h < 2; h++) {
+    int left = lanes - h * kLanes;
+    F from = bias && left > 0 ? load(bias + h * kLanes, left < kLanes ? left : kLanes) : F{};
+    for (int r = 0; r < kCount; r++) acc[r][h] = cast_bits<__m512>(from);
+  }
+  for (std::int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
+    __m512bh w0 = read<__m512bh>(panel), w1 = read<__m512bh>(panel + kPanel);
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) {
+      __m512bh pair = cast_bits<__m512bh>(_mm512_set1_epi32(read<std::int32_t>(x + r * x_row + i)));
+      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], w0, pair);
+      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], w1, pair);
+    }
+  }
+  for (int r = 0; r < kCount; r++)
+    for (int h = 0; h < 2 && h * kLanes < lanes; h++) {
+      int left = lanes - h * kLanes;
+      store(y + r * y_row + h * kLanes, cast_bits<F>(acc[r][h]), left < kLanes ? left : kLanes);
+    }
+}
+
+template <int kCount>
+void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const bf16* panel,
+                  std::int64_t inputs, const bf16* bias, int lanes) {
+  if (count == kCount)
+    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, bias, lanes);
+  else if constexpr (kCount > 1)
+    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, bias, lanes);
+}
+
+void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, const bf16* bias, std::int64_t rows,
+             std::int64_t inputs, std::int64_t outputs) {
+  std::int64_t panels = (outputs + kPanel - 1) / kPanel, blocks = (rows + kBlock - 1) / kBlock;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (std::int64_t block = 0; block < blocks; block++)
+    for (std::int64_t p = 0; p < panels; p++) {
+      std::int64_t column = p * kPanel, end = (block + 1) * kBlock < rows ? (block + 1) * kBlock : rows;
+      int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
+      for (std::int64_t row = block * kBlock; row < end; row += kTile)
+        product_rows<kTile>(end - row < kTile ? int(end - row) : kTile, y + row * outputs + column, outputs, x + row * x_row,
+                            x_row, weight + column * inputs, inputs, bias ? bias + column : nullptr, lanes);
+    }
+}
+#endif
+
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                                  \
@@ -537,3 +600,18 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
 
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
+
+extern "C" int slipstream_has_product() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+extern "C" void slipstream_product_bf16(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, const bf16* bias,
+                                        std::int64_t rows, std::int64_t inputs, std::int64_t outputs) {
+#ifdef __AVX512BF16__
+  product(y, x, x_row, weight, bias, rows, inputs, outputs);
+#endif
+}
