@@ -19,7 +19,9 @@ from slipstream.errors import ModelUnsupported
 from slipstream.protocol import BaseModelSpec
 
 # What may differ between two copies of the same model without changing a single logit.
-PROBE = (1, 2, 3, 5, 8, 13, 21, 34)  # token ids of the start-up check; every vocabulary has them
+# Token ids of the start-up check. Every vocabulary has them, and not among its first, special ones: after those a model's
+# answer hangs on its last bit (SmolLM2-135M in bfloat16 was 49% off its own float32 after 1, 2, 3 …, and 6% after such as these).
+PROBE = (40, 63, 86, 109, 52, 75, 98, 121)
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config", "use_cache")
 
 
