@@ -514,8 +514,8 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
 // y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels of kPanel outputs:
 // [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs.
 constexpr int kPanel = 32;
-constexpr int kTile = 12;            // rows whose sums stay in registers
-constexpr std::int64_t kBlock = 96;  // rows that share a pass over the weights
+constexpr int kTile = 12;             // most rows whose sums stay in registers
+constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the weights
 
 #ifdef __AVX512BF16__
 template <int kCount>
@@ -554,15 +554,21 @@ void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::in
 
 void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, const bf16* bias, std::int64_t rows,
              std::int64_t inputs, std::int64_t outputs) {
-  std::int64_t panels = (outputs + kPanel - 1) / kPanel, blocks = (rows + kBlock - 1) / kBlock;
+  // Blocks of rows and tiles of a block are as even as can be: threads get as much each, and no tile is left with one row.
+  auto cut = [](std::int64_t count, std::int64_t most) { return (count + most - 1) / most; };
+  std::int64_t panels = cut(outputs, kPanel), blocks = cut(rows, kBlock), block_rows = cut(rows, blocks);
 #pragma omp parallel for collapse(2) schedule(static)
   for (std::int64_t block = 0; block < blocks; block++)
     for (std::int64_t p = 0; p < panels; p++) {
-      std::int64_t column = p * kPanel, end = (block + 1) * kBlock < rows ? (block + 1) * kBlock : rows;
+      std::int64_t column = p * kPanel, row = block * block_rows;
+      std::int64_t end = row + block_rows < rows ? row + block_rows : rows;
       int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
-      for (std::int64_t row = block * kBlock; row < end; row += kTile)
-        product_rows<kTile>(end - row < kTile ? int(end - row) : kTile, y + row * outputs + column, outputs, x + row * x_row,
-                            x_row, weight + column * inputs, inputs, bias ? bias + column : nullptr, lanes);
+      for (std::int64_t tiles = cut(end - row, kTile); tiles > 0; tiles--) {
+        int count = int(cut(end - row, tiles));
+        product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, weight + column * inputs,
+                            inputs, bias ? bias + column : nullptr, lanes);
+        row += count;
+      }
     }
 }
 #endif
