@@ -264,11 +264,15 @@ struct Heads {
   float scaling, softcap;
 };
 
-// kCount rows at a time keep their sums in registers.
-template <int kCount>
-inline void dot_keys(F* scores, std::int64_t stride, const float* q, const float* kt, std::int64_t dim) {
+// kCount rows at a time keep their sums in registers. Blocks lie anywhere, and no processor guesses where: the next keys and
+// these keys' values, [16, dim] each, are asked for on the way.
+template <int kCount, class T>
+inline void dot_keys(F* scores, std::int64_t stride, const float* q, const float* kt, std::int64_t dim, const T* next_keys,
+                     const T* values) {
   F acc[kCount] = {};
   for (std::int64_t d = 0; d < dim; d++) {
+    __builtin_prefetch(next_keys + d * kLanes);
+    __builtin_prefetch(values + d * kLanes);
     F k = load(kt + d * kLanes);
     for (int r = 0; r < kCount; r++) acc[r] += k * q[r * kMaxDim + d];
   }
@@ -319,10 +323,11 @@ void attend_rows(T* out, const T* query, const T* keys, const T* values, const s
   for (int r = 0; r < padded; r++) best[r] = splat(-INFINITY);
   for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
     transpose_keys(kt, keys + place(chunk), h.dim);
+    const T *next = keys + place(chunk + 1 < chunks ? chunk + 1 : chunk), *own = values + place(chunk);
     if (padded == 4)
-      dot_keys<4>(scores + chunk, stride, q, kt, h.dim);
+      dot_keys<4>(scores + chunk, stride, q, kt, h.dim, next, own);
     else
-      dot_keys<kRows>(scores + chunk, stride, q, kt, h.dim);
+      dot_keys<kRows>(scores + chunk, stride, q, kt, h.dim, next, own);
     I key = lane + std::int32_t(low + chunk * kLanes);
     for (int r = 0; r < count; r++) {
       F s = rounded(query, scores[r * stride + chunk]) * h.scaling;  // a product of T's is a T, in torch
@@ -369,12 +374,17 @@ template <class T>
 void attend(T* out, const T* query, const T* keys, const T* values, const Sequence* sequences, const std::int64_t* tasks,
             const std::int32_t* tables, std::int64_t num_tasks, std::int64_t kv_heads, std::int64_t longest,
             const Heads& h) {
-  std::int64_t stride = (longest + kLanes - 1) / kLanes + 1;
+  std::int64_t stride = (longest + kLanes - 1) / kLanes + 1, chunk = num_tasks * kv_heads < 32 ? 1 : 4;
 #pragma omp parallel if (num_tasks * kv_heads > 1)
   {
     F* scores = new (std::align_val_t(64)) F[kRows * stride];
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (std::int64_t i = 0; i < num_tasks * kv_heads; i++) {
+      if (i + 1 < num_tasks * kv_heads) {  // most likely the next one is ours
+        std::int64_t block = tables[sequences[tasks[(i + 1) / kv_heads * 3]].table];
+        const T* first = keys + ((i + 1) % kv_heads * h.blocks + block) * h.block_size * h.dim;
+        for (std::int64_t d = 0; d < h.dim; d++) __builtin_prefetch(first + d * kLanes);
+      }
       const std::int64_t* task = tasks + i / kv_heads * 3;
       const Sequence& seq = sequences[task[0]];
       attend_rows(out, query, keys, values, tables + seq.table, seq, h, i % kv_heads, task[1], int(task[2]), scores, stride);
