@@ -22,6 +22,7 @@ PRIOR_WEIGHT = 8.0  # … counted as this many judgements
 MEMORY = 0.99  # what a judgement still counts for, one judgement of the same position later
 LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
 ALIKE = 0.85  # adapters whose full drafts give this share of the best's tokens a step are treated like it
+COST_GROUP = 4  # rows of a sequence with three drafts, as costs are measured
 PROBE_EVERY = 32  # steps after which an adapter that gets no drafts is tried again with one
 ADAPTERS_KEPT = 4096
 
@@ -59,27 +60,40 @@ class FullDrafts:
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:
-    """Measured seconds of one call with so many rows: of the decoder, and of the LM head. Between measured points costs are
-    linear, above them they go on like the last two."""
+    """Measured seconds of one call with so many rows: of the decoder, and of the LM head with picking a token of each.
+    Between measured points costs are linear, above them they go on like the last two.
+
+    A row that is a sequence of its own brings an adapter and a context along, a draft's row does not: `decoder_s` is for
+    sequences of `COST_GROUP` rows each, `alone_s` (None: the same) for sequences of one.
+    """
 
     rows: tuple[int, ...]
     decoder_s: tuple[float, ...]
     head_s: tuple[float, ...]
+    alone_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Costs never fall with more rows: where a measurement says so it was disturbed."""
         assert len(self.rows) >= 2
         assert len(self.rows) == len(self.decoder_s) == len(self.head_s)
         object.__setattr__(self, "decoder_s", _rising(self.decoder_s))
+        object.__setattr__(self, "alone_s", _rising(self.alone_s) if self.alone_s is not None else self.decoder_s)
         object.__setattr__(self, "head_s", _rising(self.head_s))
 
     def step_s(self, rows: int, drafts: int, sequences: int) -> float:
         """Seconds of a step of `rows` token rows and `drafts` more that samples for `sequences`, next drafts included."""
         return (
-            self._at(self.decoder_s, rows + drafts)
+            self._decoder(rows, rows + drafts)
             + self._at(self.head_s, sequences + drafts)
             + (self._at(self.head_s, drafts) if drafts else 0.0)
         )
+
+    def _decoder(self, sequences: int, rows: int) -> float:
+        """Between the two ways that rows were measured, by how many belong to a sequence."""
+        assert self.alone_s is not None
+        together = self._at(self.decoder_s, rows)
+        alone = (sequences / rows - 1 / COST_GROUP) / (1 - 1 / COST_GROUP)
+        return together + max(alone, 0.0) * (self._at(self.alone_s, rows) - together)
 
     def _at(self, costs: tuple[float, ...], rows: int) -> float:
         i = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
+from slipstream.engine.sampling import Best, torch_best
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
     from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
@@ -28,6 +29,7 @@ class Kernels:
     attention: LayOut
     ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
     weights: MakeWeight = as_packed  # how base weights at full precision are kept
+    best: Callable[[torch.Tensor], Best] = torch_best  # of each row of logits
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
     def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
@@ -76,6 +78,7 @@ def native_kernels(
         ops.paged if ops.attends(shapes, block_size) else segments,
         ops.NativeOps(),
         native_weight,
+        ops.best,
     )
 
 

@@ -15,7 +15,7 @@ from slipstream.engine.attention import KVCache, PagedBatch
 from slipstream.engine.batch import StepBatch, build_batch, row_request
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import FlatDecoder
-from slipstream.engine.goodput import RowCosts
+from slipstream.engine.goodput import COST_GROUP, RowCosts
 from slipstream.engine.head import Head
 from slipstream.engine.kernels import Kernels, pick_kernels
 from slipstream.engine.linear import RowContext, as_is, swap_linears
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from slipstream.engine.graphs import GraphedDecoder
 
 COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
-COST_ADAPTERS = 4  # among which its rows are divided …
+COST_ADAPTERS = 8  # among which its rows are divided …
 COST_RANK = 16  # … and the rank of each, on every linear
 COST_ROWS = 128  # beyond, costs go on as they did
 COST_RUNS = 2
@@ -96,7 +96,7 @@ class ModelRunner:
         self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
-        self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device)
+        self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device, kernels.best)
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
@@ -272,8 +272,8 @@ class ModelRunner:
     def row_costs(self, most: int) -> RowCosts:
         """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few runs each.
 
-        The rows are those of sequences with three drafts each, short contexts, a few blank adapters in turn. Uses slots and
-        the cache: for an engine that holds nothing yet.
+        Rows are measured in sequences of four (three drafts each) and of one; contexts are short, a few blank adapters take
+        turns. Uses slots and the cache: for an engine that holds nothing yet.
         """
         blank = self._bank.blank(COST_RANK, self._head.name)
         for slot in range(COST_ADAPTERS):
@@ -281,19 +281,21 @@ class ModelRunner:
         counts = [1]
         while counts[-1] < min(most, COST_ROWS) or len(counts) < 2:
             counts.append(2 * counts[-1])
-        decoder_s, head_s = [], []
+        decoder_s, head_s, alone_s = [], [], []
         for count in counts:
-            batch = self._batch(self._cost_parts(count))
-            hidden = self._forward(batch)
+            batch = self._batch(self._cost_parts(count, 1))
+            alone_s.append(self._best_time(partial(self._forward, batch)))
+            batch = self._batch(self._cost_parts(count, COST_GROUP))
             decoder_s.append(self._best_time(partial(self._forward, batch)))
-            head_s.append(self._best_time(partial(self._head, hidden[:count], batch.slots[:count])))
+            hidden = self._forward(batch)
+            head_s.append(self._best_time(partial(self._cost_head, hidden[:count], batch.slots[:count])))
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
-        return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s))
+        return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s), tuple(alone_s))
 
-    def _cost_parts(self, rows: int) -> list[PlannedSequence]:
-        """Sequences of four rows (or one of fewer), the same adapter's together."""
-        tokens = PROBE[: min(rows, 4)]
+    def _cost_parts(self, rows: int, group: int) -> list[PlannedSequence]:
+        """Sequences of `group` rows (or one of fewer), the same adapter's together."""
+        tokens = PROBE[: min(rows, group)]
         context = max(len(tokens), min(COST_CONTEXT, self.cache.num_blocks * self.cache.block_size))
         blocks = tuple(range(-(-context // self.cache.block_size)))
         start, sequences = context - len(tokens), rows // len(tokens)
@@ -302,6 +304,10 @@ class ModelRunner:
             PlannedSequence(i, tokens, start, blocks, True, len(tokens) - 1, slot, _NO_PARAMS, 0)
             for i, slot in enumerate(slots)
         ]
+
+    def _cost_head(self, hidden: torch.Tensor, slots: Sequence[int]) -> None:
+        logits = self._head(hidden, slots)
+        self._sampler.pick(logits, [RowRequest(_NO_PARAMS, 0)] * len(slots), None)
 
     def _best_time(self, work: Callable[[], object]) -> float:
         times = []

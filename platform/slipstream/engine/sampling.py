@@ -27,6 +27,21 @@ positions (methods.md 2.7), so the best few are compared in float32."""
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """Of each row of logits: ids int64 [R] of the largest (the first among equals), its values [R], gaps [R] to the next."""
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    gaps: torch.Tensor
+
+
+def torch_best(logits: torch.Tensor) -> Best:
+    """The best of each row of logits [R, V]."""
+    values = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+    return Best(logits.argmax(dim=-1), values[:, 0], values[:, 0] - values[:, -1])
+
+
+@dataclass(frozen=True, slots=True)
 class RowRequest:
     """How one logits row is turned into a token."""
 
@@ -50,7 +65,14 @@ def has_processors(p: SamplingParams) -> bool:
 class Sampler:
     """Picks tokens. Stateless apart from the vocabulary's ids."""
 
-    def __init__(self, vocab_size: int, eos_ids: frozenset[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        device: torch.device,
+        best: Callable[[torch.Tensor], Best] = torch_best,
+    ) -> None:
+        self._best = best
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self._noise = GumbelNoise(vocab_size, device)
@@ -67,19 +89,18 @@ class Sampler:
                 tokens[i] = self._pick_row(logits[i], row, partial(exact, i) if exact else None)
         return tokens
 
-    @staticmethod
-    def _greedy(logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[int]:
+    def _greedy(self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[int]:
         picked = logits if len(rows) == logits.shape[0] else logits[rows]
+        found = self._best(picked)
+        best: list[int] = found.ids.tolist()
         if exact is None:
-            return [int(t) for t in picked.argmax(dim=-1)]
-        values, ids = picked.topk(min(TOP_CANDIDATES, picked.shape[-1]), dim=-1)
+            return best
         # Only rows whose runner-up is within the rounding of the head's dtype can change their mind.
-        close = (values[:, 0] - values[:, 1]) <= 0.02 * values[:, 0].abs().clamp_min(1.0)
-        best = ids[:, 0].tolist()
+        close = found.gaps <= 0.02 * found.values.abs().clamp_min(1.0)
         for j in close.nonzero().flatten().tolist():
-            ordered = ids[j].sort().values  # equal scores go to the lowest id, as argmax does
-            best[j] = int(ordered[exact(rows[j], ordered).argmax()])
-        return [int(t) for t in best]
+            ordered = picked[j].topk(min(TOP_CANDIDATES, picked.shape[-1])).indices.sort().values
+            best[j] = int(ordered[exact(rows[j], ordered).argmax()])  # equal scores go to the lowest id, as argmax does
+        return best
 
     def _pick_row(
         self, logits: torch.Tensor, row: RowRequest, exact: Callable[[torch.Tensor], torch.Tensor] | None

@@ -25,6 +25,7 @@ from slipstream.engine.native import build, ops
 from slipstream.engine.native.weights import NativeWeight, native_weight
 from slipstream.engine.packed import PackedWeight
 from slipstream.engine.plan import PlannedSequence
+from slipstream.engine.sampling import torch_best
 from slipstream.engine.stacks import PreparedLora, PreparedModule
 from slipstream.protocol import SamplingParams
 
@@ -194,6 +195,21 @@ def test_an_adapters_row_does_not_depend_on_its_company(dtype: torch.dtype, thre
             assert torch.equal(alone, whole[row])
         else:
             torch.testing.assert_close(alone, whole[row], rtol=1e-5, atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("width", [1, 5, 16, 100, 1000])
+def test_best(dtype: torch.dtype, width: int) -> None:
+    logits = normal(9, width + 3, dtype=dtype, size=3)[:, :width]
+    logits[1] = 2.0
+    logits[2, -1] = logits[3, 0] = 40.0
+    logits[4] = float("-inf")
+    ours, theirs = ops.best(logits), torch_best(logits)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.values, theirs.values.float())
+    if width > 1:
+        finite = theirs.gaps.isfinite()
+        torch.testing.assert_close(ours.gaps[finite], theirs.gaps[finite].float(), rtol=1e-2, atol=1e-2)
 
 
 AVX512_BF16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no AVX512-BF16")

@@ -28,6 +28,7 @@ SIGNATURES = {
     "silu_mul": [_PTR] * 2 + [_INT] * 2,
     "rotate_store": [_PTR] * 5 + [_REAL] + [_PTR] * 3 + [_INT] * 5,
     "attend": [_PTR] * 7 + [_INT] * 11 + [_REAL] * 2,
+    "best": [_PTR] * 4 + [_INT] * 3,
     "lora": [_PTR, _INT, _PTR, _INT, _INT, _PTR, _INT, _INT, _PTR, _INT, _PTR, _INT, _PTR],
 }
 

@@ -519,6 +519,45 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
   }
 }
 
+// ---- picking tokens ------------------------------------------------------------------------------------------------------
+
+// Of each row of `width` logits: the place of the largest (the first, among equals), its value, and how far the next is.
+template <class T>
+void best(std::int64_t* places, float* values, float* gaps, const T* logits, std::int64_t row, std::int64_t rows,
+          std::int64_t width) {
+#pragma omp parallel for schedule(static)
+  for (std::int64_t r = 0; r < rows; r++) {
+    const T* mine = logits + r * row;
+    F first = splat(-INFINITY), second = first;
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      F v;
+      if (width - i >= kLanes) {
+        v = load(mine + i);
+      } else {
+        for (int lane = 0; lane < kLanes; lane++) v[lane] = i + lane < width ? widen(mine[i + lane]) : -INFINITY;
+      }
+      F lower = choose(v < first, v, first);
+      second = choose(lower > second, lower, second);
+      first = choose(v > first, v, first);
+    }
+    float top = largest(first), next = -INFINITY;
+    bool met = false;  // the largest itself, once
+    for (int lane = 0; lane < kLanes; lane++) {
+      float candidate = first[lane];
+      if (candidate == top && !met) {
+        met = true;
+        candidate = second[lane];
+      }
+      next = candidate > next ? candidate : next;
+    }
+    std::int64_t place = 0;
+    while (place < width - 1 && !(widen(mine[place]) == top)) place++;
+    places[r] = place;
+    values[r] = top;
+    gaps[r] = top - next;
+  }
+}
+
 // ---- base GEMMs --------------------------------------------------------------------------------------------------------
 
 // y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels of kPanel outputs:
@@ -612,6 +651,10 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
                                            const Member* members, std::int64_t num_members, const std::int64_t* tiles,     \
                                            std::int64_t num_tiles, float* scratch) {                                       \
     lora(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, num_tiles, scratch);              \
+  }                                                                                                                        \
+  extern "C" void slipstream_best_##suffix(std::int64_t* places, float* values, float* gaps, const T* logits,              \
+                                           std::int64_t row, std::int64_t rows, std::int64_t width) {                      \
+    best(places, values, gaps, logits, row, rows, width);                                                                  \
   }
 
 EXPORT(float, f32)

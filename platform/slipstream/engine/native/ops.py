@@ -15,6 +15,7 @@ from slipstream.engine.flat import Norm, TorchOps
 from slipstream.engine.linear import LinearGroup
 from slipstream.engine.native.build import library
 from slipstream.engine.plan import PlannedSequence
+from slipstream.engine.sampling import Best
 from slipstream.engine.stacks import RankStack, bias_of, finish_dora_
 
 LANES = 16  # of a vector: widths are whole multiples
@@ -197,6 +198,18 @@ class NativeRows:
             if gains is not None:
                 mine = torch.where(self.places.unsqueeze(1) < 0, 1.0, gains[self.places.clamp_min(0)])
                 finish_dora_(out, mine, bias_of(group, m))
+
+
+def best(logits: torch.Tensor) -> Best:
+    """See `torch_best`."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    rows, width = logits.shape
+    ids, values, gaps = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
+    _kernel("best", logits.dtype)(
+        ids.data_ptr(), values.data_ptr(), gaps.data_ptr(), logits.data_ptr(), logits.stride(0), rows, width
+    )
+    return Best(ids, values, gaps)
 
 
 def _members(group: LinearGroup, expand: Sequence[torch.Tensor | None]) -> torch.Tensor:
