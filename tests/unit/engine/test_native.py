@@ -281,7 +281,7 @@ def test_they_are_built_once(anew: Path) -> None:
 def test_without_a_compiler_the_engine_runs_on_torch(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(build, "COMPILERS", (compiler,))
     with caplog.at_level(logging.WARNING):
         kernels = pick_kernels(CPU, (), torch.float32, [(2, 64)], 16)
     assert kernels.lora is LoraKernels.BATCHED
@@ -298,6 +298,17 @@ def test_a_home_that_cannot_be_written_is_no_matter(
     (tmp_path / "scratch").mkdir()
     assert build.library() is not None
     assert list((tmp_path / "scratch").glob("slipstream-kernels-*/*.so"))
+
+
+def test_a_library_in_a_folder_of_someone_else_is_not_run(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert build.library() is not None
+    assert anew.exists()
+    build.library.cache_clear()
+    monkeypatch.setattr("os.getuid", lambda: 4242)
+    assert build.library() is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-fopenmp", "-fPIC",
     "-shared",
 )  # fmt: skip
+COMPILERS = ("g++", "c++")  # the first that is found
 BUILD_TIMEOUT_S = 120
 _REAL, _INT, _PTR = ctypes.c_float, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES = {
@@ -36,7 +38,7 @@ SIGNATURES = {
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels, built if need be; None where that cannot be done (said once, in the log)."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         log.warning("No C++ compiler (g++) found: the engine runs on torch's own operations, which is slower.")
         return None
@@ -60,12 +62,14 @@ def _built(compiler: str) -> Path:
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
     what = [SOURCE.read_text(), said.stdout, *FLAGS, _processor()]
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"slipstream-kernels-{os.getuid()}"):
+    for folder in (user_cache_path("slipstream"), Path(tempfile.gettempdir()) / f"slipstream-kernels-{os.getuid()}"):
         target = folder / f"kernels-{name}.so"
-        if target.exists():
-            return target
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid != os.getuid():  # someone else's folder in /tmp: what lies there is not run
+                continue
+            if target.exists():
+                return target
             handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
         except OSError:  # a read-only home: the next one
             continue
@@ -78,10 +82,6 @@ def _built(compiler: str) -> Path:
             Path(scratch).unlink(missing_ok=True)
         return target
     raise OSError("no folder to build them in can be written")
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
 
 
 def _processor() -> str:
