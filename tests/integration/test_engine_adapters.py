@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.adapters import random_peft_adapter, random_streams, tiny_llama, write_lorax_streams, write_own_streams
+from support.adapters import random_streams, tiny_llama
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+from support.zoo import SPECULATING, Zoo, greedy, make_zoo, prompts
 
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
@@ -18,58 +18,13 @@ from slipstream.engine.config import FastPath
 from slipstream.engine.quantized import Quantization
 from slipstream.protocol import FinishReason, SamplingParams
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SPECULATING = {"all-linear", "dora", "patterns", "streams-only", "rslora", "lm-head", "medusa-only"}
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "all-linear": {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
-    "rslora": {"r": 16, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
-    "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "o_proj", "up_proj"]},
-    "patterns": {
-        "r": 4,
-        "target_modules": ["q_proj", "k_proj", "down_proj"],
-        "rank_pattern": {"down_proj": 10, "model.layers.1.self_attn.q_proj": 2},
-        "alpha_pattern": {"k_proj": 32},
-    },
-    "some-layers": {"r": 3, "target_modules": ["gate_proj"], "layers_to_transform": [0, 2]},
-    "lm-head": {"r": 4, "target_modules": ["v_proj", "lm_head"]},
-}
-
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path], dict[str, Any]]:
-    """A base model, a folder per kind (with streams of its own shape), and PEFT's model of each."""
-    model = tiny_llama()
-    folders, oracles = {}, {}
-    for i, (kind, kwargs) in enumerate(KINDS.items()):
-        folder = tmp_path_factory.mktemp(kind)
-        oracles[kind] = random_peft_adapter(model, folder, seed=i, **kwargs)
-        folders[kind] = folder
-    hidden = model.config.hidden_size
-    write_own_streams(folders["all-linear"], random_streams(hidden, 3, rank=4, seed=1))
-    write_own_streams(folders["dora"], random_streams(hidden, 5, rank=6, conditioned=True, seed=2))
-    write_lorax_streams(folders["patterns"], random_streams(hidden, 2, rank=None, seed=3))
-    vocab = model.config.vocab_size
-    write_lorax_streams(folders["rslora"], random_streams(hidden, 3, vocab=vocab, seed=5))
-    write_lorax_streams(folders["lm-head"], random_streams(hidden, 2, vocab=vocab, seed=6))
-    for name in ("streams-only", "medusa-only"):
-        folders[name] = tmp_path_factory.mktemp(name)
-        oracles[name] = model
-    write_own_streams(folders["streams-only"], random_streams(hidden, 4, rank=4, seed=4))
-    write_lorax_streams(folders["medusa-only"], random_streams(hidden, 8, vocab=vocab, seed=7))
-    return model, folders, oracles
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def prompts(count: int, vocab: int = 128) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randint(3, vocab, (5 + 9 * i,), generator=generator).tolist() for i in range(count)]
-
-
-def greedy(max_tokens: int = 20) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
-
-
-def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_every_kind_alone_and_mixed_equals_peft(zoo: Zoo) -> None:
     model, folders, oracles = zoo
     kinds = [*folders, None]
     texts = prompts(len(kinds))
@@ -91,9 +46,7 @@ def test_every_kind_alone_and_mixed_equals_peft(zoo: tuple[Any, dict[str, Path],
 @pytest.mark.parametrize(
     "disable", [(), *[(path,) for path in FastPath], tuple(FastPath)], ids=lambda paths: "+".join(paths) or "nothing"
 )
-def test_no_fast_path_changes_the_text(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]], disable: tuple[FastPath, ...]
-) -> None:
+def test_no_fast_path_changes_the_text(zoo: Zoo, disable: tuple[FastPath, ...]) -> None:
     model, folders, oracles = zoo
     halves = copy.deepcopy(model)
     for parameter in halves.parameters():
@@ -135,7 +88,7 @@ def reference_drafts(model: Any, weights: AdapterWeights, tokens: list[int]) -> 
     return drafts
 
 
-def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: Zoo) -> None:
     """Every draft of every step, shared heads beside own ones, against a reference written by hand."""
     model, folders, oracles = zoo
     kinds = [*sorted(SPECULATING), "plain", "medusa-only", None]
@@ -192,7 +145,7 @@ def test_perfect_heads_are_always_right(dtype: torch.dtype) -> None:
         assert all(seq is not None and seq.accepted == 0 for seq in others)
 
 
-def test_own_heads_are_counted_and_must_fit(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_own_heads_are_counted_and_must_fit(zoo: Zoo) -> None:
     model, folders, _ = zoo
     runner = Harness(model).runner
     hidden, vocab = model.config.hidden_size, model.config.vocab_size
@@ -218,9 +171,7 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("mode", SAMPLING)
-def test_speculation_and_company_never_change_a_token(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]], mode: str
-) -> None:
+def test_speculation_and_company_never_change_a_token(zoo: Zoo, mode: str) -> None:
     """Off, on with every k, alone and mixed, chunked and preempted: the same seed gives the same tokens."""
     model, folders, _ = zoo
     kinds = ["all-linear", "dora", "patterns", "streams-only", "rslora", "medusa-only", None]
@@ -245,7 +196,7 @@ def test_speculation_and_company_never_change_a_token(
 
 
 def test_different_seeds_differ_and_noise_is_not_shared_between_positions(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]],
+    zoo: Zoo,
 ) -> None:
     model, _, _ = zoo
     harness = Harness(model, eos=frozenset())
@@ -255,7 +206,7 @@ def test_different_seeds_differ_and_noise_is_not_shared_between_positions(
     assert all(len(set(a)) > 1 for a in answers)
 
 
-def test_logprobs_are_the_models_own(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_logprobs_are_the_models_own(zoo: Zoo) -> None:
     model, folders, oracles = zoo
     text = prompts(1)[0]
     job = Job(
@@ -273,9 +224,7 @@ def test_logprobs_are_the_models_own(zoo: tuple[Any, dict[str, Path], dict[str, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_that_overflows_hurts_nobody_else(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_an_adapter_that_overflows_hurts_nobody_else(zoo: Zoo, dtype: torch.dtype) -> None:
     """Finite on disk, infinite in the forward: its own request breaks; company, and whoever gets its blocks, does not."""
     model, folders, _ = zoo
     model = copy.deepcopy(model).to(dtype)
@@ -303,7 +252,7 @@ def test_an_adapter_that_overflows_hurts_nobody_else(
 
 
 def test_weights_that_overflow_in_the_engines_dtype_are_refused(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]],
+    zoo: Zoo,
 ) -> None:
     model, folders, _ = zoo
     harness = Harness(copy.deepcopy(model).to(torch.float16), eos=frozenset())
@@ -313,7 +262,7 @@ def test_weights_that_overflow_in_the_engines_dtype_are_refused(
         harness.runner.prepare_adapter(AdapterWeights(huge, None))
 
 
-def test_slots_are_reused_under_pressure(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_slots_are_reused_under_pressure(zoo: Zoo) -> None:
     """Two slots, nine adapters, all at once: each waits its turn and answers as it does alone."""
     model, folders, _ = zoo
     texts = prompts(len(folders))
@@ -324,7 +273,7 @@ def test_slots_are_reused_under_pressure(zoo: tuple[Any, dict[str, Path], dict[s
     assert tight.run(jobs) == expected
 
 
-def test_prefix_cache_never_crosses_tenants_or_adapters(zoo: tuple[Any, dict[str, Path], dict[str, Any]]) -> None:
+def test_prefix_cache_never_crosses_tenants_or_adapters(zoo: Zoo) -> None:
     model, folders, _ = zoo
     text = prompts(8)[-1]
     harness = Harness(model, folders, eos=frozenset())
@@ -345,7 +294,7 @@ def test_prefix_cache_never_crosses_tenants_or_adapters(zoo: tuple[Any, dict[str
 
 @pytest.mark.parametrize("quantize", list(Quantization))
 def test_a_quantised_base_serves_every_adapter_and_speculation_changes_nothing(
-    zoo: tuple[Any, dict[str, Path], dict[str, Any]], quantize: Quantization
+    zoo: Zoo, quantize: Quantization
 ) -> None:
     model, folders, _ = zoo
     harness = Harness(model, folders, eos=frozenset(), quantize=quantize)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+from support.families import FAMILIES, SHAPE, tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.engine import batch
@@ -15,37 +16,6 @@ from slipstream.engine.config import FastPath
 from slipstream.engine.loader import adopt_model
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import SamplingParams
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WINDOW: dict[str, Any] = {"sliding_window": 24}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": WINDOW,
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, **WINDOW, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, **WINDOW, "query_pre_attn_scalar": 16},
-    "phi": {},
-    "phi3": {},
-}
-
-
-def tiny(family: str) -> Any:
-    torch.manual_seed(7)
-    config = CONFIG_MAPPING[family](**SHAPE, **FAMILIES[family])
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

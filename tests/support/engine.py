@@ -65,10 +65,15 @@ class Harness:
         disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
         quantize: Quantization | None = None,
         kernels: Kernels | None = None,
+        runner: Any = None,
     ) -> None:
-        loaded = adopt_model(copy.deepcopy(model) if copy_model else model)
-        self.eos = eos_ids(loaded) if eos is None else eos
-        self.runner = ModelRunner(loaded, num_blocks, block_size, self.eos, disable, quantize, kernels)
+        """`runner`: one that is there already, with so many blocks; `model` is then not looked at."""
+        if runner is None:
+            loaded = adopt_model(copy.deepcopy(model) if copy_model else model)
+            eos = eos_ids(loaded) if eos is None else eos
+            runner = ModelRunner(loaded, num_blocks, block_size, eos, disable, quantize, kernels)
+        self.eos = frozenset() if eos is None else eos
+        self.runner = runner
         self.pool = BlockPool(num_blocks, block_size)
         self.residency = ResidencyManager(slots, 1 << 34)
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)

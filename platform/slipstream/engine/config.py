@@ -36,7 +36,8 @@ class EngineConfig:
     dtype: str = "auto"
     quantize: str | None = None  # "int8" or "int4": base linears by weight-only kernels
     device: str = "auto"  # "auto" = CUDA when there is one
-    num_threads: int | None = None  # None = torch's own choice
+    num_threads: int | None = None  # None = torch's own choice; of each rank
+    tensor_parallel_size: int = 1  # ranks that share the model
     max_model_len: int | None = None  # None = the model's own context window
     max_batched_tokens: int = 512  # one budget for decodes, drafts and prefill chunks of a step
     max_num_seqs: int = 64  # sequences with KV at a time
@@ -60,7 +61,14 @@ class EngineConfig:
             raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1 and finite.")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
-        for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):
+        for name in (
+            "max_batched_tokens",
+            "max_num_seqs",
+            "max_waiting",
+            "block_size",
+            "adapter_slots",
+            "tensor_parallel_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.max_num_seqs > self.max_batched_tokens:

@@ -10,14 +10,27 @@ from torch import nn
 
 from slipstream.engine.lora import AdapterBank
 from slipstream.engine.packed import packed_linear
+from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.streams import OwnHead
 
 
 class Head:
-    """hidden states → logits, with the model's own scaling and soft cap, and adapters on the head if they have any."""
+    """hidden states → logits, with the model's own scaling and soft cap, and adapters on the head if they have any.
 
-    def __init__(self, member: nn.Module, name: str, weight: torch.Tensor, config: Any, bank: AdapterBank) -> None:
+    A rank of a tensor-parallel group has some of the vocabulary: V is then the number of its own ids.
+    """
+
+    def __init__(
+        self,
+        member: nn.Module,
+        name: str,
+        weight: torch.Tensor,
+        config: Any,
+        bank: AdapterBank,
+        shards: Shards | None = None,
+    ) -> None:
         self._member = member
+        self._shards = shards if shards is not None and shards.group.size > 1 else None
         self.name = name
         self._weight = weight
         self._bias = getattr(member, "bias", None)
@@ -50,7 +63,17 @@ class Head:
         return logits
 
     def exact(self, hidden: torch.Tensor, slot: int, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c]."""
+        """Logits of a few ids of one row, float32 [c]. hidden: [H]; ids: int64 [c], of the whole vocabulary."""
+        if self._shards is None:
+            return self._exact(hidden, slot, ids)
+        own = self._shards.own_vocab
+        here = (ids >= own.start) & (ids < own.stop)
+        logits = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        logits[here] = self._exact(hidden, slot, ids[here] - own.start)
+        self._shards.group.all_reduce_(logits)
+        return logits
+
+    def _exact(self, hidden: torch.Tensor, slot: int, ids: torch.Tensor) -> torch.Tensor:
         h = hidden.float()
         logits = self._weight[ids].float() @ h
         lora = self._bank.targets(slot, self.name)

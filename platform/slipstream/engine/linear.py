@@ -15,6 +15,8 @@ from torch import nn
 
 from slipstream.adapters.weights import LoraModule
 from slipstream.engine.packed import BaseWeight, PackedWeight
+from slipstream.engine.parallel.group import Group
+from slipstream.engine.parallel.shards import Shards
 
 MakeWeight = Callable[[str, torch.Tensor, torch.Tensor | None], BaseWeight]
 """(name of a group, weight [out, in], bias) → how its base GEMM runs."""
@@ -51,9 +53,16 @@ class LinearGroup:
     """One or more sibling projections with the same input."""
 
     def __init__(
-        self, names: Sequence[str], linears: Sequence[nn.Linear], rows: RowContext, make: MakeWeight = as_packed
+        self,
+        names: Sequence[str],
+        linears: Sequence[nn.Linear],
+        rows: RowContext,
+        make: MakeWeight = as_packed,
+        sum_over: Group | None = None,
     ) -> None:
+        """`sum_over`: the ranks that have the other inputs of these linears, whose outputs are to be added up."""
         self.names = tuple(names)
+        self.sum_over = sum_over
         self.sizes = [linear.out_features for linear in linears]
         self.in_features = linears[0].in_features
         weight = torch.cat([linear.weight.data for linear in linears])
@@ -83,6 +92,8 @@ class LinearGroup:
         y = self.base(x)
         for adapters in self._rows.adapters:
             adapters.apply_(self, x, y)
+        if self.sum_over is not None:
+            self.sum_over.all_reduce_(y)
         return y
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
@@ -103,16 +114,15 @@ class LinearGroup:
         """Views of the members' columns of a [..., sum(sizes)] tensor."""
         return y.split_with_sizes(self.sizes, dim=-1)
 
-    def member_norms(self, member: int, module: LoraModule) -> torch.Tensor:
-        """||W + sBA|| of each output row, float32 [out], from GEMMs with W alone:
+    def member_squares(self, member: int, module: LoraModule) -> torch.Tensor:
+        """||W + sBA||² of each output row, float32 [out], over the inputs that are here, from GEMMs with W alone:
         ||W||² + 2s Σ_r B ∘ (W Aᵀ) + s² diag(B A Aᵀ Bᵀ). W itself is packed and cannot be read back."""
         start = sum(self.sizes[:member])
         rows = slice(start, start + self.sizes[member])
         dtype = self.base.bias.dtype if self.base.bias is not None else module.a.dtype
         a, b = module.a.float(), module.b.float() * module.scale
         wa = self.base(module.a.to(dtype), with_bias=False)[:, rows].float().t()  # [out, r]
-        square = self.base.row_norms_sq[rows] + 2 * (b * wa).sum(1) + (b @ (a @ a.t()) * b).sum(1)
-        return square.clamp_min(0).sqrt()
+        return self.base.row_norms_sq[rows] + 2 * (b * wa).sum(1) + (b @ (a @ a.t()) * b).sum(1)
 
 
 class GroupMember(nn.Module):
@@ -132,14 +142,17 @@ class GroupMember(nn.Module):
         return self.group.output(self._member, x)
 
 
-def swap_linears(model: nn.Module, rows: RowContext, make: MakeWeight = as_packed) -> dict[str, LinearGroup]:
+def swap_linears(
+    model: nn.Module, rows: RowContext, make: MakeWeight = as_packed, shards: Shards | None = None
+) -> dict[str, LinearGroup]:
     """Replace every `nn.Linear` below `model` by members of groups; returns the groups by their key."""
     groups: dict[str, LinearGroup] = {}
     for parent_name, parent in list(model.named_modules()):
         linears = {n: c for n, c in parent.named_children() if type(c) is nn.Linear}
         for names in _grouping(linears):
             full = [f"{parent_name}.{n}" if parent_name else n for n in names]
-            group = LinearGroup(full, [linears[n] for n in names], rows, make)
+            sum_over = shards.group if shards is not None and shards.cut(full[0]).reduces else None
+            group = LinearGroup(full, [linears[n] for n in names], rows, make, sum_over)
             groups[group.key] = group
             for i, name in enumerate(names):
                 setattr(parent, name, GroupMember(group, i))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.modeling_utils import PreTrainedModel
 
 from slipstream.engine import attention
+from slipstream.engine.parallel.shards import Shards
 from slipstream.errors import ModelUnsupported
 from slipstream.protocol import BaseModelSpec
 
@@ -36,7 +38,9 @@ class LoadedModel:
     config: Any  # the text config
     device: torch.device
     dtype: torch.dtype
-    probe_logits: torch.Tensor  # float32 [len(PROBE), V], by eager attention
+    probe_logits: torch.Tensor  # float32 [len(PROBE), V], by eager attention; of a rank, its own columns
+    linears: Mapping[str, tuple[int, int]]  # (out, in) of each, of the whole model
+    shards: Shards  # which part of it this is
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -73,9 +77,12 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     return adopt_model(model.to(target))
 
 
-def adopt_model(model: PreTrainedModel) -> LoadedModel:
-    """Check a model in memory and take it over."""
+def adopt_model(
+    model: PreTrainedModel, shards: Shards | None = None, linears: Mapping[str, tuple[int, int]] | None = None
+) -> LoadedModel:
+    """Check a model in memory and take it over. `shards`, `linears`: for a rank's part, and the whole model's linears."""
     config = model.config.get_text_config()
+    shards = shards or Shards.whole(config)
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelUnsupported(
@@ -95,7 +102,9 @@ def adopt_model(model: PreTrainedModel) -> LoadedModel:
         raise ModelUnsupported(f"{name} has no plain linear LM head.")
     model.eval().requires_grad_(False)
     parameter = next(model.parameters())
-    reference = _eager_logits(model, parameter.device)
+    reference = _eager_logits(model, parameter.device, shards)
+    if linears is None:
+        linears = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if type(m) is nn.Linear}
     model.set_attn_implementation(attention.register())
     return LoadedModel(
         model,
@@ -106,6 +115,8 @@ def adopt_model(model: PreTrainedModel) -> LoadedModel:
         parameter.device,
         parameter.dtype,
         reference,
+        linears,
+        shards,
     )
 
 
@@ -122,10 +133,18 @@ def _check_rope(config: Any, name: str) -> None:
 
 
 @torch.inference_mode()
-def _eager_logits(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+def _eager_logits(model: PreTrainedModel, device: torch.device, shards: Shards) -> torch.Tensor:
     """transformers' own eager logits of `PROBE`: what our attention, linears and head must reproduce."""
     model.set_attn_implementation("eager")
+
+    def add_up(module: nn.Module, args: object, out: torch.Tensor) -> None:
+        shards.group.all_reduce_(out)
+
+    summed = [m for n, m in model.named_modules() if type(m) is nn.Linear and shards.cut(n).reduces]
+    hooks = [module.register_forward_hook(add_up) for module in summed]
     logits: torch.Tensor = model(input_ids=torch.tensor([PROBE], device=device), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
     return logits.float()
 
 
@@ -154,17 +173,16 @@ def eos_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase | None = Non
 def describe(loaded: LoadedModel, model_id: str, path: str, tokenizer: PreTrainedTokenizerBase) -> BaseModelSpec:
     """What adapters are checked against."""
     config = loaded.config
-    linears = {n: (m.out_features, m.in_features) for n, m in loaded.model.named_modules() if type(m) is nn.Linear}
     return BaseModelSpec(
         id=model_id,
         base_digest=base_digest(Path(path)),
         hidden_size=int(config.hidden_size),
-        vocab_size=loaded.head.out_features,
+        vocab_size=loaded.shards.vocab_size,
         num_layers=int(config.num_hidden_layers),
         context_length=context_length(config),
         eos_token_ids=tuple(sorted(eos_ids(loaded, tokenizer))),
         has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
-        linears=linears,
+        linears=loaded.linears,
     )
 
 

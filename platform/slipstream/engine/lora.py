@@ -15,7 +15,7 @@ import torch
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.linear import LinearGroup, RowAdapters, RowContext
-from slipstream.engine.stacks import PlainRows, PreparedLora, PreparedModule, RankStack, StackTile
+from slipstream.engine.stacks import PlainRows, PreparedLora, PreparedModule, RankStack, StackTile, norms
 
 SMALLEST_RANK = (
     8  # stacks have ranks 8 (16 where kernels want whole vectors), 16, 32 …: an adapter is padded to less than
@@ -77,12 +77,14 @@ class AdapterBank:
             group, member = self._member_of[name]
             if module.a.shape[1] != group.in_features or module.b.shape[0] != group.sizes[member]:
                 raise ValueError(f"{name}: LoRA shapes do not fit this base model")
-            gain = None
+            gain = square = None
             if module.magnitude is not None:
                 on_device = LoraModule(module.a.to(self._like), module.b.to(self._like), module.scale, module.magnitude)
-                gain = module.magnitude.float() / group.member_norms(member, on_device).cpu()
+                gain, square = module.magnitude.float(), group.member_squares(member, on_device).cpu()
+                if group.sum_over is None:
+                    gain, square = gain / norms(square), None
             a, b = module.a.t().to(host).contiguous(), (module.b.float() * module.scale).t().to(host).contiguous()
-            prepared = PreparedModule(a, b, gain)
+            prepared = PreparedModule(a, b, gain, square)
             if not all(bool(t.isfinite().all()) for t in prepared.tensors()):
                 raise ValueError(f"{name}: weights overflow in {host.dtype}")
             modules[name] = prepared
@@ -98,10 +100,13 @@ class AdapterBank:
         return PreparedLora(modules, rank)
 
     def load(self, slot: int, lora: PreparedLora) -> None:
-        """Put an adapter into a free slot: host → device."""
+        """Put an adapter into a free slot: host → device. Ranks of a group do it together."""
         assert slot not in self._loras
-        device = self._like.device
-        self._loras[slot] = PreparedLora({name: m.to(device) for name, m in lora.modules.items()}, lora.rank)
+        modules = {}
+        for name, module in lora.to(self._like.device).modules.items():
+            group = self._member_of[name][0].sum_over
+            modules[name] = module.met(group) if group is not None else module
+        self._loras[slot] = PreparedLora(modules, lora.rank)
         self._layouts.clear()
 
     def unload(self, slot: int) -> None:

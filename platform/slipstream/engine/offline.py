@@ -161,7 +161,7 @@ class OfflineEngine:
         self.max_length = min(context_length(loaded.config), num_blocks * BLOCK_SIZE)  # prompt and answer, in tokens
         self.max_num_seqs = max_num_seqs
         slots = max(ADAPTER_SLOTS, len(adapters or {}))
-        self._vocab_size = loaded.head.out_features
+        self._vocab_size = loaded.shards.vocab_size
         self.runner = ModelRunner(loaded, num_blocks, BLOCK_SIZE, self.eos, disable, quantize)
         residency = ResidencyManager(slots, _HOST_BYTES)
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)

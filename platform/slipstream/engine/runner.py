@@ -21,9 +21,11 @@ from slipstream.engine.kernels import Kernels, pick_kernels
 from slipstream.engine.linear import RowContext, as_is, swap_linears
 from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes, context_length
 from slipstream.engine.lora import AdapterBank
+from slipstream.engine.parallel.group import all_well
+from slipstream.engine.parallel.vocab import ShardedColumns
 from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.quantized import Quantization, weight_maker
-from slipstream.engine.sampling import RowRequest, Sampler, logprob_of
+from slipstream.engine.sampling import Columns, RowRequest, Sampler, logprob_of
 from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
@@ -88,15 +90,19 @@ class ModelRunner:
         kernels = kernels or pick_kernels(self.device, disable, loaded.dtype, shapes, block_size)
         full = as_is if FastPath.PACKED_WEIGHTS in disable else kernels.weights
         make = weight_maker(full, quantize, keep=head_name)
-        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make)
+        self._shards = loaded.shards
+        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make, self._shards)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank()
         member = loaded.model.get_submodule(head_name)
-        self._head = Head(member, head_name, head_weight, loaded.config, self._bank)
+        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
-        self._sampler = Sampler(head_weight.shape[0], eos_ids, self.device, kernels.best)
+        columns = Columns(kernels.best)
+        if self._shards.group.size > 1:
+            columns = ShardedColumns(kernels.best, self._shards)
+        self._sampler = Sampler(self._shards.vocab_size, eos_ids, self.device, columns)
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
@@ -118,23 +124,37 @@ class ModelRunner:
         """
         with torch.inference_mode():
             like = torch.empty(0, dtype=self._embedding_dtype())
+            self._check_streams(weights.streams)
+            weights = self._shards.adapter(weights)
             streams = self._prepare_streams(weights.streams, like) if weights.streams is not None else None
             return PreparedAdapter(self._bank.prepare(weights), streams)
 
-    def _prepare_streams(self, weights: StreamWeights, like: torch.Tensor) -> PreparedStreams:
+    def _check_streams(self, weights: StreamWeights | None) -> None:
+        if weights is None:
+            return
         if weights.bias.shape[1] != self._hidden_size:
             raise ValueError("streams: hidden size does not fit this base model")
         if weights.head is not None and weights.head.shape[1:] != (self._sampler.vocab_size, self._hidden_size):
             raise ValueError("streams: the LM heads do not fit this base model")
+
+    def _prepare_streams(self, weights: StreamWeights, like: torch.Tensor) -> PreparedStreams:
         streams = prepare_streams(weights, like)
         if not all(bool(t.isfinite().all()) for t in streams.tensors()):
             raise ValueError(f"streams: weights overflow in {like.dtype}")
         return streams.packed() if self.device.type == "cpu" else streams
 
     def load_adapter(self, slot: int, adapter: PreparedAdapter) -> None:
-        """Put an adapter into a free slot, between steps. When it raises, the slot is still free."""
-        streams = adapter.streams.to(self.device) if adapter.streams is not None else None
-        self._bank.load(slot, adapter.lora)
+        """Put an adapter into a free slot, between steps. When it raises, the slot is still free, on every rank."""
+        failure: Exception | None = None
+        lora, streams = adapter.lora, adapter.streams
+        try:
+            lora = lora.to(self.device)
+            streams = streams.to(self.device) if streams is not None else None
+        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            failure = error
+        if not all_well(self._shards.group, failure is None, self.device):
+            raise failure or RuntimeError("another rank has no room for this adapter")
+        self._bank.load(slot, lora)
         self._streams.load(slot, streams)
 
     def unload_adapter(self, slot: int) -> None:
@@ -259,11 +279,11 @@ class ModelRunner:
             drafts += tuple(self._sampler.pick(logits[k : k + 1], [request], None))
         return drafts
 
-    @staticmethod
-    def _logprobs(part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:
+    def _logprobs(self, part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:
         wanted = part.params.logprobs
         if wanted is None:
             return ()
+        logits = self._sampler.columns.whole(logits)
         return tuple(logprob_of(row, token, wanted) for row, token in zip(logits, tokens, strict=True))
 
     # -- costs ----------------------------------------------------------------------------------------------------

@@ -41,6 +41,21 @@ def torch_best(logits: torch.Tensor) -> Best:
     return Best(logits.argmax(dim=-1), values[:, 0], values[:, 0] - values[:, -1])
 
 
+class Columns:
+    """Where the columns of logits are: all here. `own` is what this process has of some rows [R, V]."""
+
+    def __init__(self, best: Callable[[torch.Tensor], Best] = torch_best) -> None:
+        self._best = best
+
+    def best(self, own: torch.Tensor) -> Best:
+        """The best of each row."""
+        return self._best(own)
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows with all their columns [R, V]."""
+        return own
+
+
 @dataclass(frozen=True, slots=True)
 class RowRequest:
     """How one logits row is turned into a token."""
@@ -70,35 +85,38 @@ class Sampler:
         vocab_size: int,
         eos_ids: frozenset[int],
         device: torch.device,
-        best: Callable[[torch.Tensor], Best] = torch_best,
+        columns: Columns | None = None,
     ) -> None:
-        self._best = best
+        self.columns = columns or Columns()
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self._noise = GumbelNoise(vocab_size, device)
 
     def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[int]:
-        """One token id a row. logits: [R, V], any float dtype, left as it is."""
+        """One token id a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is."""
         plain = [i for i, row in enumerate(rows) if row.is_plain_greedy]
         tokens = [-1] * len(rows)
         if plain:
             for i, token in zip(plain, self._greedy(logits, plain, exact), strict=True):
                 tokens[i] = token
-        for i, row in enumerate(rows):
-            if tokens[i] < 0:
-                tokens[i] = self._pick_row(logits[i], row, partial(exact, i) if exact else None)
+        others = [i for i in range(len(rows)) if tokens[i] < 0]
+        if others:
+            whole = self.columns.whole(_rows(logits, others))
+            for i, row_logits in zip(others, whole, strict=True):
+                tokens[i] = self._pick_row(row_logits, rows[i], partial(exact, i) if exact else None)
         return tokens
 
     def _greedy(self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[int]:
-        picked = logits if len(rows) == logits.shape[0] else logits[rows]
-        found = self._best(picked)
+        picked = _rows(logits, rows)
+        found = self.columns.best(picked)
         best: list[int] = found.ids.tolist()
         if exact is None:
             return best
         # Only rows whose runner-up is within the rounding of the head's dtype can change their mind.
-        close = found.gaps <= 0.02 * found.values.abs().clamp_min(1.0)
-        for j in close.nonzero().flatten().tolist():
-            ordered = picked[j].topk(min(TOP_CANDIDATES, picked.shape[-1])).indices.sort().values
+        close = (found.gaps <= 0.02 * found.values.abs().clamp_min(1.0)).nonzero().flatten().tolist()
+        whole = self.columns.whole(_rows(picked, close)) if close else ()
+        for j, row in zip(close, whole, strict=True):
+            ordered = row.topk(min(TOP_CANDIDATES, row.shape[-1])).indices.sort().values
             best[j] = int(ordered[exact(rows[j], ordered).argmax()])  # equal scores go to the lowest id, as argmax does
         return best
 
@@ -138,6 +156,11 @@ class Sampler:
             banned = sorted({*self.eos_ids, *p.stop_token_ids})
             logits[torch.tensor(banned, dtype=torch.int64, device=logits.device)] = float("-inf")
         return logits
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows, in ascending order; all of them are not copied."""
+    return logits if len(rows) == logits.shape[0] else logits[rows]
 
 
 def _penalise_(logits: torch.Tensor, row: RowRequest) -> None:

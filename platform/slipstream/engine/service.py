@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import tempfile
@@ -15,30 +14,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import Any, Protocol, TypeVar
 
 from slipstream.adapters.load import load_adapter
-from slipstream.engine import loader
 from slipstream.engine.admission import Admission, Admitted
 from slipstream.engine.blocks import BlockPool
-from slipstream.engine.config import EngineConfig, FastPath
-from slipstream.engine.core import EngineCore, StepOutcome
+from slipstream.engine.build import build
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.core import EngineCore, Runner, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
-from slipstream.engine.memory import keep_freed_memory
+from slipstream.engine.loader import pick_device
 from slipstream.engine.pacing import PromptPacer
+from slipstream.engine.parallel.ranks import Lead, LeadRunner
 from slipstream.engine.plan import Emission, Logprob
-from slipstream.engine.quantized import Quantization
 from slipstream.engine.residency import ResidencyManager
-from slipstream.engine.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.text import ChoiceText, token_bytes
 from slipstream.errors import (
     AdapterUnavailable,
-    ConfigError,
     EngineFailed,
     InvalidRequest,
     Overloaded,
@@ -58,7 +52,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
-MIN_CONTEXT = 2048  # a KV cache that holds less than this, or than the model's context, is a mistake
 _NO_ROOM = "This replica has no room for the adapter on its device now. Try again; if it stays, tell the operator."
 _BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
@@ -93,8 +86,10 @@ class _Call:
 class EngineService:
     """One engine on one event loop. `start` before use, `close` after."""
 
-    def __init__(self, config: EngineConfig, source: AdapterSource) -> None:
+    def __init__(self, config: EngineConfig, source: AdapterSource, lead: Lead | None = None) -> None:
+        """`lead`: for an engine of several ranks, of which this is the first."""
         self.config = config
+        self._lead = lead
         self._source = source
         self._ids = itertools.count(1)
         self._open = 0  # choices not finished
@@ -127,35 +122,28 @@ class EngineService:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        if self._lead is not None:
+            self._lead.close()
 
     def _load(self) -> None:
         config = self.config
-        keep_freed_memory()
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        loaded = loader.load_model(config.model_path, config.dtype, config.device)
-        tokenizer = AutoTokenizer.from_pretrained(config.model_path)
-        self._tokenizer: PreTrainedTokenizerBase = tokenizer
-        self._spec = loader.describe(loaded, config.model_id, config.model_path, tokenizer)
-        self._eos = loader.eos_ids(loaded, tokenizer)
-        shapes = loader.cache_shapes(loaded)
-        block_bytes = sum(2 * h * d for h, d in shapes) * config.block_size * loaded.dtype.itemsize
-        num_blocks = config.kv_cache_bytes // block_bytes
-        length = _served_length(config, self._spec.context_length, num_blocks, block_bytes)
-        self._spec = dataclasses.replace(self._spec, context_length=length)
-        quantize = Quantization(config.quantize) if config.quantize is not None else None
-        runner = ModelRunner(loaded, num_blocks, config.block_size, self._eos, config.disable, quantize)
+        if self._lead is not None:
+            built = build(config, self._lead.meet(pick_device(config.device)))
+            runner: Runner[Any] = LeadRunner(built.runner, self._lead)
+        else:
+            built = build(config)
+            runner = built.runner
+        self._tokenizer, self._spec, self._eos = built.tokenizer, built.spec, built.eos_ids
         residency = ResidencyManager(config.adapter_slots, config.host_adapter_bytes)
-        pool = BlockPool(num_blocks, config.block_size)
+        pool = BlockPool(built.num_blocks, config.block_size)
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
         scheduler.prefix_caching = config.prefix_caching
         scheduler.pacer = PromptPacer(config.long_prompt_stretch)
-        if config.max_draft and FastPath.ADAPTIVE_DRAFTS not in config.disable:
-            most = min(config.max_batched_tokens, config.max_num_seqs * (1 + config.max_draft))
-            scheduler.drafts = GoodputDrafts(runner.row_costs(most))
+        if built.costs is not None:
+            scheduler.drafts = GoodputDrafts(built.costs)
         self._runner = runner
         self._core = EngineCore(scheduler, residency, runner)
-        self._admission = Admission(tokenizer, self._spec.vocab_size, length, config.max_draft)
+        self._admission = Admission(self._tokenizer, self._spec.vocab_size, self._spec.context_length, config.max_draft)
         self._stats = self._core.stats()
 
     def check_health(self) -> None:
@@ -389,21 +377,3 @@ async def _in_own_thread(work: Callable[[], T]) -> T:
 def _put_all(batches: list[tuple[_Call, list[GenerateEvent]]]) -> None:
     for call, events in batches:
         call.queue.put_nowait(events)
-
-
-def _served_length(config: EngineConfig, context: int, num_blocks: int, block_bytes: int) -> int:
-    """Tokens of the longest sequence served: the model's context, a lower `max_model_len`, or what the KV cache holds."""
-    held = num_blocks * config.block_size
-    wanted = min(config.max_model_len or context, context)
-    if held >= wanted:
-        return wanted
-    least = wanted if config.max_model_len is not None else min(context, MIN_CONTEXT)
-    if held < least:
-        raise ConfigError(
-            f"kv_cache_bytes holds {held} tokens, fewer than {least}; give it at least "
-            f"{-(-least // config.block_size) * block_bytes} bytes, or set a lower max_model_len."
-        )
-    log.warning(
-        "the KV cache holds %d tokens: longer sequences are refused, though the model could take %d", held, context
-    )
-    return held

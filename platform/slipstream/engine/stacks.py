@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from slipstream.engine.linear import LinearGroup
+from slipstream.engine.parallel.group import Group
 
 MAX_SPREAD = 2  # adapters of a step lie within this many times as many places as there are of them
 
@@ -24,21 +25,31 @@ _versions = itertools.count()
 @dataclass(frozen=True, slots=True)
 class PreparedModule:
     """One adapter's part of one target, ready for the bank. a: [in, r]; b: [r, out] with the scale folded in;
-    gain: [out] = DoRA's m / ||W + sBA||, float32, or None."""
+    gain: [out] = DoRA's m / ||W + sBA||, float32, or None. square: [out] = ||W + sBA||² over this rank's inputs, while other
+    ranks have the rest; gain is then m alone, until they have met."""
 
     a: torch.Tensor
     b: torch.Tensor
     gain: torch.Tensor | None
+    square: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
-        return [self.a, self.b, *([self.gain] if self.gain is not None else [])]
+        return [t for t in (self.a, self.b, self.gain, self.square) if t is not None]
 
     def to(self, device: torch.device) -> PreparedModule:
         """The same on a device; nothing is copied when it is there already."""
-        return PreparedModule(
-            self.a.to(device), self.b.to(device), self.gain.to(device) if self.gain is not None else None
-        )
+        gain = self.gain.to(device) if self.gain is not None else None
+        square = self.square.to(device) if self.square is not None else None
+        return PreparedModule(self.a.to(device), self.b.to(device), gain, square)
+
+    def met(self, group: Group) -> PreparedModule:
+        """With the gain that the ranks have found together."""
+        if self.square is None or self.gain is None:
+            return self
+        square = self.square.clone()
+        group.all_reduce_(square)
+        return PreparedModule(self.a, self.b, self.gain / norms(square))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,10 @@ class PreparedLora:
 
     modules: Mapping[str, PreparedModule]
     rank: int  # largest over the modules; 0 for an adapter without
+
+    def to(self, device: torch.device) -> PreparedLora:
+        """The same on a device."""
+        return PreparedLora({name: module.to(device) for name, module in self.modules.items()}, self.rank)
 
 
 @dataclass(slots=True)
@@ -169,6 +184,11 @@ class RankStack:
             rank = module.a.shape[1]
             part.shrink[place, :, m * self.rank : m * self.rank + rank] = module.a
             expand[place, :rank] = module.b
+
+
+def norms(square: torch.Tensor) -> torch.Tensor:
+    """Row norms from their squares, which rounding may have made negative."""
+    return square.clamp_min(0).sqrt()
 
 
 def _longer(tensor: torch.Tensor, more: int, fill: float) -> torch.Tensor:

@@ -1,0 +1,206 @@
+"""Several ranks give what one gives: text, accepted drafts and log-probabilities, for every family and kind of adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
+from support.families import FAMILIES, tiny
+from support.ranks import RankProcesses
+from support.zoo import SPECULATING, Zoo, greedy, make_zoo, prompts
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from slipstream.adapters.load import load_adapter
+from slipstream.engine.parallel.group import TorchGroup
+from slipstream.engine.parallel.load import load_shard
+from slipstream.errors import ConfigError
+from slipstream.protocol import SamplingParams
+
+NO_EOS = frozenset[int]()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankProcesses]:
+    processes = RankProcesses()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def jobs_of(zoo: Zoo, **params: Any) -> list[Job]:
+    kinds = [*zoo[1], None]
+    options = {"temperature": 0.0, "max_tokens": 20, **params}
+    return [
+        Job(text, SamplingParams(**options), adapter=kind, draft_cap=8, start_step=i % 3)
+        for i, (kind, text) in enumerate(zip(kinds, prompts(len(kinds)), strict=True))
+    ]
+
+
+def counts(jobs: list[Job]) -> list[tuple[int, int, int]]:
+    sequences = [job.sequence for job in jobs if job.sequence is not None]
+    return [(s.decode_steps, s.drafted, s.accepted) for s in sequences]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_kind_of_adapter_mixed_gives_the_same_text_and_accepted_drafts(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path, size: int
+) -> None:
+    model, folders, oracles = zoo
+    model.save_pretrained(tmp_path)
+    shape: dict[str, Any] = {"num_blocks": 48, "block_size": 8}
+    one, several = jobs_of(zoo), jobs_of(zoo)
+    expected = Harness(model, folders, max_batched_tokens=48, eos=NO_EOS, **shape).run(one)
+    with ranks.engine(tmp_path, size, eos_ids=NO_EOS, **shape) as (loaded, runner):
+        harness = Harness(None, folders, max_batched_tokens=48, eos=NO_EOS, runner=runner, **shape)
+        answers = harness.run(several)
+        traffic = loaded.shards.group.traffic
+    assert traffic.calls > 0
+    for job, answer, alone in zip(several, answers, expected, strict=True):
+        oracle = oracles[job.adapter] if job.adapter else model
+        assert_same_tokens(answer, *oracle_greedy(oracle, list(job.prompt), 20))
+        assert answer == alone
+    assert counts(several) == counts(one)
+    assert {job.adapter for job, found in zip(several, counts(several), strict=True) if found[1]} == SPECULATING
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_p": 0.8, "top_k": 40, "min_p": 0.02, "seed": 6, "logprobs": 3},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logit_bias": {7: 2.0, 120: -3.0}, "logprobs": 0},
+    ],
+    ids=["temperature", "truncated", "penalties"],
+)
+def test_sampled_text_and_logprobs_are_those_of_one_rank(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path, params: dict[str, Any]
+) -> None:
+    model, folders, _ = zoo
+    model.save_pretrained(tmp_path)
+    one, several = jobs_of(zoo, **params), jobs_of(zoo, **params)
+    expected = Harness(model, folders, eos=NO_EOS).run(one)
+    with ranks.engine(tmp_path, 2, eos_ids=NO_EOS) as (_, runner):
+        answers = Harness(None, folders, eos=NO_EOS, runner=runner).run(several)
+    assert answers == expected
+    assert counts(several) == counts(one)
+    for job, alone in zip(several, one, strict=True):
+        assert len(job.logprobs) == len(alone.logprobs) == (20 if "logprobs" in params else 0)
+        for mine, theirs in zip(job.logprobs, alone.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_over_several_ranks_equals_transformers(
+    family: str, size: int, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    """With four ranks and two KV heads two ranks have the same one."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, 256, (n,), generator=generator).tolist() for n in (1, 16, 70)]
+    with ranks.engine(tmp_path, size, eos_ids=NO_EOS, num_blocks=40, block_size=8) as (_, runner):
+        harness = Harness(None, num_blocks=40, block_size=8, max_batched_tokens=32, eos=NO_EOS, runner=runner)
+        answers = harness.run([Job(text, greedy(24)) for text in texts])
+    for text, answer in zip(texts, answers, strict=True):
+        assert_same_tokens(answer, *oracle_greedy(model, text, 24))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True, "vocab_size": 259, "intermediate_size": 90},
+    ],
+    ids=["biases", "tied, uneven"],
+)
+def test_biases_ties_and_sizes_that_do_not_divide(shape: dict[str, Any], ranks: RankProcesses, tmp_path: Path) -> None:
+    plain = tiny("llama").config.to_dict()
+    torch.manual_seed(8)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**{**plain, **shape})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.5)
+    model.save_pretrained(tmp_path)
+    text = list(range(3, 30))
+    with ranks.engine(tmp_path, 4, eos_ids=NO_EOS) as (_, runner):
+        answer = Harness(None, eos=NO_EOS, runner=runner).answer(text, greedy(24))
+    assert_same_tokens(answer, *oracle_greedy(model, text, 24))
+
+
+def test_bfloat16_candidates_are_compared_in_float32_over_all_ranks(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    """A rank's head is rounded; the best few of all ranks are scored anew, or ties would go by the rank."""
+    zoo[0].save_pretrained(tmp_path)
+    text = prompts(1)[0]
+    with ranks.engine(tmp_path, 2, "bfloat16", eos_ids=NO_EOS) as (loaded, runner):
+        drafting = Harness(None, zoo[1], eos=NO_EOS, runner=runner)
+        jobs = [Job(text, greedy(), kind, draft_cap=cap) for kind in ("all-linear", "dora") for cap in (0, 8)]
+        answers = drafting.run(jobs)
+        assert loaded.dtype == torch.bfloat16
+    assert answers[0] == answers[1]
+    assert answers[2] == answers[3]
+
+
+def test_no_rank_holds_the_whole_model(zoo: Zoo, ranks: RankProcesses, tmp_path: Path) -> None:
+    model = zoo[0]
+    model.save_pretrained(tmp_path)
+    with ranks.engine(tmp_path, 2) as (loaded, _):
+        own = {name: p.numel() for name, p in loaded.model.named_parameters()}
+        assert loaded.linears["model.layers.0.mlp.down_proj"] == (32, 64)  # what adapters are checked against
+        assert loaded.shards.vocab_size == 128
+    linear = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    assert sum(n for name, n in own.items() if "norm" not in name) <= linear / 2
+
+
+def test_bytes_over_collectives_are_the_formulas(zoo: Zoo, ranks: RankProcesses, tmp_path: Path) -> None:
+    """A step of n rows: an embedding and two sums a layer of n·H, and three numbers for each row that samples."""
+    zoo[0].save_pretrained(tmp_path)
+    with ranks.engine(tmp_path, 2, eos_ids=NO_EOS) as (loaded, runner):
+        harness = Harness(None, eos=NO_EOS, runner=runner)
+        harness.submit(Job(list(range(3, 20)), greedy(8)))
+        harness.step()
+        for rows in (1, 1):
+            before = loaded.shards.group.traffic.bytes
+            harness.step()
+            spent = loaded.shards.group.traffic.bytes - before
+            assert spent == 4 * (rows * 32 * (1 + 2 * 3) + 3 * rows)
+        while harness.core.has_work:
+            harness.step()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_everything_goes_on(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    model, folders, oracles = zoo
+    model.save_pretrained(tmp_path)
+    good = load_adapter(folders["all-linear"])
+    bad = load_adapter(folders["plain"])
+    name = next(iter(bad.lora))
+    wrong = type(bad)({"model.layers.9.self_attn.q_proj": bad.lora[name]}, None)
+    with ranks.engine(tmp_path, 2, eos_ids=NO_EOS) as (_, runner):
+        with pytest.raises((ValueError, KeyError)):
+            runner.prepare_adapter(wrong)
+        harness = Harness(None, {"good": good}, eos=NO_EOS, runner=runner)
+        text = prompts(1)[0]
+        answer = harness.answer(text, greedy(), adapter="good", draft_cap=8)
+        assert_same_tokens(answer, *oracle_greedy(oracles["all-linear"], text, 20))
+        harness.core.forget_adapter("good")
+        assert harness.answer(text, greedy(), adapter="good", draft_cap=8) == answer  # loaded anew, under another key
+
+
+@pytest.mark.parametrize("size", [3, 5, 8])
+def test_a_degree_that_does_not_divide_is_refused_naming_those_that_do(zoo: Zoo, tmp_path: Path, size: int) -> None:
+    zoo[0].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="use one of 1, 2, 4"):
+        load_shard(str(tmp_path), "float32", "cpu", TorchGroup(None, 0, size))
