@@ -37,7 +37,6 @@ class EngineConfig:
     quantize: str | None = None  # "int8" or "int4": base linears by weight-only kernels
     device: str = "auto"  # "auto" = CUDA when there is one
     num_threads: int | None = None  # None = torch's own choice; of each rank
-    tensor_parallel_size: int = 1  # ranks that share the model
     max_model_len: int | None = None  # None = the model's own context window
     max_batched_tokens: int = 512  # one budget for decodes, drafts and prefill chunks of a step
     max_num_seqs: int = 64  # sequences with KV at a time
