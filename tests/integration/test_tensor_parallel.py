@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import random_peft_adapter, random_streams, write_own_streams
 from support.engine import Harness, Job, assert_same_tokens, oracle_greedy
 from support.families import FAMILIES, tiny
 from support.ranks import RankProcesses
+from support.tiny_model import FolderAdapters, tiny_engine_config
 from support.zoo import SPECULATING, Zoo, greedy, make_zoo, prompts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.adapters.load import load_adapter
 from slipstream.engine.parallel.group import TorchGroup
 from slipstream.engine.parallel.load import load_shard
+from slipstream.engine.parallel.ranks import Lead
+from slipstream.engine.service import EngineService
 from slipstream.errors import ConfigError
-from slipstream.protocol import SamplingParams
+from slipstream.protocol import AdapterRef, GenerateRequest, SamplingParams
 
 NO_EOS = frozenset[int]()
 
@@ -197,6 +201,41 @@ def test_an_adapter_that_does_not_fit_is_refused_and_everything_goes_on(
         assert_same_tokens(answer, *oracle_greedy(oracles["all-linear"], text, 20))
         harness.core.forget_adapter("good")
         assert harness.answer(text, greedy(), adapter="good", draft_cap=8) == answer  # loaded anew, under another key
+
+
+async def test_a_service_of_two_ranks_answers_as_one_of_one(zoo: Zoo, ranks: RankProcesses, tmp_path: Path) -> None:
+    """The whole of it: start-up with measured costs, an adapter fetched by rank 0 alone, drafts, text."""
+    config = tiny_engine_config(tmp_path)
+    weights = random_streams(32, 3, rank=4, seed=1)
+    folder = tmp_path / "adapter"
+    random_peft_adapter(
+        AutoModelForCausalLM.from_pretrained(tmp_path), folder, r=4, target_modules=["q_proj", "down_proj"]
+    )
+    write_own_streams(folder, weights)
+    digest = "sha256:" + "1" * 64
+    request = GenerateRequest(
+        "r",
+        "t",
+        SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+        text="tensor",
+        adapter=AdapterRef("t", digest),
+    )
+
+    async def answer(lead: Lead | None) -> tuple[str, int]:
+        engine = EngineService(config, FolderAdapters({digest: folder}), lead)
+        await engine.start()
+        try:
+            events = [event async for step in engine.generate(request) for event in step]
+            assert (await engine.describe()).linears["model.layers.0.mlp.down_proj"] == (32, 64)
+        finally:
+            await engine.close()
+        usage = events[-1].usage
+        assert usage is not None
+        return "".join(event.text for event in events), usage.completion_tokens
+
+    alone = await answer(None)
+    with ranks.service(config, 2) as lead:
+        assert await answer(lead) == alone
 
 
 @pytest.mark.parametrize("size", [3, 5, 8])

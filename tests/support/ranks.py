@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from slipstream.engine.config import FastPath
+from slipstream.engine.build import follow
+from slipstream.engine.config import EngineConfig, FastPath
 from slipstream.engine.loader import LoadedModel, eos_ids
 from slipstream.engine.parallel.group import Group
 from slipstream.engine.parallel.load import load_shard
@@ -36,12 +37,31 @@ class RankSpec:
     dtype: str
     options: Mapping[str, Any]
 
+    def follow(self) -> None:
+        """The life of a rank from 1 on."""
+        follower = Follower(self.meeting, self.rank, self.size, HOST)
+        follower.follow(self.build(follower.meet(CPU))[1])
+
     def build(self, group: Group) -> tuple[LoadedModel, ModelRunner]:
         """This rank's part, and what runs it."""
         loaded = load_shard(str(self.folder), self.dtype, "cpu", group)
         options = {"num_blocks": 256, "block_size": 16, "disable": (FastPath.ADAPTIVE_DRAFTS,), **self.options}
         options.setdefault("eos_ids", eos_ids(loaded))
         return loaded, ModelRunner(loaded, **options)
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """One rank from 1 on of a whole engine service."""
+
+    config: EngineConfig
+    size: int
+    rank: int
+    meeting: Meeting
+
+    def follow(self) -> None:
+        """Its life."""
+        follow(self.config, Follower(self.meeting, self.rank, self.size, HOST))
 
 
 @dataclass
@@ -56,17 +76,33 @@ class RankProcesses:
     ) -> Iterator[tuple[LoadedModel, LeadRunner]]:
         """A model folder over `size` ranks; yields rank 0's part and the runner of all."""
         lead = Lead(HOST, size)
-        helpers = [self._process(rank) for rank in range(1, size)]
-        for rank, process in enumerate(helpers, 1):
+        specs = [RankSpec(folder, size, rank, lead.meeting, dtype, options) for rank in range(size)]
+        with self._following(specs[1:]):
+            try:
+                loaded, runner = specs[0].build(lead.meet(CPU))
+                yield loaded, LeadRunner(runner, lead)
+            finally:
+                lead.close()
+
+    @contextmanager
+    def service(self, config: EngineConfig, size: int) -> Iterator[Lead]:
+        """The other ranks of a service, which is to close the lead that this yields."""
+        lead = Lead(HOST, size)
+        with self._following([ServiceSpec(config, size, rank, lead.meeting) for rank in range(1, size)]):
+            yield lead
+
+    @contextmanager
+    def _following(self, specs: Sequence[RankSpec | ServiceSpec]) -> Iterator[None]:
+        for spec in specs:
+            process = self._process(spec.rank)
             assert process.stdin is not None
-            pickle.dump(RankSpec(folder, size, rank, lead.meeting, dtype, options), process.stdin)
+            pickle.dump(spec, process.stdin)
             process.stdin.flush()
         try:
-            loaded, runner = RankSpec(folder, size, 0, lead.meeting, dtype, options).build(lead.meet(CPU))
-            yield loaded, LeadRunner(runner, lead)
+            yield
         finally:
-            lead.close()
-            for process in helpers:
+            for spec in specs:
+                process = self._process(spec.rank)
                 assert process.stdout is not None
                 assert process.stdout.readline() == DONE
 
@@ -92,12 +128,11 @@ def main() -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            spec: RankSpec = pickle.load(sys.stdin.buffer)
+            spec: RankSpec | ServiceSpec = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        follower = Follower(spec.meeting, spec.rank, spec.size, HOST)
         try:
-            follower.follow(spec.build(follower.meet(CPU))[1])
+            spec.follow()
         finally:
             sys.stdout.buffer.write(DONE)
             sys.stdout.buffer.flush()

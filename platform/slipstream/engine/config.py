@@ -60,14 +60,7 @@ class EngineConfig:
             raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1 and finite.")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
-        for name in (
-            "max_batched_tokens",
-            "max_num_seqs",
-            "max_waiting",
-            "block_size",
-            "adapter_slots",
-            "tensor_parallel_size",
-        ):
+        for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.max_num_seqs > self.max_batched_tokens:

@@ -141,8 +141,10 @@ class Lead:
         message = pickle.dumps((key, weights), protocol=pickle.HIGHEST_PROTOCOL)
         with self._side_lock:
             asked = [self._pool.submit(_ask, side, message) for side in self._sides]
-            mine = own()
-            answers = [answer.result() for answer in asked]
+            try:
+                mine = own()
+            finally:
+                answers = [answer.result() for answer in asked]  # all of them, or the next adapter would get these
         for error in answers:
             if error is not None:
                 raise error
