@@ -155,7 +155,7 @@ class RedisJobs(RedisConnection, JobStore):
             except NotPublished:
                 if _now_ms() - float(since_ms) > _ABANDONED_MS:
                     await self._forget(member)
-        return jobs
+        return sorted(jobs, key=lambda job: job.created_at)  # the index counts in milliseconds
 
     async def take_slot(self, job: JobRecord, limit: int) -> bool:
         """Whether `job` is among the at most `limit` jobs that run at once, now or already."""
