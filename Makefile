@@ -30,7 +30,7 @@ fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), sweep, adapters, prompts, quantized, gpu, http, replay, lossless, drafts, training, streams or gates, with their options
 	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
 
-bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU build, about 3 GB) under .peers
+bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU build, about 3 GB, and llama.cpp, compiled) under .peers
 	$(BIN)/python -m benchmarks.peers.install
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test

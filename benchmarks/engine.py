@@ -1,4 +1,4 @@
-"""Output tokens/s of the engine alone beside transformers, PEFT and vLLM, interleaved, at 1, 8 and 32 at once."""
+"""Output tokens/s of the engine alone beside transformers, PEFT, vLLM and llama.cpp, interleaved, at 1, 8 and 32 at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
+from benchmarks.peers.client import Peer, llama
+from benchmarks.peers.client import vllm as start_vllm
 from benchmarks.peers.hf import generate, peft_mixed, write_peft
-from benchmarks.peers.vllm_client import Vllm
 from benchmarks.results import Results
 from benchmarks.workload import NUM_ADAPTERS, eight_adapters, model_path, prompt_ids
 from slipstream.engine.loader import pick_dtype
@@ -31,6 +32,8 @@ PAIRS = [
     ("Slipstream 8 Turbo LoRAs, to end", "vLLM 8 LoRAs, to end"),
     ("Slipstream 8 Turbo LoRAs, to end", "vLLM 8 LoRAs, n-gram, to end"),
     ("Slipstream 8 Turbo LoRAs, to end", "Slipstream 8 LoRAs, to end"),
+    ("Slipstream base", "llama.cpp base, 4 bits"),
+    ("Slipstream 8 Turbo LoRAs", "llama.cpp base, 4 bits"),
 ]
 
 
@@ -51,8 +54,8 @@ def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: 
     return run
 
 
-def vllm(peer: Vllm, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
-    """vLLM on the same."""
+def beside(peer: Peer, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
+    """A peer in a process of its own on the same."""
 
     def run(count: int) -> tuple[float, float]:
         names: Sequence[str | None] = names_of(count) if lora else [None] * count
@@ -77,9 +80,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Answer length of the fixed-length rows.")] = 48,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32, for all sides.")] = "auto",
-    peers: Annotated[bool, typer.Option(help="Run transformers, PEFT and vLLM (make bench-peers) beside us.")] = True,
+    peers: Annotated[bool, typer.Option(help="Run the peers (make bench-peers) beside us.")] = True,
 ) -> None:
-    """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT and vLLM."""
+    """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT, vLLM and llama.cpp."""
     torch.set_num_threads(threads)
     path, kind = model_path(), pick_dtype(dtype, torch.device("cpu"))
     dtype = str(kind).removeprefix("torch.")
@@ -97,17 +100,19 @@ def main(
     with ExitStack() as stack:
         if peers:
             folders = write_peft(adapters)
-            base = stack.enter_context(Vllm(path, dtype, threads=threads))
-            mixed = stack.enter_context(Vllm(path, dtype, folders, threads=threads))
-            ngram = stack.enter_context(Vllm(path, dtype, folders, ngram=True, threads=threads))
+            base = stack.enter_context(start_vllm(path, dtype, threads=threads))
+            mixed = stack.enter_context(start_vllm(path, dtype, folders, threads=threads))
+            ngram = stack.enter_context(start_vllm(path, dtype, folders, ngram=True, threads=threads))
+            small = stack.enter_context(llama(threads))
             plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
             runs |= {
                 "transformers base": transformers(plain, prompts, tokens, lora=False),
                 "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), prompts, tokens, lora=True),
-                "vLLM base": vllm(base, prompts, tokens, lora=False),
-                "vLLM 8 LoRAs": vllm(mixed, prompts, tokens, lora=True),
-                "vLLM 8 LoRAs, to end": vllm(mixed, prompts, 0, lora=True),
-                "vLLM 8 LoRAs, n-gram, to end": vllm(ngram, prompts, 0, lora=True),
+                "vLLM base": beside(base, prompts, tokens, lora=False),
+                "vLLM 8 LoRAs": beside(mixed, prompts, tokens, lora=True),
+                "vLLM 8 LoRAs, to end": beside(mixed, prompts, 0, lora=True),
+                "vLLM 8 LoRAs, n-gram, to end": beside(ngram, prompts, 0, lora=True),
+                "llama.cpp base, 4 bits": beside(small, prompts, tokens, lora=False),
             }
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
             for round_ in range(rounds + 1):

@@ -1,47 +1,49 @@
-"""Settings in, a Serve application out."""
+"""Settings in, a Serve application out; and the Serve config file that says the same."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import yaml
+from pydantic import ConfigDict, Field, create_model
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from adapter_registry.keys import hash_key
 from deployments.engine_replica import REAL_ENGINE, EngineReplica, ReplicaPlan, on_its_cores
-from deployments.gateway import Gateway, GatewayPlan
+from deployments.gateway import APP_NAME, Gateway, GatewayPlan
+from deployments.serve_states import ServedModel
 from deployments.training_jobs import TrainingPlan
 from slipstream.base_models import served_id
 from slipstream.config import ModelSettings, Settings, load_settings
 from slipstream.errors import ConfigError
 
-APP_NAME = "slipstream"
 _GATEWAY_ONGOING = 4096  # the gateway only waits; what is bounded is the engine's queue
 _HEALTH_PERIOD_S = 2.0
-_DRAIN_S = 60.0  # a stopping replica finishes what it runs, up to this
+_REPORT_S = 1.0  # between two reports of a replica to routers and autoscaler
+_NOT_ARGS = {
+    "host",
+    "port",
+    "admin_key",
+    "redis_url",
+    "demo_adapters",
+}  # Serve's own, secrets, and what only a laptop has
+
+_Given: Any = create_model(
+    "_Given",
+    __config__=ConfigDict(extra="forbid"),
+    **{  # type: ignore[call-overload]  # fields by name
+        name: (field.annotation | None, Field(None, description=field.description))
+        for name, field in Settings.model_fields.items()
+        if name not in _NOT_ARGS | {"models"}
+    },
+)
 
 
-class AppArgs(BaseModel):
+class AppArgs(_Given):  # type: ignore[misc]  # it is made of the settings' own fields
     """`args` in a Serve config file. What is not given comes from `SLIPSTREAM_*` variables, secrets always do."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    home: Path | None = None
-    blob_url: str | None = None
-    base_model: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    device: str | None = None
-    engine_replicas: int | None = None
-    engine_cpus: float | None = None
-    engine_gpus: float | None = None
-    gateway_replicas: int | None = None
-    max_upload_bytes: int | None = None
-    training_cpus: float | None = None
-    training_gpus: float | None = None
-    max_training_jobs: int | None = None
     models: list[dict[str, Any]] | None = None
 
 
@@ -56,7 +58,21 @@ def build(args: AppArgs) -> Application:
     return build_application(settings.model_copy(update={"models": tuple(map(on_its_cores, settings.models))}))
 
 
-def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s: float = _DRAIN_S) -> Application:
+def serve_config(settings: Settings) -> str:
+    """A Serve config file (YAML) for `serve run` and KubeRay that starts what `slipstream serve` would start; secrets come
+    from the environment. Threads are written out: on a cluster they follow `engine_cpus` otherwise."""
+    args = settings.model_dump(mode="json", exclude=_NOT_ARGS | set(ModelSettings.model_fields), exclude_none=True)
+    args["models"] = [model.model_dump(mode="json", exclude_none=True) for model in settings.models]
+    application = {"name": APP_NAME, "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
+    page = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": settings.host, "port": settings.port},
+        "applications": [application],
+    }
+    return yaml.safe_dump(page, sort_keys=False)
+
+
+def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Application:
     """Gateway and engines, wired. `settings` has Redis and the admin key resolved."""
     assert settings.redis_url is not None
     assert settings.admin_key is not None
@@ -64,7 +80,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s:
     engines: dict[str, Application] = {}
     for model in settings.models:
         model_id = model.id or served_id(model.base_model)
-        engines[model_id] = _engine(ReplicaPlan(model, model_id, settings.home, blob_url, engine), drain_s)
+        engines[model_id] = _engine(ReplicaPlan(model, model_id, settings.home, blob_url, engine), settings.drain_s)
     plan = GatewayPlan(
         redis_url=settings.redis_url,
         blob_url=blob_url,
@@ -73,6 +89,10 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s:
         max_upload_bytes=settings.max_upload_bytes,
         training=_training(settings, blob_url),
         max_training_jobs=settings.max_training_jobs,
+        models={
+            model_id: ServedModel(deployment_name(m), m.min_replicas, m.most_replicas, m.tensor_parallel_size)
+            for model_id, m in zip(engines, settings.models, strict=True)
+        },
     )
     deployment = serve.deployment(
         name="Gateway",
@@ -80,7 +100,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, drain_s:
         max_ongoing_requests=_GATEWAY_ONGOING,
         ray_actor_options={"num_cpus": settings.gateway_cpus},
         health_check_period_s=_HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
     )(serve.ingress()(Gateway))
     return deployment.bind(plan, engines)
@@ -111,12 +131,68 @@ def _engine(plan: ReplicaPlan, drain_s: float) -> Application:
     ongoing = 2 * (model.max_num_seqs + model.max_waiting)
     deployment = serve.deployment(
         name=deployment_name(model),
-        num_replicas=model.engine_replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
-        ray_actor_options={"num_cpus": model.engine_cpus, "num_gpus": model.engine_gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class="deployments.adapter_router:AdapterRouter",
+            request_router_kwargs={"batch": model.max_num_seqs},
+            request_routing_stats_period_s=_REPORT_S,
+        ),
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
+        **_replicas(model),
+        **_places(model),
     )(EngineReplica)
     return deployment.bind(plan)
+
+
+def _replicas(model: ModelSettings) -> dict[str, Any]:
+    """How many there are."""
+    if not model.autoscales:
+        return {"num_replicas": model.min_replicas}
+    policy = AutoscalingPolicy(
+        policy_function="deployments.scaling_policy:RequestRatePolicy", policy_kwargs=scaling_options(model)
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=model.min_replicas,
+            initial_replicas=max(1, model.min_replicas),
+            max_replicas=model.most_replicas,
+            policy=policy,
+            # Delays and steps are the policy's own; Serve's would come on top.
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=_REPORT_S,
+            look_back_period_s=3 * _REPORT_S,
+        )
+    }
+
+
+def scaling_options(model: ModelSettings) -> dict[str, Any]:
+    """`slipstream.cluster.scaling.ScalingOptions` of a model."""
+    return {
+        "min_replicas": model.min_replicas,
+        "max_replicas": model.most_replicas,
+        "target_requests_per_s": model.target_requests_per_s,
+        "request_tokens": model.request_tokens,
+        "max_queue_wait_s": model.scale_queue_wait_s,
+        "max_slot_pressure": model.scale_slot_pressure,
+        "up_delay_s": model.scale_up_delay_s,
+        "down_delay_s": model.scale_down_delay_s,
+        "to_zero_delay_s": model.scale_to_zero_delay_s,
+        "cool_down_s": model.scale_cool_down_s,
+    }
+
+
+def _places(model: ModelSettings) -> dict[str, Any]:
+    """Where a replica runs: several ranks are placed together, on one node where that is possible."""
+    own = {"num_cpus": model.engine_cpus, "num_gpus": model.engine_gpus}
+    if model.tensor_parallel_size == 1:
+        return {"ray_actor_options": own}
+    bundle = {"CPU": model.engine_cpus} | ({"GPU": model.engine_gpus} if model.engine_gpus else {})
+    return {
+        "ray_actor_options": own,
+        "placement_group_bundles": [bundle] * model.tensor_parallel_size,
+        "placement_group_strategy": "PACK",
+    }

@@ -1,9 +1,10 @@
-"""`EngineClient` over a Serve handle: the gateway's view of an engine in another process."""
+"""`EngineClient` over a Serve handle: the gateway's view of the engines of one base model, in other processes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -11,10 +12,15 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine_replica import Refusal
+from deployments.serve_states import ServedModel, States, replica_states
+from slipstream.cluster.view import ReplicaReport, total
 from slipstream.errors import EngineFailed, Overloaded, SlipstreamError, Unavailable
-from slipstream.protocol import BaseModelSpec, EngineStats, GenerateEvent, GenerateRequest
+from slipstream.protocol import BaseModelSpec, ChoiceProgress, EngineStats, GenerateEvent, GenerateRequest
 
 _CALL_TIMEOUT_S = 10.0
+_WAKE_TIMEOUT_S = 600.0  # of a deployment that is asleep: a node may have to come first, and a model be loaded
+_LOSSES = 3  # replicas that may die under one request: if it is the request that kills them, it must not kill many
+_PAUSE_S = 0.1  # before the second try; doubles. A dead replica leaves the router's list meanwhile
 
 
 class ReplicaLost(Unavailable):
@@ -22,30 +28,32 @@ class ReplicaLost(Unavailable):
 
 
 class RayEngineClient:
-    """Sends each request to a replica of one `EngineReplica` deployment. `n` choices are one call: a router of Ray's
-    that has no FIFO order hangs on several calls under one parent request."""
+    """Sends each request to a replica of one `EngineReplica` deployment, and to another one when that dies. `n` choices are
+    one call: a router of Ray's that has no FIFO order hangs on several calls under one parent request."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, app: str, served: ServedModel) -> None:
         self._unary: Any = handle
         self._stream: Any = handle.options(stream=True)
+        self._app, self._served = app, served
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
-        """As `EngineClient.generate`. A request whose replica dies before its first event is sent once more: the seed
-        is in the request, so the second try gives the text that the first would have given."""
+        """As `EngineClient.generate`. When a replica dies, another one goes on from the tokens that were sent: seed and
+        positions are in the request, so the text is what the first would have given, and nothing is sent twice."""
         send = self._streamed if request.stream else self._whole
-        for last_try in (False, True):
-            begun = False
-            events = send(request)
+        progress = _Progress(request)
+        for losses in range(_LOSSES + 1):
+            events = send(progress.rest())
             try:
                 async for batch in events:
-                    begun = True
+                    progress.note(batch)
                     yield batch
                 return
-            except ReplicaLost:
-                if begun or last_try:
+            except (ReplicaLost, EngineFailed):
+                if losses == _LOSSES:
                     raise
             finally:
                 await events.aclose()
+            await asyncio.sleep(_PAUSE_S * 2**losses)
 
     async def _streamed(self, request: GenerateRequest) -> Any:
         response = self._stream.generate.remote(request)
@@ -76,25 +84,58 @@ class RayEngineClient:
         yield message
 
     async def describe(self) -> BaseModelSpec:
-        """The base model behind the handle."""
-        spec: BaseModelSpec = await self._call("describe")
-        return spec
-
-    async def stats(self) -> EngineStats:
-        """A replica's counters."""
-        stats: EngineStats = await self._call("stats")
-        return stats
-
-    async def _call(self, method: str) -> Any:
-        response = getattr(self._unary, method).remote()
+        """The base model behind the handle. Wakes a deployment that has scaled to zero, and waits for it."""
+        response = self._unary.describe.remote()
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await response
+            async with asyncio.timeout(_WAKE_TIMEOUT_S):
+                spec: BaseModelSpec = await response
         except TimeoutError as error:
             response.cancel()
             raise Unavailable("No engine replica answers. Try again.") from error
         except (RayError, RayServeException) as error:
             raise_ours(error)
+        return spec
+
+    async def stats(self) -> EngineStats:
+        """The counters of all replicas together; wakes nobody. Raises `Unavailable` when none answers that should."""
+        reports = await self.reports()
+        if not reports and (self._served.min_replicas or await self._states()):
+            raise Unavailable("No engine replica runs now.")
+        return total([report.stats for report in reports.values()])
+
+    async def _states(self) -> States:
+        return (await replica_states(self._app)).get(self._served.deployment, {})
+
+    async def reports(self) -> Mapping[str, ReplicaReport]:
+        """What each running replica says of itself, by its name; one that does not answer is missing. Wakes nobody."""
+        asked = self._unary.broadcast("report")
+        try:
+            found = await asked.results_async(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException):
+            return {}
+        return {report.replica: report for report in found if isinstance(report, ReplicaReport)}
+
+
+class _Progress:
+    """What has been sent of one request."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._choices = [ChoiceProgress()] * request.params.n
+        self._begun = False
+
+    def note(self, batch: list[GenerateEvent]) -> None:
+        """Events that the caller has."""
+        self._begun = True
+        for event in batch:
+            done = self._choices[event.index]
+            self._choices[event.index] = ChoiceProgress(
+                done.token_ids + event.token_ids, done.decode_steps + 1, finished=event.finish_reason is not None
+            )
+
+    def rest(self) -> GenerateRequest:
+        """The request for what is missing."""
+        return replace(self._request, progress=tuple(self._choices)) if self._begun else self._request
 
 
 def raise_ours(error: Exception) -> NoReturn:

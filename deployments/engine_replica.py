@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,15 +14,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ray import serve
+from ray.util import get_node_ip_address
+
 from adapter_registry.blobs import ObstoreBlobs
+from deployments.adapter_router import routing_stats
 from deployments.adapter_source import BlobAdapterSource, remove_abandoned
 from deployments.batching import Coalescer, merge_events
+from deployments.ranks import Ranks
+from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
 from slipstream.base_models import prepare_base_model
+from slipstream.cluster.rates import Rates
+from slipstream.cluster.scaling import work
+from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.config import ModelSettings
 from slipstream.engine.config import EngineConfig
-from slipstream.errors import SlipstreamError
-from slipstream.protocol import BaseModelSpec, EngineClient, EngineStats, GenerateEvent, GenerateRequest
+from slipstream.errors import EngineFailed, SlipstreamError
+from slipstream.protocol import BaseModelSpec, EngineClient, GenerateEvent, GenerateRequest
 
+log = logging.getLogger("ray.serve")
+_GUARD_S = 0.25  # between two looks at the step loop
+_LAST_WORDS_S = 0.25  # for what the engine has said to leave the process
 REAL_ENGINE = "slipstream.engine.service:EngineService"
 _ENGINE_FIELDS = (
     "dtype",
@@ -30,6 +44,7 @@ _ENGINE_FIELDS = (
     "long_prompt_stretch",
     "max_num_seqs",
     "max_waiting",
+    "max_queue_wait_s",
     "kv_cache_bytes",
     "block_size",
     "max_model_len",
@@ -96,12 +111,50 @@ class EngineReplica:
             ObstoreBlobs.from_url(plan.blob_url), plan.adapter_cache, plan.model.adapter_cache_bytes
         )
         module, _, name = plan.engine.partition(":")
-        self._engine: Engine = getattr(import_module(module), name)(engine_config(plan, prepared.path), source)
+        self._plan = plan
+        self._ranks = Ranks(plan) if plan.model.tensor_parallel_size > 1 else None
+        more = {"lead": self._ranks.lead} if self._ranks is not None else {}
+        self._engine: Engine = getattr(import_module(module), name)(engine_config(plan, prepared.path), source, **more)
         self._coalescer = Coalescer()
-        await self._engine.start()
+        self._arrivals, self._rates, self._since = 0, Rates(), time.monotonic()
+        await self._start()
+        self._guard = asyncio.create_task(self._stand_guard())
+
+    async def _start(self) -> None:
+        """Load the model, on all ranks; a rank that cannot is heard of at once, and not when the others give up on it."""
+        starting = asyncio.ensure_future(self._engine.start())
+        if self._ranks is None:
+            await starting
+            return
+        ending = asyncio.ensure_future(self._ranks.first_end())
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            ending.cancel()
+            await starting
+            return
+        await ending
+        raise EngineFailed("A rank of this tensor-parallel replica ended while the model was loaded.")
+
+    async def _stand_guard(self) -> None:
+        """End this process when the engine or a rank has: Serve replaces it within seconds, where failing health checks take
+        three periods, and callers hear at once and go on elsewhere."""
+        lives = asyncio.ensure_future(self._ranks.first_end()) if self._ranks is not None else None
+        while not self._broken() and not (lives is not None and lives.done()):  # noqa: ASYNC110 - a thread sets no event
+            await asyncio.sleep(_GUARD_S)
+        log.error("replica of %s ends: its engine or one of its ranks has", self._plan.model_id)
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
+
+    def _broken(self) -> bool:
+        try:
+            self.check_health()
+        except EngineFailed:
+            return True
+        return False
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent] | Refusal]:
         """Stream a request's events. Serve closes this generator when the other end cancels."""
+        self._arrivals += 1
         batches = self._coalescer.batches(self._engine.generate(request))
         async with aclosing(batches) as stream:
             try:
@@ -112,6 +165,7 @@ class EngineReplica:
 
     async def generate_all(self, request: GenerateRequest) -> list[GenerateEvent] | Refusal:
         """The whole answer in one message."""
+        self._arrivals += 1
         async with aclosing(self._engine.generate(request)) as stream:
             try:
                 return merge_events([event async for step in stream for event in step])
@@ -122,9 +176,29 @@ class EngineReplica:
         """The base model behind this engine."""
         return await self._engine.describe()
 
-    async def stats(self) -> EngineStats:
-        """A snapshot of the engine's counters."""
-        return await self._engine.stats()
+    async def report(self) -> ReplicaReport:
+        """What this replica is and does."""
+        own = RankReport(0, get_node_ip_address(), os.getpid())
+        others = await self._ranks.reports() if self._ranks is not None else ()
+        name = serve.get_replica_context().replica_id.unique_id
+        return ReplicaReport(name, (own, *others), time.monotonic() - self._since, await self._engine.stats())
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """For `AdapterRouter`; Serve asks every second or so."""
+        return routing_stats(await self._engine.stats())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `RequestRatePolicy`; Serve asks every second or so."""
+        stats = await self._engine.stats()
+        done = work(stats.prompt_tokens, stats.completion_tokens)
+        requests, tokens = self._rates.per_s(time.monotonic(), self._arrivals, done)
+        used = stats.adapter_slots - stats.slots_free + stats.adapters_wanted
+        return {
+            REQUESTS: requests,
+            TOKENS: tokens,
+            WAIT: stats.queue_wait_s,
+            PRESSURE: used / stats.adapter_slots if stats.adapter_slots else 0.0,
+        }
 
     def check_health(self) -> None:
         """Serve replaces the replica when this keeps raising."""
@@ -132,6 +206,9 @@ class EngineReplica:
             self._engine.check_health()
 
     async def __del__(self) -> None:
+        guard = getattr(self, "_guard", None)
+        if guard is not None:
+            guard.cancel()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
@@ -141,11 +218,10 @@ def engine_config(plan: ReplicaPlan, path: Path) -> EngineConfig:
     """The engine's part of a model's settings. Threads are explicit: Ray sets OMP_NUM_THREADS to the reserved CPUs."""
     model = plan.model
     shared: dict[str, Any] = {name: getattr(model, name) for name in _ENGINE_FIELDS}
-    threads = model.engine_threads or len(os.sched_getaffinity(0))
     return EngineConfig(
         model_path=str(path),
         model_id=plan.model_id,
-        num_threads=threads,
+        num_threads=on_its_cores(model).engine_threads,
         scratch_dir=str(plan.adapter_cache),  # one file system with the cache: adapters are hard-linked
         **shared,
     )

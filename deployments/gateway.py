@@ -13,10 +13,14 @@ from ray.serve.handle import DeploymentHandle
 from adapter_registry.blobs import ObstoreBlobs
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
+from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
+from deployments.serve_states import ServedModel
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
+
+APP_NAME = "slipstream"  # in Serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class GatewayPlan:
     upload_dir: Path
     max_upload_bytes: int
     training: TrainingPlan
+    models: Mapping[str, ServedModel]
     max_training_jobs: int = 1
 
 
@@ -43,8 +48,10 @@ class Gateway:
         """Serve calls this in the replica's own event loop, after the constructor."""
         plan = self._plan
         self._store = RedisStore.from_url(plan.redis_url.get_secret_value())
+        engines = {id_: RayEngineClient(handle, APP_NAME, plan.models[id_]) for id_, handle in self._engines.items()}
         services = ApiServices(
-            engines={model_id: RayEngineClient(handle) for model_id, handle in self._engines.items()},
+            engines=engines,
+            cluster=RayCluster(APP_NAME, plan.models, engines),
             store=self._store,
             blobs=ObstoreBlobs.from_url(plan.blob_url),
             jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),

@@ -122,7 +122,7 @@ def _scratch_folder(home: Home) -> Iterator[Path]:
 
 def _cpus_needed(settings: Settings) -> int:
     """Ray's CPUs are only its own book-keeping: on a small machine count enough of them for everything to be placed."""
-    engines = sum(model.engine_replicas * model.engine_cpus for model in settings.models)
+    engines = sum(m.most_replicas * m.tensor_parallel_size * m.engine_cpus for m in settings.models)
     training = settings.max_training_jobs * settings.training_cpus
     return math.ceil(settings.gateway_replicas * settings.gateway_cpus + engines + training)
 

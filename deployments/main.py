@@ -53,11 +53,30 @@ def serve(
 
 
 @app.command()
-def config() -> None:
-    """List every setting: its variable, its name in the configuration file, its default and its meaning."""
-    from slipstream.config import settings_table  # noqa: PLC0415
+def config(
+    *,
+    as_serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Print a Ray Serve config (YAML) that starts what `slipstream serve` would."),
+    ] = False,
+) -> None:
+    """List every setting: its variable, its name in the configuration file, its default and its meaning.
 
-    typer.echo(settings_table(), nl=False)
+    Example: slipstream config --serve > slipstream-serve.yaml; serve run slipstream-serve.yaml
+    """
+    from slipstream.config import load_settings, settings_table  # noqa: PLC0415
+
+    if not as_serve:
+        typer.echo(settings_table(), nl=False)
+        return
+    from deployments.app import serve_config  # noqa: PLC0415
+    from deployments.serve_local import for_this_machine  # noqa: PLC0415
+
+    try:
+        typer.echo(serve_config(for_this_machine(load_settings())), nl=False)
+    except ServerError as error:
+        typer.echo(f"slipstream config: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import signal
@@ -34,7 +35,7 @@ from slipstream.errors import ConfigError, InvalidRequest, Unavailable
 
 DEMO_TENANT = "demo"
 _READY_TIMEOUT_S = 300.0
-_DRAIN_S = 10.0
+_LONGEST_DRAIN_S = 10.0  # Ctrl-C should not take longer
 
 
 class Stopped(BaseException):
@@ -70,6 +71,7 @@ def serve_local(settings: Settings, console: Console, engine: str | None = None)
 
 def start(settings: Settings, console: Console, stack: ExitStack, engine: str | None) -> Started:
     """Start every part; what must be stopped goes on `stack`."""
+    settings = for_this_machine(settings)
     progress = TerminalProgress(console)
     check_port(settings.host, settings.port)
     home = stack.enter_context(open_home(settings.home))
@@ -96,6 +98,18 @@ def start(settings: Settings, console: Console, stack: ExitStack, engine: str | 
         with progress.phase("Publishing the demo adapters"):
             demos = asyncio.run(_publish_demos(resolved, url, folder, served, console))
     return Started(url, demo_key, served[0], demos)
+
+
+def for_this_machine(settings: Settings) -> Settings:
+    """What `slipstream serve` runs with: all cores between a replica's ranks, and a stop that people wait for."""
+    cores = len(os.sched_getaffinity(0))
+    models = tuple(
+        model.model_copy(
+            update={"engine_threads": model.engine_threads or max(1, cores // model.tensor_parallel_size)},
+        )
+        for model in settings.models
+    )
+    return settings.model_copy(update={"models": models, "drain_s": min(settings.drain_s, _LONGEST_DRAIN_S)})
 
 
 def check_port(host: str, port: int) -> None:
@@ -161,13 +175,12 @@ def _run_application(settings: Settings, engine: str | None, home: Home) -> None
     from ray import serve  # noqa: PLC0415 - after prepare_ray_environment
     from ray.exceptions import RayError  # noqa: PLC0415
 
-    from deployments.app import APP_NAME, build_application  # noqa: PLC0415
+    from deployments.app import build_application  # noqa: PLC0415
     from deployments.engine_replica import REAL_ENGINE  # noqa: PLC0415
+    from deployments.gateway import APP_NAME  # noqa: PLC0415
 
     try:
-        serve.run(
-            build_application(settings, engine=engine or REAL_ENGINE, drain_s=_DRAIN_S), name=APP_NAME, route_prefix="/"
-        )
+        serve.run(build_application(settings, engine=engine or REAL_ENGINE), name=APP_NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:  # Ray's own where a replica died while Serve was still asking for it
         raise ConfigError(_why_not(APP_NAME, home)) from error
 

@@ -62,13 +62,46 @@ class ModelDefaults(BaseModel):
         "from the full model's. Adapters, streams and LM head stay as they are.",
     )
     device: str = Field("auto", description="Torch device; `auto` takes a GPU when there is one.")
-    engine_replicas: Count = Field(1, description="Engine replicas of each model.")
-    engine_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray sets aside for each engine replica.")
-    engine_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each engine replica.")
+    min_replicas: int = Field(
+        1,
+        ge=0,
+        description="Fewest engine replicas of each model; 0 = none while nobody asks, and the first request waits.",
+    )
+    max_replicas: Count | None = Field(
+        None, description="Most engine replicas of each model; empty = `min_replicas`, so that their number is fixed."
+    )
+    tensor_parallel_size: Count = Field(
+        1, description="Processes (ranks) that share one engine replica, each on its own GPU or cores."
+    )
+    engine_cpus: float = Field(
+        1.0, gt=0, description="CPU cores that Ray sets aside for each rank of an engine replica."
+    )
+    engine_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each rank of an engine replica.")
     engine_threads: Count | None = Field(
         None,
-        description="Torch threads of an engine replica; empty = all cores, on a cluster as many as `engine_cpus`.",
+        description="Torch threads of each rank; empty = all cores between its ranks, on a cluster as many as `engine_cpus`.",
     )
+    target_requests_per_s: float = Field(
+        2.0,
+        gt=0,
+        description="Requests a second that one replica is meant to take: what the number of replicas follows.",
+    )
+    request_tokens: float | None = Field(
+        None,
+        gt=0,
+        description="Tokens of work in the request that `target_requests_per_s` means (answer tokens, and a fifth of the "
+        "prompt's); longer ones then count for more. Empty = all count alike.",
+    )
+    scale_queue_wait_s: float = Field(2.0, gt=0, description="Requests that wait longer ask for more replicas.")
+    scale_slot_pressure: float = Field(
+        1.0, gt=0, description="More adapters in use or wanted than this, per slot, ask for more replicas."
+    )
+    scale_up_delay_s: float = Field(
+        1.0, ge=0, description="How long more replicas must be wanted until they are started."
+    )
+    scale_down_delay_s: float = Field(120.0, ge=0, description="How long fewer must be wanted until some are stopped.")
+    scale_to_zero_delay_s: float = Field(300.0, ge=0, description="How long nobody must ask until the last is stopped.")
+    scale_cool_down_s: float = Field(30.0, ge=0, description="How long none is stopped after one was started.")
     max_model_len: Count | None = Field(
         None, description="Longest prompt and answer together, in tokens; empty = the model's own context window."
     )
@@ -81,6 +114,9 @@ class ModelDefaults(BaseModel):
     )
     max_num_seqs: Count = Field(64, description="Sequences that run at once in a replica.")
     max_waiting: Count = Field(256, description="Requests that wait in a replica; more are answered 429.")
+    max_queue_wait_s: float = Field(
+        60.0, gt=0, description="Requests that would wait longer in a replica are answered 429 at once."
+    )
     kv_cache_bytes: int = Field(GIB, ge=1 << 20, description="Bytes of a replica's KV cache.")
     block_size: Count = Field(16, description="Tokens of one KV block.")
     prefix_caching: bool = Field(True, description="Keep the KV blocks of prompts for requests that begin alike.")
@@ -98,6 +134,14 @@ class ModelDefaults(BaseModel):
     )
     adapter_cache_bytes: int = Field(8 * GIB, ge=1 << 20, description="Bytes of downloaded adapters kept on disk.")
 
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_min(cls, most: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min_replicas", 0)
+        if most is not None and most < least:
+            raise ValueError(f"it is below min_replicas, which is {least}")
+        return most
+
 
 class ModelSettings(ModelDefaults):
     """One base model that is served."""
@@ -106,6 +150,16 @@ class ModelSettings(ModelDefaults):
     id: str | None = Field(
         None, min_length=1, description="Name in the `model` field of requests; empty = the model's own."
     )
+
+    @property
+    def most_replicas(self) -> int:
+        """The upper bound, whether it was set or not."""
+        return self.max_replicas or max(1, self.min_replicas)
+
+    @property
+    def autoscales(self) -> bool:
+        """Whether the number of replicas may change."""
+        return self.min_replicas < self.most_replicas
 
     @property
     def slug(self) -> str:
@@ -136,6 +190,11 @@ class Settings(ModelDefaults, BaseSettings):
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")
+    drain_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds that a stopping replica has to finish what it runs; the rest goes on elsewhere.",
+    )
     training_cpus: float = Field(1.0, gt=0, description="CPU cores, and so torch threads, of each training job.")
     training_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each training job.")
     max_training_jobs: Count = Field(1, description="Training jobs that run at once; more wait in the queue.")

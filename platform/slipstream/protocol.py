@@ -67,6 +67,16 @@ Speculation = bool | int | None  # None = "auto"; True / False; or a maximum dra
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceProgress:
+    """What the caller already has of a choice whose replica went away: the next replica goes on from there, and repeats
+    nothing. Noise is keyed by position, so it goes on with the same text."""
+
+    token_ids: tuple[int, ...] = ()
+    decode_steps: int = 0  # that gave these tokens; tokens beyond one a step were accepted drafts
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One call: exactly one of `text`, `token_ids` and `messages` is set."""
 
@@ -79,6 +89,11 @@ class GenerateRequest:
     adapter: AdapterRef | None = None  # None = the base model
     speculation: Speculation = None
     stream: bool = True  # False: the caller only wants the end, so a remote engine may send everything in one batch
+    priority: int = 0  # lower ones run first; equals in order of arrival
+    max_wait_s: float | None = (
+        None  # refused with `Overloaded` rather than begun later than this; None = the engine's own
+    )
+    progress: tuple[ChoiceProgress, ...] = ()  # of each choice, when another replica has begun this request; else empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +162,13 @@ class EngineStats:
     preemptions: int
     prefix_hit_tokens: int
     adapters: Mapping[str, str]  # digest -> Residency name
+    sequences: int = 0  # asked for, choices counted; total since start
+    queue_wait_s: float = 0.0  # of the sequence that waits longest, now
+    starts_per_s: float | None = None  # while others wait; None = nobody does
+    adapter_slots: int = 0
+    slots_free: int = 0  # slots that no running request holds
+    adapters_wanted: int = 0  # adapters of waiting requests that are in no slot
+    replicas: int = 1  # that these are the counters of; 0 = scaled to zero, the next request wakes one
 
 
 class EngineClient(Protocol):

@@ -23,6 +23,7 @@ from slipstream.engine.service import EngineService
 from slipstream.errors import ClientError, ContextOverflow, InvalidRequest, Overloaded
 from slipstream.protocol import (
     ChatMessage,
+    ChoiceProgress,
     EngineClient,
     FinishReason,
     GenerateEvent,
@@ -153,6 +154,29 @@ async def test_whole_answers_are_the_streamed_ones(engine_client: EngineClient) 
     whole = await run(engine_client, replace(asked("b"), stream=False))
     assert tokens_of(whole) == tokens_of(streamed)
     assert "".join(event.text for event in whole) == "".join(event.text for event in streamed)
+
+
+def progress_after(events: list[GenerateEvent], index: int) -> ChoiceProgress:
+    own = [event for event in events if event.index == index]
+    finished = any(event.finish_reason is not None for event in own)
+    return ChoiceProgress(tuple(tokens_of(events, index)), len(own), finished)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+async def test_another_engine_goes_on_where_one_stopped(engine_client: EngineClient, cut: int) -> None:
+    """Neither a token nor a character is repeated or lost, stop strings, choices and counts included."""
+    request = asked(n=2, temperature=1.0, seed=7, max_tokens=12, logprobs=1, stop=("zzz", "yy"))
+    whole = await run(engine_client, request)
+    head = whole[:cut]
+    progress = tuple(progress_after(head, index) for index in range(2))
+    tail = await run(engine_client, replace(request, request_id="r2", progress=progress))
+    for index in range(2):
+        both = [*head, *tail]
+        assert tokens_of(both, index) == tokens_of(whole, index)
+        assert "".join(e.text for e in both if e.index == index) == "".join(e.text for e in whole if e.index == index)
+        assert replace(usage_of(both, index), cached_prompt_tokens=0) == replace(
+            usage_of(whole, index), cached_prompt_tokens=0
+        )
 
 
 async def test_every_choice_ends(engine_client: EngineClient) -> None:

@@ -1,17 +1,111 @@
-"""The Serve application builder."""
+"""The Serve application builder, and the Serve config that says the same as `slipstream serve`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner
 
 from deployments import app
-from slipstream.config import Settings
+from deployments.serve_local import for_this_machine
+from slipstream.cli import app as command_line
+from slipstream.config import Settings, load_settings
+from slipstream.errors import ConfigError
+
+SECRETS = {"SLIPSTREAM_REDIS_URL": "redis://nowhere", "SLIPSTREAM_ADMIN_KEY": "k" * 16}
+YAML = """
+drain_s: 7
+target_requests_per_s: 3
+models:
+  - {id: one, min_replicas: 1, max_replicas: 4, request_tokens: 200}
+  - {id: two, tensor_parallel_size: 3, engine_cpus: 0.5, min_replicas: 0, quantize: int8}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path))
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_on_a_cluster_threads_are_the_reserved_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIPSTREAM_REDIS_URL", "redis://nowhere")
-    monkeypatch.setenv("SLIPSTREAM_ADMIN_KEY", "k" * 16)
     built: list[Settings] = []
     monkeypatch.setattr(app, "build_application", built.append)
     app.build(app.AppArgs(models=[{"id": "a", "engine_cpus": 1.5}, {"id": "b", "engine_threads": 7}]))
     assert [model.engine_threads for model in built[0].models] == [2, 7]
+
+
+def deployments(application: Application) -> dict[str, Any]:
+    """Everything that Serve is told of each deployment."""
+    found: dict[str, Any] = {}
+
+    def collect(node: Application) -> None:
+        deployment = node._bound_deployment
+        config = deployment._deployment_config.model_dump()
+        found[deployment.name] = (
+            config,
+            deployment.ray_actor_options,
+            deployment._replica_config.placement_group_bundles,
+        )
+        arguments = deployment._replica_config.init_args
+        for argument in arguments:
+            if isinstance(argument, Application):
+                collect(argument)
+            elif isinstance(argument, dict):
+                for value in argument.values():
+                    if isinstance(value, Application):
+                        collect(value)
+            else:
+                found[deployment.name] += (argument,)
+
+    collect(application)
+    return found
+
+
+def test_the_serve_config_starts_what_the_command_starts(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text(YAML)
+    done = CliRunner().invoke(command_line, ["config", "--serve"])
+    assert done.exit_code == 0, done.output
+    page = yaml.safe_load(done.output)
+    ServeDeploySchema.model_validate(page)
+    assert SECRETS["SLIPSTREAM_ADMIN_KEY"] not in done.output
+    (tmp_path / "slipstream.yaml").unlink()  # the page alone says it all
+
+    (application,) = page["applications"]
+    from_page = deployments(app.build(app.AppArgs(**application["args"])))
+    (tmp_path / "slipstream.yaml").write_text(YAML)
+    from_command = deployments(app.build_application(for_this_machine(load_settings())))
+    assert from_page == from_command
+    assert set(from_page) == {"Gateway", "EngineReplica-one", "EngineReplica-two"}
+
+
+def test_what_the_settings_say_reaches_serve(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text(YAML)
+    found = deployments(app.build_application(load_settings()))
+    one, two = found["EngineReplica-one"][0], found["EngineReplica-two"][0]
+    assert (one["autoscaling_config"]["min_replicas"], one["autoscaling_config"]["max_replicas"]) == (1, 4)
+    policy = one["autoscaling_config"]["policy"]
+    assert policy["policy_function"] == "deployments.scaling_policy:RequestRatePolicy"
+    assert policy["policy_kwargs"]["target_requests_per_s"] == 3
+    assert policy["policy_kwargs"]["request_tokens"] == 200
+    assert one["graceful_shutdown_timeout_s"] == 7
+    assert two["autoscaling_config"]["initial_replicas"] == 1
+    assert found["EngineReplica-one"][2] is None
+    assert found["EngineReplica-two"][2] == [{"CPU": 0.5}] * 3
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_replica"):
+        app.AppArgs(num_replica=2)
+
+
+def test_without_secrets_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLIPSTREAM_REDIS_URL")
+    with pytest.raises(ConfigError, match="SLIPSTREAM_REDIS_URL"):
+        app.build(app.AppArgs())

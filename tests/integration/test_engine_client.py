@@ -1,9 +1,10 @@
-"""The Ray engine client against a stand-in for the Serve handle: errors, cancelling and the one retry."""
+"""The Ray engine client against a stand-in for the Serve handle: errors, cancelling, and going on elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,30 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.engine_client import RayEngineClient
 from deployments.engine_replica import Refusal
+from deployments.serve_states import ServedModel
+from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.errors import EngineFailed, InvalidRequest, Overloaded, SlipstreamError, Unavailable
-from slipstream.protocol import GenerateEvent, GenerateRequest, SamplingParams
+from slipstream.protocol import (
+    ChoiceProgress,
+    EngineStats,
+    FinishReason,
+    GenerateEvent,
+    GenerateRequest,
+    SamplingParams,
+)
 
-EVENTS = [GenerateEvent(0, " a", (1,)), GenerateEvent(0, " b", (2,))]
+EVENTS = [GenerateEvent(0, " a", (1,)), GenerateEvent(0, " b", (2, 3))]
+END = [GenerateEvent(0, " c", (4,), finish_reason=FinishReason.STOP)]
+SERVED = ServedModel("EngineReplica-x", 1, 1, 1)
+
+
+def client(handle: Any, served: ServedModel = SERVED) -> RayEngineClient:
+    return RayEngineClient(handle, "app", served)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.engine_client._PAUSE_S", 0.0)
 
 
 class FakeResponse:
@@ -46,7 +67,7 @@ class FakeHandle:
     """Hands out scripted calls, one after the other, whatever the method."""
 
     def __init__(self, *scripts: list[Any]) -> None:
-        self.scripts, self.calls = list(scripts), list[FakeResponse]()
+        self.scripts, self.calls, self.asked = list(scripts), list[FakeResponse](), list[GenerateRequest]()
 
     def options(self, **options: Any) -> FakeHandle:
         return self
@@ -56,6 +77,7 @@ class FakeHandle:
 
         class Method:
             def remote(self, *arguments: Any) -> FakeResponse:
+                handle.asked.extend(arguments)
                 handle.calls.append(FakeResponse(handle.scripts[len(handle.calls)]))
                 return handle.calls[-1]
 
@@ -72,7 +94,7 @@ def from_ray(error: Exception) -> Exception:
 
 
 async def collect(handle: FakeHandle, stream: bool = True) -> list[GenerateEvent]:
-    return [event async for batch in RayEngineClient(handle).generate(request(stream)) for event in batch]
+    return [event async for batch in client(handle).generate(request(stream)) for event in batch]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -111,22 +133,38 @@ async def test_rays_errors_become_ours(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_replica_that_dies_before_the_first_event_is_tried_once_more(stream: bool) -> None:
-    assert await collect(FakeHandle([ActorDiedError()], [EVENTS]), stream) == EVENTS
-    with pytest.raises(Unavailable):
-        await collect(FakeHandle([ActorDiedError()], [ActorDiedError()], [EVENTS]), stream)
+@pytest.mark.parametrize("error", [ActorDiedError(), Refusal(EngineFailed("the engine stopped"))])
+async def test_a_replica_that_dies_before_the_first_event_is_replaced_by_another(stream: bool, error: Any) -> None:
+    handle = FakeHandle([error], [EVENTS])
+    assert await collect(handle, stream) == EVENTS
+    assert [asked.progress for asked in handle.asked] == [(), ()]
 
 
-async def test_a_replica_that_dies_later_is_not_retried() -> None:
-    handle = FakeHandle([EVENTS, ActorDiedError()], [EVENTS])
+async def test_another_replica_goes_on_where_one_died() -> None:
+    handle = FakeHandle([EVENTS, ActorDiedError()], [ActorDiedError()], [END])
+    assert await collect(handle) == [*EVENTS, *END]
+    progress = ChoiceProgress(token_ids=(1, 2, 3), decode_steps=2)
+    assert [asked.progress for asked in handle.asked] == [(), (progress,), (progress,)]
+
+
+async def test_a_request_that_kills_replicas_kills_few() -> None:
+    handle = FakeHandle(*[[EVENTS, ActorDiedError()] for _ in range(9)])
     with pytest.raises(Unavailable):
         await collect(handle)
-    assert len(handle.calls) == 1
+    assert len(handle.calls) == 4
+
+
+async def test_a_finished_choice_is_not_asked_for_again() -> None:
+    ended = [GenerateEvent(0, " a", (1,), finish_reason=FinishReason.STOP), GenerateEvent(1, " b", (2,))]
+    handle = FakeHandle([ended, ActorDiedError()], [END])
+    two = replace(request(stream=True), params=SamplingParams(n=2))
+    assert [event async for batch in client(handle).generate(two) for event in batch] == [*ended, *END]
+    assert handle.asked[1].progress == (ChoiceProgress((1,), 1, finished=True), ChoiceProgress((2,), 1))
 
 
 async def test_closing_a_stream_cancels_the_call() -> None:
     handle = FakeHandle([EVENTS, ...])
-    events: Any = RayEngineClient(handle).generate(request(stream=True))
+    events: Any = client(handle).generate(request(stream=True))
     await anext(events)
     await events.aclose()
     assert handle.calls[0].cancelled
@@ -149,8 +187,54 @@ async def test_a_call_that_ray_cancelled_is_a_cancellation() -> None:
 
 
 async def test_describe_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.engine_client._CALL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("deployments.engine_client._WAKE_TIMEOUT_S", 0.01)
     handle = FakeHandle([...])
     with pytest.raises(Unavailable):
-        await RayEngineClient(handle).describe()
+        await client(handle).describe()
     assert handle.calls[0].cancelled
+
+
+class FakeBroadcast:
+    """What all replicas answer, or none."""
+
+    def __init__(self, *reports: Any, error: Exception | None = None) -> None:
+        self._reports, self._error = reports, error
+
+    def broadcast(self, method: str) -> FakeBroadcast:
+        assert method == "report"
+        return self
+
+    async def results_async(self, **options: Any) -> list[Any]:
+        if self._error is not None:
+            raise self._error
+        return list(self._reports)
+
+    def options(self, **options: Any) -> FakeBroadcast:
+        return self
+
+
+def report(name: str) -> ReplicaReport:
+    stats = EngineStats(1, 2, 10, 5, 3, 4, 5, 6, 7, 0, 0, {})
+    return ReplicaReport(name, (RankReport(0, "127.0.0.1", 1),), 1.0, stats)
+
+
+async def test_counters_are_of_all_replicas_that_answer() -> None:
+    stats = await client(FakeBroadcast(report("a"), report("b"), ActorDiedError())).stats()
+    assert (stats.replicas, stats.running, stats.waiting) == (2, 2, 4)
+
+
+async def test_no_replica_is_sleep_only_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = FakeBroadcast(error=DeploymentUnavailableError(None))
+    with pytest.raises(Unavailable):
+        await client(nobody).stats()
+    states: dict[str, dict[str, int]] = {}
+
+    async def replica_states(app: str) -> dict[str, dict[str, int]]:
+        return states
+
+    monkeypatch.setattr("deployments.engine_client.replica_states", replica_states)
+    sleepy = ServedModel("EngineReplica-x", 0, 1, 1)
+    assert (await client(nobody, sleepy).stats()).replicas == 0
+    states["EngineReplica-x"] = {"STARTING": 1}
+    with pytest.raises(Unavailable):
+        await client(nobody, sleepy).stats()

@@ -17,6 +17,7 @@ from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, 
 from slipstream.api import ApiServices, create_app
 from slipstream.testing import (
     FAKE_BASE,
+    FakeCluster,
     FakeEngine,
     ManualClock,
     MemoryBlobs,
@@ -73,6 +74,7 @@ class ApiWorld:
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     jobs: MemoryJobs = field(init=False)
     runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
+    cluster: FakeCluster = field(default_factory=FakeCluster)
     clock: ManualClock = field(default_factory=ManualClock)
     overrides: dict[str, Any] = field(default_factory=dict)
     app: FastAPI = field(init=False)
@@ -90,6 +92,7 @@ class ApiWorld:
             blobs=self.blobs,
             jobs=self.jobs,
             job_runner=self.runner,
+            cluster=self.cluster,
             admin_key_sha256=hash_key(ADMIN_KEY),
             upload_dir=self.upload_dir,
             clock=self.clock,

@@ -46,6 +46,30 @@ def test_the_caller_beats_the_variable_which_beats_the_file(tmp_path: Path, monk
     assert load_settings(port=3333).port == 3333
 
 
+def test_the_number_of_replicas_is_fixed_unless_a_most_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replicas() -> tuple[int, int, bool]:
+        (model,) = load_settings().models
+        return model.min_replicas, model.most_replicas, model.autoscales
+
+    assert replicas() == (1, 1, False)
+    monkeypatch.setenv("SLIPSTREAM_MIN_REPLICAS", "3")
+    assert replicas() == (3, 3, False)
+    monkeypatch.setenv("SLIPSTREAM_MAX_REPLICAS", "5")
+    assert replicas() == (3, 5, True)
+    monkeypatch.setenv("SLIPSTREAM_MIN_REPLICAS", "0")
+    monkeypatch.delenv("SLIPSTREAM_MAX_REPLICAS")
+    assert replicas() == (0, 1, True)
+
+
+def test_fewer_at_most_than_at_least_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_MIN_REPLICAS", "3")
+    monkeypatch.setenv("SLIPSTREAM_MAX_REPLICAS", "2")
+    with pytest.raises(
+        ConfigError, match=r"SLIPSTREAM_MAX_REPLICAS.*wrong \(got 2\): it is below min_replicas, which is 3"
+    ):
+        load_settings()
+
+
 def test_config_variable_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "elsewhere.yaml"
     other.write_text("dtype: float32\n")

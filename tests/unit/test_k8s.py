@@ -17,7 +17,7 @@ import yaml
 from pydantic.warnings import PydanticDeprecatedSince20
 from support.shared import shared_path
 
-from slipstream.config import ModelSettings
+from slipstream.config import ModelSettings, Settings
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=PydanticDeprecatedSince20)  # Ray 2.60's own models
@@ -156,29 +156,26 @@ def application() -> dict[str, Any]:
     return result
 
 
+def models() -> list[ModelSettings]:
+    return [ModelSettings.model_validate(model) for model in application()["args"]["models"]]
+
+
 def test_names_and_import_path_are_the_contracts() -> None:
     found = application()
     assert (found["name"], found["route_prefix"]) == ("slipstream", "/")
-    models = [ModelSettings.model_validate(model) for model in found["args"]["models"]]
-    names = [deployment["name"] for deployment in found["deployments"]]
-    assert names == ["Gateway", *(f"EngineReplica-{model.slug}" for model in models)]
-    assert names[1] == "EngineReplica-smollm2-135m-instruct"
+    assert [deployment["name"] for deployment in found["deployments"]] == ["Gateway"]
+    assert [model.slug for model in models()] == ["smollm2-135m-instruct"]
 
 
 def test_the_import_path_is_a_function_and_takes_these_args() -> None:
     module, _, function = application()["import_path"].partition(":")
     assert (module, function) == ("deployments.app", "build")
     tree = ast.parse((ROOT / "deployments" / "app.py").read_text())  # read, not imported: that would start torch
-    top = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    builder, args = top[function], top["AppArgs"]
-    assert isinstance(builder, ast.FunctionDef)
+    (builder,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     annotation = builder.args.args[0].annotation
     assert isinstance(annotation, ast.Name)
     assert annotation.id == "AppArgs"
-    fields = {
-        node.target.id for node in args.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-    assert set(application()["args"]) <= fields
+    assert set(application()["args"]) <= set(Settings.model_fields)
 
 
 def test_autoscaling_is_bounded_and_fits_the_cluster() -> None:
@@ -188,13 +185,15 @@ def test_autoscaling_is_bounded_and_fits_the_cluster() -> None:
         scaling = deployment["autoscaling_config"]
         assert 1 <= scaling["min_replicas"] <= scaling["max_replicas"] <= workers["maxReplicas"]
         assert deployment["num_replicas"] == "auto", "the code sets a fixed number, which this takes back"
+    for model in models():
+        assert 1 <= model.min_replicas < model.most_replicas <= workers["maxReplicas"]
 
 
 def test_draining_fits_into_the_grace_periods() -> None:
     spec = rayservice()["spec"]
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
-    for deployment in application()["deployments"]:
-        drain = deployment["graceful_shutdown_timeout_s"]
+    drains = [deployment["graceful_shutdown_timeout_s"] for deployment in application()["deployments"]]
+    for drain in [*drains, application()["args"].get("drain_s", Settings.model_fields["drain_s"].default)]:
         assert drain < workers["template"]["spec"]["terminationGracePeriodSeconds"]
         assert drain < spec["rayClusterDeletionDelaySeconds"]
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from slipstream.api import adapters, chat, completions, files, fine_tuning, keys, models, ops
+from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, keys, models, ops
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
@@ -56,7 +56,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.runtime = runtime = build_runtime(services, http_metrics)
     install_handlers(app)
     app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
-    for module in (chat, completions, models, adapters, files, fine_tuning, keys, ops):
+    for module in (chat, completions, models, adapters, files, fine_tuning, keys, cluster, ops):
         app.include_router(module.router)
     return app
 

@@ -39,7 +39,7 @@ class Caller:
     def require_admin(self) -> None:
         """Raise `Forbidden` for everybody else."""
         if not self.is_admin:
-            raise Forbidden("Only the admin key may manage keys.")
+            raise Forbidden("Only the admin key may do this.")
 
 
 async def _authenticate(

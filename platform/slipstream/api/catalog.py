@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from adapter_registry.errors import InvalidName, NotPublished
 from adapter_registry.records import AdapterVersion, PromptFormat, parse_reference
 from adapter_registry.store import Store
 from slipstream.api.recent import RecentAnswers
-from slipstream.errors import InvalidRequest, NotFound
+from slipstream.errors import InvalidRequest, NotFound, ServerError
 from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient, Speculation
+
+_SPEC_FRESH_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +68,22 @@ class Catalog:
     """The base models served here and the way from a name to an engine."""
 
     def __init__(
-        self, engines: Mapping[str, EngineClient], store: Store, names: RecentAnswers[tuple[str, str], AdapterVersion]
+        self,
+        engines: Mapping[str, EngineClient],
+        store: Store,
+        names: RecentAnswers[tuple[str, str], AdapterVersion],
+        clock: Callable[[], float],
     ) -> None:
         self._engines = engines
         self._store = store
         self._names = names
-        self._specs: dict[str, BaseModelSpec] = {}  # an engine's base never changes while it lives
+        self._clock = clock
+        self._specs: dict[str, tuple[float, BaseModelSpec]] = {}  # when it was asked for, and the answer
 
     async def bases(self) -> list[Target]:
         """Every base model."""
-        return [Target(base, engine, await self._spec(base)) for base, engine in self._engines.items()]
+        specs = await asyncio.gather(*map(self._spec, self._engines))
+        return [Target(base, self._engines[base], spec) for base, spec in zip(self._engines, specs, strict=True)]
 
     async def base(self, name: str | None) -> Target:
         """The base model called `name`, or the only one. Raises `InvalidRequest` with the choices."""
@@ -145,9 +154,20 @@ class Catalog:
         return next((base for base in self._engines if _basename(base) == model), None)
 
     async def _spec(self, base: str) -> BaseModelSpec:
-        if base not in self._specs:
-            self._specs[base] = await self._engines[base].describe()
-        return self._specs[base]
+        """Asked for now and then: a rolling update may change a base under its name. Nobody is woken for that."""
+        kept = self._specs.get(base)
+        if kept is not None and self._clock() - kept[0] < _SPEC_FRESH_S:
+            return kept[1]
+        engine = self._engines[base]
+        try:
+            asleep = kept is not None and not (await engine.stats()).replicas
+            spec = kept[1] if kept is not None and asleep else await engine.describe()
+        except ServerError:
+            if kept is None:
+                raise
+            spec = kept[1]
+        self._specs[base] = (self._clock(), spec)
+        return spec
 
 
 def _basename(model: str) -> str:

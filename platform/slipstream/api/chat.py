@@ -121,6 +121,8 @@ async def chat_completions(request: Request, body: ChatRequest, caller: CallerDe
         adapter=target.adapter,
         speculation=target.speculation(body.speculation),
         stream=bool(body.stream),
+        priority=body.priority or 0,
+        max_wait_s=body.max_wait_s,
     )
     generation = Generation(target, [wanted], runtime.services.request_timeout_s, runtime.metrics)
     await while_connected(request.receive, generation.start())

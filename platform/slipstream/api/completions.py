@@ -120,6 +120,8 @@ async def completions(request: Request, body: CompletionRequest, caller: CallerD
             adapter=target.adapter,
             speculation=target.speculation(body.speculation),
             stream=bool(body.stream),
+            priority=body.priority or 0,
+            max_wait_s=body.max_wait_s,
         )
         for number, prompt in enumerate(body.prompts)
     ]

@@ -129,6 +129,8 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None  # as vLLM's: lower ones run first
+    max_wait_s: Annotated[float, Field(gt=0, le=3600)] | None = None  # rather refused than begun later
     speculation: Annotated[
         Any,
         PlainValidator(_speculation, json_schema_input_type=Literal["auto"] | bool | Annotated[int, Field(ge=0, le=8)]),

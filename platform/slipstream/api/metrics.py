@@ -22,6 +22,9 @@ _GAUGES = (
     "accepted_tokens",
     "preemptions",
     "prefix_hit_tokens",
+    "sequences",
+    "queue_wait_s",
+    "replicas",
 )
 
 

@@ -14,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from slipstream.api.errors import KNOWN_ERRORS
 from slipstream.api.runtime import RuntimeDep
 from slipstream.api.sse import Json
-from slipstream.protocol import EngineClient
 
 router = APIRouter(tags=["Operations"])
 log = logging.getLogger("slipstream.api")
@@ -31,11 +30,12 @@ async def healthz() -> Json:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(runtime: RuntimeDep) -> Response:
-    """The registry and every engine answer; else 503 with the ones that do not."""
+    """The registry and every engine answer; else 503 with the ones that do not. A model that has scaled to zero is ready."""
     services = runtime.services
-    parts = {
+    parts: dict[str, Awaitable[object]] = {
         "registry": services.store.ping(),
-        **{base: _engine_works(engine) for base, engine in services.engines.items()},
+        # Not `describe`: a dead step loop still describes its model, and a model that sleeps would be woken.
+        **{base: engine.stats() for base, engine in services.engines.items()},
     }
     answers = await asyncio.gather(*(_answers(part, services.probe_timeout_s) for part in parts.values()))
     missing = [name for name, answer in zip(parts, answers, strict=True) if not answer]
@@ -51,11 +51,6 @@ async def metrics(runtime: RuntimeDep) -> Response:
     snapshots = await asyncio.gather(*(_probe(engine.stats(), services.probe_timeout_s) for engine in engines.values()))
     page = runtime.metrics.render(dict(zip(engines, snapshots, strict=True)))
     return Response(page, media_type=CONTENT_TYPE_LATEST)
-
-
-async def _engine_works(engine: EngineClient) -> None:
-    """A dead step loop still describes its model; only `stats` tells."""
-    await asyncio.gather(engine.describe(), engine.stats())
 
 
 async def _answers(part: Awaitable[object], timeout_s: float) -> bool:

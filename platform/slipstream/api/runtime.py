@@ -37,7 +37,7 @@ def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
     keys: RecentAnswers[str, KeyRecord] = RecentAnswers(
         fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
     )
-    return Runtime(services, metrics, Catalog(services.engines, services.store, names), keys)
+    return Runtime(services, metrics, Catalog(services.engines, services.store, names, clock), keys)
 
 
 def _runtime_of(request: Request) -> Runtime:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapter_registry.jobs import JobStore
 from adapter_registry.store import BlobStore, Store
+from slipstream.cluster.view import ClusterClient
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
 
@@ -24,6 +25,7 @@ class ApiServices:
     blobs: BlobStore
     jobs: JobStore
     job_runner: JobRunner
+    cluster: ClusterClient
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
     upload_dir: Path  # on the disk that has room for uploads; made when missing
     max_upload_bytes: int = 4096 * MIB  # the whole multipart body

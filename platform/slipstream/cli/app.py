@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, evaluate, jobs, keys, train
+from slipstream.cli import adapters, evaluate, jobs, keys, status, train
 
 app = typer.Typer(
     name="slipstream",
@@ -31,6 +31,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.command("evaluate")(evaluate.evaluate)
+app.command("status")(status.status)
 train.register(app)
 
 

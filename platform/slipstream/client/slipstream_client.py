@@ -171,6 +171,10 @@ class SlipstreamClient:
         """A new key; `secret` is in this answer only. Needs the admin key."""
         return dict((await self._send("POST", "/v1/keys", json={"tenant": tenant, "label": label})).json())
 
+    async def cluster(self) -> Json:
+        """Replicas, ranks, queues, residency and scaling decisions. Needs the admin key."""
+        return dict((await self._send("GET", "/v1/cluster")).json())
+
     async def list_keys(self, tenant: str) -> list[Json]:
         """A tenant's keys. Needs the admin key."""
         return list((await self._send("GET", "/v1/keys", params={"tenant": tenant})).json()["data"])

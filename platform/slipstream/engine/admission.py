@@ -40,6 +40,7 @@ class Admission:
         """Check and tokenise. Raises `InvalidRequest` naming the field, or `ContextOverflow`."""
         check_params(request.params, self._vocab_size)
         prompt = self._prompt_ids(request)
+        self._check_progress(request)
         room = self._max_model_len - len(prompt)
         wanted = request.params.max_tokens
         if room < 1 or (wanted is not None and wanted > room):
@@ -63,6 +64,17 @@ class Admission:
                 'speculation must be true, false, "auto" or a draft length of 0 or more.', param="speculation"
             )
         return min(speculation, self._max_draft)
+
+    def _check_progress(self, request: GenerateRequest) -> None:
+        """A gateway's own words: wrong ones are a bug, which must not reach the step."""
+        if request.progress and len(request.progress) != request.params.n:
+            raise InvalidRequest("progress has to name every choice.", param="progress")
+        limit = request.params.max_tokens
+        for choice in request.progress:
+            if any(not 0 <= token < self._vocab_size for token in choice.token_ids):
+                raise InvalidRequest("progress holds a token outside the vocabulary.", param="progress")
+            if not choice.finished and limit is not None and len(choice.token_ids) >= limit:
+                raise InvalidRequest("progress is over max_tokens.", param="progress")
 
     def _prompt_ids(self, request: GenerateRequest) -> list[int]:
         if request.token_ids is not None:

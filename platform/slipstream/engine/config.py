@@ -41,6 +41,7 @@ class EngineConfig:
     max_batched_tokens: int = 512  # one budget for decodes, drafts and prefill chunks of a step
     max_num_seqs: int = 64  # sequences with KV at a time
     max_waiting: int = 256  # sequences queued before new ones get Overloaded
+    max_queue_wait_s: float = 60.0  # sequences that would wait longer get Overloaded, too
     kv_cache_bytes: int = 1 << 30
     block_size: int = 16  # tokens a block
     prefix_caching: bool = True
@@ -60,6 +61,8 @@ class EngineConfig:
             raise ConfigError(f"long_prompt_stretch is {self.long_prompt_stretch}; it must be over 1 and finite.")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize is {self.quantize!r}; use int8 or int4, or leave it out.")
+        if self.max_queue_wait_s <= 0:
+            raise ConfigError(f"max_queue_wait_s is {self.max_queue_wait_s}; it must be over 0.")
         for name in ("max_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "adapter_slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")

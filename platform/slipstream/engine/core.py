@@ -11,9 +11,10 @@ from typing import Generic, Protocol, TypeVar
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.plan import Emission, StepPlan, StepResult
-from slipstream.engine.residency import ResidencyManager
+from slipstream.engine.residency import Residency, ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
+from slipstream.engine.waiting import StartRate
 from slipstream.protocol import EngineStats
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class StepOutcome:
     emissions: list[Emission] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)  # digests to download now
     failed: dict[str, list[int]] = field(default_factory=dict)  # digests that no slot could take → sequences dropped
+    overdue: list[int] = field(default_factory=list)  # sequences dropped because they waited too long
     ran: bool = False
 
 
@@ -76,7 +78,7 @@ class EngineCore(Generic[P]):
         runner: Runner[P],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`clock` gives seconds; only how long steps take is read from it."""
+        """`clock` gives seconds: how long steps take and requests wait is read from it."""
         self.scheduler = scheduler
         self.residency = residency
         self.runner = runner
@@ -84,6 +86,8 @@ class EngineCore(Generic[P]):
         self.sequences: dict[int, Sequence] = {}
         self._on_host: dict[str, P] = {}
         self._steps = 0
+        self._starts = StartRate()
+        self._requests = 0
         self._totals = [0, 0, 0, 0]  # prompt, completion, drafted, accepted tokens of finished sequences
 
     @property
@@ -94,6 +98,7 @@ class EngineCore(Generic[P]):
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self.sequences[seq.seq_id] = seq
+        self._requests += 1
         self.scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -127,6 +132,7 @@ class EngineCore(Generic[P]):
     def step(self) -> StepOutcome:
         """Move adapters, then: schedule → run → commit."""
         outcome = StepOutcome()
+        self._drop_overdue(outcome)
         self._move_adapters(outcome)
         plan = self.scheduler.schedule()
         if plan.sequences:
@@ -139,7 +145,13 @@ class EngineCore(Generic[P]):
         for emission in outcome.emissions:
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
+        self._starts.observe(self._clock(), self.scheduler.num_waiting, self.scheduler.counters.started)
         return outcome
+
+    def _drop_overdue(self, outcome: StepOutcome) -> None:
+        outcome.overdue = [seq.seq_id for seq in self.scheduler.overdue(self._clock())]
+        for seq_id in outcome.overdue:
+            self.abort(seq_id)
 
     def _move_adapters(self, outcome: StepOutcome) -> None:
         plan = self.residency.plan(self.scheduler.waiting_adapters())
@@ -175,6 +187,14 @@ class EngineCore(Generic[P]):
             preemptions=self.scheduler.counters.preemptions,
             prefix_hit_tokens=self.scheduler.counters.prefix_hit_tokens,
             adapters=self.residency.snapshot(),
+            sequences=self._requests,
+            queue_wait_s=self.scheduler.longest_wait_s(self._clock()),
+            starts_per_s=self._starts.per_s,
+            adapter_slots=self.residency.num_slots,
+            slots_free=self.residency.num_free_slots,
+            adapters_wanted=sum(
+                self.residency.state(digest) is not Residency.ON_DEVICE for digest in self.scheduler.waiting_adapters()
+            ),
         )
 
     def check_integrity(self) -> None:

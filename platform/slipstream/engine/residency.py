@@ -97,6 +97,11 @@ class ResidencyManager:
         """digest → state, for /metrics and routing."""
         return {digest: e.state.value for digest, e in self._entries.items() if e.state is not Residency.ABSENT}
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that no running sequence holds: empty ones, and those whose adapter is idle."""
+        return self.num_slots - sum(entry.pins > 0 for entry in self._entries.values())
+
     def plan(self, wanted: Iterable[str]) -> ResidencyPlan:
         """One tick: serve the digests that waiting sequences want, oldest first. States move as if the plan were done."""
         self._tick += 1

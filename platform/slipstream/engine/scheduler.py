@@ -1,13 +1,13 @@
 """The scheduler: one token budget a step, no prefill or decode phases (methods.md section 6). Pure Python.
 
 Every sequence has some tokens known and some of them computed; a step computes more. Decodes (one token missing) come
-first with their drafts, then prefill chunks of running sequences, then new ones in arrival order. When blocks run out the
-newest running sequence is preempted: its blocks go, and it recomputes later, with the same sampling noise.
+first with their drafts, then prefill chunks of running sequences, then new ones by priority and arrival. When blocks run out
+the running sequence whose turn came last is preempted: its blocks go, and it recomputes later, with the same sampling noise.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -48,6 +48,7 @@ class SchedulerCounters:
 
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    started: int = 0  # sequences that got blocks for the first time
 
 
 class Scheduler:
@@ -63,7 +64,7 @@ class Scheduler:
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # by turn
         self._running: list[Sequence] = []  # in order of admission
         self._leases: dict[int, AdapterLease | None] = {}  # seq_id -> lease of a running sequence
         self._by_id: dict[int, Sequence] = {}
@@ -93,7 +94,7 @@ class Scheduler:
         """Queue a sequence. The caller has checked `fits`."""
         assert self.fits(seq.max_total), "sequence can never run"
         self._by_id[seq.seq_id] = seq
-        self._waiting.append(seq)
+        insort(self._waiting, seq, key=_turn)
 
     def abort(self, seq_id: int) -> None:
         """Drop a sequence, whatever its state; its blocks are free at once. Unknown ids are finished ones: no error."""
@@ -102,8 +103,17 @@ class Scheduler:
             self._finish(seq, FinishReason.ABORTED)
 
     def waiting_adapters(self) -> Iterable[str]:
-        """Digests the queue wants, in arrival order, each once."""
+        """Digests the queue wants, in its order, each once."""
         return dict.fromkeys(s.adapter for s in self._waiting if s.adapter is not None)
+
+    def longest_wait_s(self, now: float) -> float:
+        """Of the sequences that wait."""
+        return max((now - s.arrived for s in self._waiting), default=0.0)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Waiting sequences that should have started by now. One that has begun to answer is let finish."""
+        late = [s for s in self._waiting if s.start_by is not None and s.start_by <= now]
+        return [s for s in late if not s.num_answer and not s.preemptions]
 
     def sequences_of(self, digest: str) -> list[Sequence]:
         """Waiting sequences of an adapter (to fail them when it cannot be loaded)."""
@@ -259,7 +269,7 @@ class Scheduler:
             if blocks is not None:
                 seq.blocks.extend(blocks)
                 return True
-            victim = next(s for s in reversed(self._running) if s.seq_id not in planned)
+            victim = max((s for s in self._running if s.seq_id not in planned), key=_turn)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -273,7 +283,7 @@ class Scheduler:
         seq.preemptions += 1
         seq.state = SequenceState.WAITING
         self.counters.preemptions += 1
-        self._waiting.appendleft(seq)
+        insort(self._waiting, seq, key=_turn)
 
     def _admit(self, budget: int, planned: dict[int, PlannedSequence]) -> None:
         """Start waiting sequences in order. One whose adapter is not here is passed over; one that lacks blocks is not,
@@ -300,8 +310,9 @@ class Scheduler:
         for want of blocks, or 0: a long prompt for which others leave no room in this step, and which nobody waits behind."""
         cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
-        # Not a preempted one, whose client is in the middle of its answer.
-        seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not seq.preemptions
+        # Not one whose client is in the middle of its answer: preempted, or begun on a replica that went away.
+        begun = seq.preemptions or seq.num_answer
+        seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not begun
         size = self._chunk(seq, len(seq.tokens) - known, budget)
         rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else []
         if not size or rest is None:
@@ -312,7 +323,8 @@ class Scheduler:
         seq.num_computed = known
         seq.num_published = len(cached)
         if seq.preemptions == 0:
-            seq.cached_prompt = known
+            self.counters.started += 1
+            seq.cached_prompt = min(known, seq.prompt_len)
             self.counters.prefix_hit_tokens += known
         seq.state = SequenceState.RUNNING
         self._waiting.remove(seq)
@@ -425,3 +437,7 @@ class Scheduler:
         for s in self._waiting:
             assert s.state is SequenceState.WAITING
             assert not s.blocks
+
+
+def _turn(seq: Sequence) -> tuple[int, int]:
+    return seq.turn

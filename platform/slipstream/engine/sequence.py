@@ -31,6 +31,9 @@ class Sequence:
     adapter: str | None = None  # digest
     draft_cap: int = 0  # most drafts a step, from the request; the adapter's streams cap it further
     on_token: Callable[[int], bool] | None = None  # told each answer token in order; True = a stop string is complete
+    priority: int = 0  # lower ones start first
+    arrived: float = 0.0  # in the engine clock's seconds, like the next
+    start_by: float | None = None  # dropped if it has not started by then
 
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
@@ -48,6 +51,11 @@ class Sequence:
     paced: bool = (
         False  # its prompt takes several steps anyway, and may take more and shorter ones for the others' sake
     )
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Its place among those that wait: by priority, then by arrival, which ids count."""
+        return self.priority, self.seq_id
 
     @property
     def num_answer(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import tempfile
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +33,7 @@ from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.text import ChoiceText, token_bytes
+from slipstream.engine.waiting import predicted_wait_s
 from slipstream.errors import (
     AdapterUnavailable,
     EngineFailed,
@@ -41,6 +44,7 @@ from slipstream.errors import (
 from slipstream.protocol import (
     AdapterRef,
     BaseModelSpec,
+    ChoiceProgress,
     EngineStats,
     GenerateEvent,
     GenerateRequest,
@@ -51,8 +55,10 @@ from slipstream.protocol import (
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_LONGEST_RETRY_S = 60
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
 _NO_ROOM = "This replica has no room for the adapter on its device now. Try again; if it stays, tell the operator."
+_LATE = "This replica is too busy to begin the request within {:g} seconds. Try again later."
 _BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
 
@@ -81,18 +87,26 @@ class _Call:
     queue: asyncio.Queue[list[GenerateEvent] | SlipstreamError]
     choices: list[_Choice]
     adapter: AdapterRef | None
+    allowed_wait_s: float
 
 
 class EngineService:
     """One engine on one event loop. `start` before use, `close` after."""
 
-    def __init__(self, config: EngineConfig, source: AdapterSource, lead: Lead | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        source: AdapterSource,
+        lead: Lead | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """`lead`: for an engine of several ranks, of which this is the first."""
         self.config = config
+        self._clock = clock
         self._lead = lead
         self._source = source
         self._ids = itertools.count(1)
-        self._open = 0  # choices not finished
+        self._open = Counter[int]()  # choices not finished, by priority
         self._choices: dict[int, _Choice] = {}  # step thread's
         self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False  # no more commands are taken
@@ -142,7 +156,7 @@ class EngineService:
         if built.costs is not None:
             scheduler.drafts = GoodputDrafts(built.costs)
         self._runner = runner
-        self._core = EngineCore(scheduler, residency, runner)
+        self._core = EngineCore(scheduler, residency, runner, self._clock)
         self._admission = Admission(self._tokenizer, self._spec.vocab_size, self._spec.context_length, config.max_draft)
         self._stats = self._core.stats()
 
@@ -166,15 +180,11 @@ class EngineService:
         """See `EngineClient.generate`."""
         self.check_health()
         admitted = await self._admit(request)
-        limit = self.config.max_num_seqs + self.config.max_waiting
-        if len(admitted.choices) > limit:
-            raise InvalidRequest(f"This replica takes {limit} sequences at most; n is over that.", param="n")
-        if self._open + len(admitted.choices) > limit:
-            raise Overloaded(f"{self._open} sequences are queued or running, which is this replica's limit. Try again.")
         call = self._make_call(request, admitted)
-        self._post(lambda: self._submit(call))
         unfinished = len(call.choices)
-        self._open += unfinished
+        self._check_load(request, unfinished)
+        self._post(lambda: self._submit(call))
+        self._open[request.priority] += unfinished
         try:
             while unfinished:
                 item = await call.queue.get()
@@ -182,13 +192,36 @@ class EngineService:
                     raise item
                 done = sum(event.finish_reason is not None for event in item)
                 unfinished -= done
-                self._open -= done
+                self._open[request.priority] -= done
                 yield item
         finally:
             if unfinished:
-                self._open -= unfinished
+                self._open[request.priority] -= unfinished
                 with suppress(EngineFailed):
                     self._post(lambda: self._cancel(call))
+            self._open += Counter()  # forgets priorities that nobody has any more
+
+    def _check_load(self, request: GenerateRequest, count: int) -> None:
+        """Refuse at once what would wait too long. A request that another replica has begun is let in."""
+        limit = self.config.max_num_seqs + self.config.max_waiting
+        if count > limit:
+            raise InvalidRequest(f"This replica takes {limit} sequences at most; n is over that.", param="n")
+        if request.progress:
+            return
+        total = self._open.total()
+        ahead = sum(number for priority, number in self._open.items() if priority <= request.priority)
+        expected_s = predicted_wait_s(ahead + count - self._stats.running, self._stats.starts_per_s)
+        allowed_s = self._allowed_wait_s(request)
+        retry_s = min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s - allowed_s)))
+        if total + count > limit:
+            message = f"{total} sequences are queued or running, which is this replica's limit. Try again."
+            raise Overloaded(message, retry_after_s=retry_s)
+        if expected_s > allowed_s:
+            raise Overloaded(_LATE.format(allowed_s), retry_after_s=retry_s)
+
+    def _allowed_wait_s(self, request: GenerateRequest) -> float:
+        most = self.config.max_queue_wait_s
+        return most if request.max_wait_s is None else min(most, request.max_wait_s)
 
     async def _admit(self, request: GenerateRequest) -> Admitted:
         """Tokenising a long prompt takes a while: not on the loop that carries everybody's streams."""
@@ -198,20 +231,33 @@ class EngineService:
         return await asyncio.to_thread(self._admission.admit, request)
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        call = _Call(asyncio.Queue(), [], request.adapter)
+        call = _Call(asyncio.Queue(), [], request.adapter, self._allowed_wait_s(request))
+        now = self._clock()
         for index, params in enumerate(admitted.choices):
+            done = request.progress[index] if request.progress else ChoiceProgress()
+            if done.finished:
+                continue
             text = ChoiceText(self._tokenizer, admitted.prompt, params)
+            for token in done.token_ids:
+                text.push(token)
+            text.take(finished=False)  # the caller has it
             seq = Sequence(
                 seq_id=next(self._ids),
                 tenant=request.tenant,
                 params=params,
-                tokens=list(admitted.prompt),
+                tokens=[*admitted.prompt, *done.token_ids],
                 prompt_len=len(admitted.prompt),
                 max_total=admitted.max_total,
                 eos_ids=self._eos,
                 adapter=request.adapter.digest if request.adapter else None,
                 draft_cap=admitted.draft_cap,
                 on_token=text.push,
+                priority=request.priority,
+                arrived=now,
+                start_by=None if request.progress else now + call.allowed_wait_s,
+                decode_steps=done.decode_steps,
+                drafted=len(done.token_ids) - done.decode_steps,
+                accepted=len(done.token_ids) - done.decode_steps,
             )
             call.choices.append(_Choice(index, seq, text, call))
         return call
@@ -272,6 +318,10 @@ class EngineService:
     def _deliver(self, outcome: StepOutcome) -> None:
         for seq_ids in outcome.failed.values():
             self._fail([self._choices.pop(seq_id) for seq_id in seq_ids], _NO_ROOM)
+        for seq_id in outcome.overdue:
+            call = self._choices.pop(seq_id).call
+            error = Overloaded(_LATE.format(call.allowed_wait_s))
+            self._loop.call_soon_threadsafe(call.queue.put_nowait, error)
         for digest in outcome.fetch:
             waiting = self._choices[self._core.scheduler.sequences_of(digest)[0].seq_id]
             ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same

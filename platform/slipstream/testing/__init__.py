@@ -1,5 +1,6 @@
 """Public fakes of the platform's seams; each passes the contract tests of its real twin."""
 
+from slipstream.testing.fake_cluster import FakeCluster
 from slipstream.testing.fake_engine import FAKE_BASE, FakeAnswer, FakeEngine
 from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
@@ -10,6 +11,7 @@ from slipstream.testing.scripted_jobs import ScriptedJobRunner
 __all__ = [
     "FAKE_BASE",
     "FakeAnswer",
+    "FakeCluster",
     "FakeEngine",
     "ManualClock",
     "MemoryBlobs",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from slipstream.errors import ContextOverflow, InvalidRequest, Overloaded, SlipstreamError
 from slipstream.protocol import (
     BaseModelSpec,
+    ChoiceProgress,
     EngineClient,
     EngineStats,
     FinishReason,
@@ -99,6 +100,7 @@ class FakeEngine(EngineClient):
         choices = [
             _Choice(index, self._next_answer(request, index), request, prompt_tokens, self.spec)
             for index in range(request.params.n)
+            if not (request.progress and request.progress[index].finished)
         ]
         self.running.add(request.request_id)
         self._open += request.params.n
@@ -157,7 +159,10 @@ class _Choice:
         room = spec.context_length - prompt_tokens
         self._limit = min(room, self._params.max_tokens or room)
         self._vocab_size = spec.vocab_size
-        self._usage = Usage(prompt_tokens, 0, 0, 0, 0, cached_prompt_tokens=prompt_tokens if index else 0)
+        done = request.progress[index] if request.progress else ChoiceProgress()
+        tokens, drafts = len(done.token_ids), len(done.token_ids) - done.decode_steps
+        cached = prompt_tokens if index else 0
+        self._usage = Usage(prompt_tokens, tokens, done.decode_steps, drafts, drafts, cached_prompt_tokens=cached)
         self.done = False
 
     def step(self) -> GenerateEvent:

@@ -1,4 +1,4 @@
-"""The near end of `vllm_peer.py`: one vLLM in a process of its own, asked for one run at a time."""
+"""The near ends of `vllm_peer.py` and `llama_peer.py`: a peer in a process of its own, asked for one run at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.peers.install import DEFAULT
-
-SCRIPT = Path(__file__).with_name("vllm_peer.py")
+from benchmarks.peers.install import LLAMA, VLLM, default_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +23,14 @@ class PeerRun:
     answers: list[list[int]]
 
 
-class Vllm:
-    """vLLM with a base model and perhaps adapters (name → PEFT folder)."""
+class Peer:
+    """A process that answers runs."""
 
-    def __init__(
-        self,
-        model: Path,
-        dtype: str,
-        adapters: Mapping[str, Path] | None = None,
-        *,
-        ngram: bool = False,
-        threads: int = 2,
-    ) -> None:
+    def __init__(self, python: Path, script: str, spec: Mapping[str, Any], threads: int) -> None:
         """Starts it and waits until it is ready. Raises `RuntimeError` when it does not come up."""
-        spec = {"model": str(model), "dtype": dtype, "ngram": ngram}
-        spec["adapters"] = {name: str(path) for name, path in (adapters or {}).items()}
+        self._script = script
         self._process = subprocess.Popen(
-            [DEFAULT / "bin" / "python", SCRIPT, json.dumps(spec)],
+            [python, Path(__file__).with_name(script), json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -63,11 +52,11 @@ class Vllm:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"vLLM ended with {self._process.wait()}; is it set up (make bench-peers)?")
+            raise RuntimeError(f"{self._script} ended with {self._process.wait()}; is it set up (make bench-peers)?")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def __enter__(self) -> Vllm:
+    def __enter__(self) -> Peer:
         """Itself."""
         return self
 
@@ -77,3 +66,18 @@ class Vllm:
         """End the process."""
         self._process.terminate()
         self._process.wait()
+
+
+def vllm(
+    model: Path, dtype: str, adapters: Mapping[str, Path] | None = None, *, ngram: bool = False, threads: int = 2
+) -> Peer:
+    """vLLM with a base model and perhaps adapters (name → PEFT folder)."""
+    spec = {"model": str(model), "dtype": dtype, "ngram": ngram}
+    return Peer(
+        VLLM.python, "vllm_peer.py", {**spec, "adapters": {n: str(p) for n, p in (adapters or {}).items()}}, threads
+    )
+
+
+def llama(threads: int = 2) -> Peer:
+    """llama.cpp with the default base model as it comes: 4 bits a weight."""
+    return Peer(LLAMA.python, "llama_peer.py", {"model": str(default_gguf()), "threads": threads}, threads)

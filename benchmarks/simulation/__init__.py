@@ -1,0 +1,1 @@
+"""A cluster of thousands of replicas in one process: the real routing and scaling policies, everything else made simple."""

@@ -1,0 +1,162 @@
+"""The platform on a Ray cluster of three nodes, whose parts die under load: every request of the openai client is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from support.load import UNHARMED, Load, questions
+from support.ray_cluster import ADMIN_KEY, Platform, kill, platform
+from support.tiny_model import save_tiny_model
+from typer.testing import CliRunner
+
+from slipstream.cli.app import app
+
+pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(600)]
+WIDE, SPLIT = "wide", "split"  # two base models: one with two replicas, one whose replica is two ranks
+
+
+@pytest.fixture(scope="module")
+def world(request: pytest.FixtureRequest) -> Iterator[Platform]:
+    """Two base models, with adapters, on two worker nodes; two gateways on the head."""
+    with platform() as found:
+        found.run(found.settings(models=models(found), gateway_replicas=2, gateway_cpus=1.5, drain_s=20))
+        for name, hidden in ((WIDE, 32), (SPLIT, 64)):
+            model = save_tiny_model(found.folder / f"same-{name}", hidden=hidden)
+            found.publish(name, model)
+        yield found
+
+
+def models(world: Platform, **wide: object) -> list[dict[str, object]]:
+    split = world.model(SPLIT, 64, tensor_parallel_size=2, engine_cpus=0.5)
+    return [world.model(WIDE, 32, **{"min_replicas": 2, "engine_cpus": 1.0, **wide}), split]
+
+
+@pytest_asyncio.fixture
+async def load(world: Platform) -> AsyncIterator[Load]:
+    """Questions to both bases and all adapters, with the answers of an undisturbed cluster."""
+    async with world.client() as client:
+        found = Load(client, questions([WIDE, SPLIT, *world.adapters]))
+        await found.learn()
+        yield found
+
+
+def test_both_base_models_are_listed_and_shown(world: Platform) -> None:
+    listed = {model["id"] for model in world.admin("/v1/models", tenant="acme")["data"]}
+    assert {WIDE, SPLIT, *world.adapters} <= listed
+    assert len(world.replicas(WIDE)) == 2
+    (split,) = world.replicas(SPLIT)
+    assert [rank["rank"] for rank in split["ranks"]] == [0, 1]
+    assert len({rank["pid"] for rank in split["ranks"]}) == 2
+
+
+async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
+    async with load.going():
+        await load.grows(20)
+        for replica in world.replicas(WIDE):
+            kill(replica["ranks"][0]["pid"])
+            await load.grows(30, 120)
+    assert load.verdict() == UNHARMED
+    world.wait_for(WIDE, 2)
+
+
+async def test_a_rank_dies_and_its_group_with_it(world: Platform, load: Load) -> None:
+    (before,) = world.replicas(SPLIT)
+    async with load.going():
+        await load.grows(20)
+        kill(before["ranks"][1]["pid"])
+        await load.grows(60, 120)
+    assert load.verdict() == UNHARMED
+    world.wait_for(SPLIT, 1)
+    (after,) = world.replicas(SPLIT)
+    assert not {rank["pid"] for rank in before["ranks"]} & {rank["pid"] for rank in after["ranks"]}
+
+
+async def test_serves_controller_dies(world: Platform, load: Load) -> None:
+    async with load.going():
+        await load.grows(20)
+        (controller,) = world.actor_pids("ServeController")
+        kill(controller)
+        await load.grows(60)
+    assert load.verdict() == UNHARMED
+    world.wait_for(WIDE, 2)
+
+
+async def test_redis_goes_away_and_comes_back(world: Platform, load: Load) -> None:
+    async with load.going():
+        await load.grows(40)
+        world.redis.stop(kill=True)
+        await load.grows(60)
+        world.redis.start()
+        await load.grows(40)
+    assert load.verdict() == UNHARMED
+
+
+async def test_rays_control_store_dies_and_comes_back(world: Platform, load: Load) -> None:
+    async with load.going():
+        await load.grows(20)
+        await asyncio.to_thread(world.kill_gcs, 4.0)
+        await load.grows(60, 120)
+    assert load.verdict() == UNHARMED
+
+
+async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
+    async with load.going():
+        await load.grows(20)
+        await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
+        await load.grows(60, 120)
+        node = {
+            "num_cpus": 2,
+            "object_store_memory": 80 << 20,
+            "node_ip_address": "127.0.0.1",
+            "include_dashboard": False,
+        }
+        world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **node))
+        await load.grows(20, 120)
+    assert load.verdict() == UNHARMED
+    world.wait_for(WIDE, 2)
+    world.wait_for(SPLIT, 1)
+
+
+async def test_a_rolling_update_and_a_scale_down_lose_nothing(world: Platform, load: Load) -> None:
+    """New code or settings replace every replica of a model; then one of two is told to stop."""
+    pids = {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
+    async with load.going():
+        await load.grows(20)
+        updated = world.settings(
+            models=models(world, max_waiting=100), gateway_replicas=2, gateway_cpus=1.5, drain_s=20
+        )
+        await asyncio.to_thread(world.run, updated)
+        await asyncio.to_thread(world.wait_for, WIDE, 2)
+        await load.grows(20, 120)
+        fewer = world.settings(
+            models=models(world, max_waiting=100, min_replicas=1), gateway_replicas=2, gateway_cpus=1.5, drain_s=20
+        )
+        await asyncio.to_thread(world.run, fewer)
+        await asyncio.to_thread(world.wait_for, WIDE, 1)
+        await load.grows(20, 120)
+    assert load.verdict() == UNHARMED
+    assert not pids & {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
+
+
+async def test_a_gateway_dies(world: Platform, load: Load) -> None:
+    """Its requests are the client's to send again; a stream ends with a broken connection, and never with a wrong text."""
+    async with world.client(retries=4) as patient:
+        load.client = patient
+        async with load.going():
+            await load.grows(20)
+            for pid in world.actor_pids("ServeReplica:slipstream:Gateway")[:1]:
+                kill(pid)
+            await load.grows(60, 120)
+    assert (load.lost, load.wrong) == ([], [])
+    assert load.broken <= 8, "only what that gateway had open"
+
+
+def test_the_status_command_shows_it(world: Platform) -> None:
+    done = CliRunner().invoke(app, ["status", "--url", world.url, "--api-key", ADMIN_KEY], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert f"{SPLIT}: 1 running (of 1, 2 ranks each)" in done.output
+    for rank in world.replicas(SPLIT)[0]["ranks"]:
+        assert str(rank["pid"]) in done.output

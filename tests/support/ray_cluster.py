@@ -1,0 +1,206 @@
+"""The platform on a Ray cluster of several nodes on this machine, with tiny models in float32; each part can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import ray
+from pydantic import SecretStr
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+from ray.util.state import list_actors
+from support.adapters import random_peft_adapter, random_streams, write_own_streams
+from support.api_app import form_files
+from support.processes import eventually, free_port
+from support.redis_server import RedisServer, running_redis
+from support.tiny_model import save_tiny_model
+
+from deployments.app import build_application
+from deployments.gateway import APP_NAME
+from slipstream.config import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+ADMIN_KEY = "an-admin-key-of-a-test"
+ADAPTERS = 3
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Timings of Ray's own that only make tests slow; and its store in a Redis that outlives it.
+_FAST = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
+    "RAY_external_storage_namespace": "slipstream-test",
+}
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Variables for the processes that start meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass
+class Platform:
+    """A running one. `folder` holds everything; `redis` is the registry's."""
+
+    cluster: Any
+    folder: Path
+    redis: RedisServer
+    port: int
+    keys: dict[str, str] = field(default_factory=dict)
+    adapters: list[str] = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def settings(self, **more: Any) -> Settings:
+        return load_settings(
+            home=self.folder / "home",
+            redis_url=SecretStr(self.redis.url),
+            admin_key=SecretStr(ADMIN_KEY),
+            **more,
+        )
+
+    def model(self, name: str, hidden: int, **more: Any) -> dict[str, Any]:
+        """Settings of a tiny model, which is made."""
+        path = self.folder / f"model-{name}"
+        if not path.exists():
+            save_tiny_model(path, hidden=hidden)
+        own = {"id": name, "base_model": str(path), "dtype": "float32", "device": "cpu", "engine_cpus": 0.25}
+        return {**own, "engine_threads": 1, "kv_cache_bytes": 4 << 20, "max_num_seqs": 16, **more}
+
+    def run(self, settings: Settings) -> None:
+        """Deploy and wait until it answers; again = a rolling update."""
+        serve.run(build_application(settings), name=APP_NAME, route_prefix="/", blocking=False)
+        assert eventually(self.ready, 120), serve.status()
+
+    def ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    def admin(self, path: str, method: str = "GET", tenant: str | None = None, **more: Any) -> Any:
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"} | ({"X-Slipstream-Tenant": tenant} if tenant else {})
+        answer = httpx.request(method, self.url + path, headers=headers, timeout=30, trust_env=False, **more)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    def publish(self, base: str, model: Any) -> None:
+        """Some Turbo LoRAs for a base."""
+        for i in range(ADAPTERS):
+            folder = self.folder / f"adapter-{base}-{i}"
+            random_peft_adapter(model, folder, seed=i, r=4, target_modules=ALL_LINEAR)
+            write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=i))
+            name = f"{base}-{i}"
+            form = {"name": name, "base": base}
+            self.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))
+            self.adapters.append(name)
+
+    def key(self, tenant: str = "acme") -> str:
+        if tenant not in self.keys:
+            self.keys[tenant] = self.admin("/v1/keys", "POST", json={"tenant": tenant, "label": ""})["secret"]
+        return self.keys[tenant]
+
+    def client(self, retries: int = 0) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key(), max_retries=retries, timeout=120)
+
+    # -- what runs ------------------------------------------------------------------------------------------------
+
+    def view(self, model: str) -> Mapping[str, Any]:
+        """`/v1/cluster`'s entry of a model."""
+        found: Mapping[str, Any] = next(m for m in self.admin("/v1/cluster")["models"] if m["model"] == model)
+        return found
+
+    def replicas(self, model: str) -> Sequence[Mapping[str, Any]]:
+        replicas: Sequence[Mapping[str, Any]] = self.view(model)["replicas"]
+        return replicas
+
+    def wait_for(self, model: str, count: int, timeout_s: float = 90) -> None:
+        """Until so many replicas answer and none comes or goes."""
+
+        def there() -> bool:
+            with contextlib.suppress(AssertionError, httpx.HTTPError):
+                found = self.view(model)
+                return len(found["replicas"]) == count and found["states"] == ({"RUNNING": count} if count else {})
+            return False
+
+        assert eventually(there, timeout_s), serve.status()
+
+    @staticmethod
+    def actor_pids(name: str) -> list[int]:
+        """Processes of Serve's actors whose class or name contains `name`."""
+        actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+        return [a.pid for a in actors if name in (a.name or "") or name in a.class_name]
+
+    # -- faults ---------------------------------------------------------------------------------------------------
+
+    def kill_gcs(self, away_s: float) -> None:
+        """Ray's control store dies, and comes back with what its Redis kept."""
+        head = self.cluster.head_node
+        head.kill_gcs_server()
+        time.sleep(away_s)
+        head._gcs_address = head._gcs_client = None
+        head.start_gcs_server()
+
+
+def kill(pid: int) -> None:
+    """At once, by its own pid."""
+    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def platform(worker_cpus: Sequence[float] = (2, 2), head_cpus: float = 4) -> Iterator[Platform]:
+    """Nodes, Serve and a registry; nothing deployed yet."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slip-")))
+        registry = stack.enter_context(running_redis())
+        gcs = stack.enter_context(running_redis())
+        paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+        kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs.port}", "RAY_REDIS_PASSWORD": gcs.password, "PYTHONPATH": paths}
+        stack.enter_context(environment(**kept, **_FAST))
+        common = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": head_cpus,
+                "gcs_server_port": free_port(),
+                "redis_password": gcs.password,
+                **common,
+            },
+        )
+        stack.callback(cluster.shutdown)
+        nodes = [cluster.add_node(num_cpus=cpus, **common) for cpus in worker_cpus]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        stack.callback(ray.shutdown)
+        port = free_port()
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host="127.0.0.1", port=port),
+            logging_config=LoggingConfig(logs_dir=str(folder / "logs"), enable_access_log=False, log_level="WARNING"),
+        )
+        stack.callback(serve.shutdown)
+        yield Platform(cluster, folder, registry, port, nodes=nodes)

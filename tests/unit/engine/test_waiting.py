@@ -1,0 +1,95 @@
+"""Waits: how they are predicted, who goes first, and who is told that it would take too long."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.engine.blocks import BlockPool
+from slipstream.engine.residency import ResidencyManager
+from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.sequence import Sequence
+from slipstream.engine.waiting import StartRate, predicted_wait_s
+from slipstream.protocol import SamplingParams
+
+
+def test_without_a_queue_nothing_is_known() -> None:
+    rate = StartRate()
+    rate.observe(0.0, waiting=0, started=0)
+    rate.observe(5.0, waiting=0, started=50)
+    assert rate.per_s is None
+    assert predicted_wait_s(10, rate.per_s) == 0.0
+
+
+def test_starts_are_counted_while_others_wait() -> None:
+    rate = StartRate()
+    rate.observe(0.0, waiting=3, started=100)
+    rate.observe(0.5, waiting=3, started=101)
+    assert rate.per_s is None, "too short to mean anything"
+    rate.observe(2.0, waiting=3, started=104)
+    assert rate.per_s == pytest.approx(2.0)
+    assert predicted_wait_s(10, rate.per_s) == pytest.approx(5.0)
+    rate.observe(3.0, waiting=0, started=110)
+    assert rate.per_s is None, "the queue is gone, and what was known of it"
+
+
+def test_the_window_forgets() -> None:
+    rate = StartRate()
+    for second in range(60):
+        rate.observe(float(second), waiting=1, started=second if second < 30 else 30 + 5 * (second - 30))
+    assert rate.per_s == pytest.approx(5.0)
+
+
+def test_a_queue_that_stands_still_is_a_long_wait_and_not_an_endless_one() -> None:
+    assert predicted_wait_s(3, 0.0) == pytest.approx(30.0)
+    assert predicted_wait_s(0, 0.0) == 0.0
+
+
+def sequence(seq_id: int, priority: int = 0, start_by: float | None = None, tokens: int = 3) -> Sequence:
+    params = SamplingParams(temperature=0.0)
+    return Sequence(
+        seq_id, "t", params, [5] * tokens, tokens, tokens + 8, frozenset(), priority=priority, start_by=start_by
+    )
+
+
+def scheduler(max_num_seqs: int = 1) -> Scheduler:
+    return Scheduler(BlockPool(64, 4), ResidencyManager(1, 1 << 20), max_batched_tokens=64, max_num_seqs=max_num_seqs)
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=12))
+def test_lower_priorities_start_first_and_equals_in_order(priorities: list[int]) -> None:
+    own = scheduler()
+    for seq_id, priority in enumerate(priorities):
+        own.add(sequence(seq_id, priority))
+    order = []
+    while own.has_work:
+        (part,) = own.schedule().sequences
+        order.append(part.seq_id)
+        own.abort(part.seq_id)
+    assert order == sorted(range(len(priorities)), key=lambda seq_id: (priorities[seq_id], seq_id))
+
+
+def test_who_waits_past_its_time_is_overdue_and_who_has_begun_is_not() -> None:
+    own = scheduler()
+    begun, late, patient = sequence(1, start_by=1.0), sequence(2, start_by=5.0), sequence(3)
+    for seq in (begun, late, patient):
+        own.add(seq)
+    own.schedule()
+    assert own.overdue(4.0) == []
+    assert own.overdue(5.0) == [late]
+    preempted = sequence(4, start_by=1.0)
+    preempted.preemptions = 1
+    own.add(preempted)
+    assert own.overdue(9.0) == [late], "its client is in the middle of an answer"
+
+
+def test_the_longest_wait_is_the_oldest_ones() -> None:
+    own = scheduler()
+    for seq_id, arrived in ((1, 0.0), (2, 3.0), (3, 7.0)):
+        seq = sequence(seq_id)
+        seq.arrived = arrived
+        own.add(seq)
+    assert own.longest_wait_s(10.0) == 10.0
+    own.schedule()
+    assert own.longest_wait_s(10.0) == 7.0
