@@ -15,7 +15,7 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 	@exec $(BIN)/slipstream serve
 
 test: $(VENV)/dev.stamp ## All tests that need no GPU: unit, contract, integration, end to end
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu and not soak" $(ARGS)
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
 	$(BIN)/ruff format --check .
@@ -35,6 +35,7 @@ bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
 	SLIPSTREAM_FUZZ_EXAMPLES=20000 $(PYTEST) tests/unit/engine/test_scheduler.py --timeout 3600 $(ARGS)
+	$(PYTEST) -s -m soak tests/soak $(ARGS)
 
 clean: ## Remove the virtual environment and all caches; your data folder stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

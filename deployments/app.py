@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, Optional
 
 import yaml
 from pydantic import ConfigDict, Field, create_model
@@ -30,18 +31,15 @@ _NOT_ARGS = {
     "demo_adapters",
 }  # Serve's own, secrets, and what only a laptop has
 
-_Given: Any = create_model(
-    "_Given",
-    __config__=ConfigDict(extra="forbid"),
-    **{  # type: ignore[call-overload]  # fields by name
-        name: (field.annotation | None, Field(None, description=field.description))
-        for name, field in Settings.model_fields.items()
-        if name not in _NOT_ARGS | {"models"}
-    },
-)
+_FIELDS: dict[str, Any] = {
+    name: (Optional[field.annotation], Field(None, description=field.description))  # noqa: UP045 - it is no type's name
+    for name, field in Settings.model_fields.items()
+    if name not in _NOT_ARGS | {"models"}
+}
+_Given: Any = create_model("_Given", __config__=ConfigDict(extra="forbid"), **_FIELDS)
 
 
-class AppArgs(_Given):  # type: ignore[misc]  # it is made of the settings' own fields
+class AppArgs(_Given):
     """`args` in a Serve config file. What is not given comes from `SLIPSTREAM_*` variables, secrets always do."""
 
     models: list[dict[str, Any]] | None = None
@@ -100,7 +98,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         max_ongoing_requests=_GATEWAY_ONGOING,
         ray_actor_options={"num_cpus": settings.gateway_cpus},
         health_check_period_s=_HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_timeout_s=settings.gateway_drain_s,
         graceful_shutdown_wait_loop_s=0.2,
     )(serve.ingress()(Gateway))
     return deployment.bind(plan, engines)
@@ -154,8 +152,10 @@ def _replicas(model: ModelSettings) -> dict[str, Any]:
     policy = AutoscalingPolicy(
         policy_function="deployments.scaling_policy:RequestRatePolicy", policy_kwargs=scaling_options(model)
     )
-    return {
-        "autoscaling_config": AutoscalingConfig(
+    with warnings.catch_warnings():
+        # Ray 2.60 calls the interval deprecated, and reads nothing else.
+        warnings.filterwarnings("ignore", message="The `metrics_interval_s` field", category=DeprecationWarning)
+        config = AutoscalingConfig(
             min_replicas=model.min_replicas,
             initial_replicas=max(1, model.min_replicas),
             max_replicas=model.most_replicas,
@@ -166,7 +166,7 @@ def _replicas(model: ModelSettings) -> dict[str, Any]:
             metrics_interval_s=_REPORT_S,
             look_back_period_s=3 * _REPORT_S,
         )
-    }
+    return {"autoscaling_config": config}
 
 
 def scaling_options(model: ModelSettings) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slipstream.base_models import prepare_base_model
 from slipstream.cluster.view import RankReport
-from slipstream.engine.build import follow
-from slipstream.engine.parallel.ranks import Follower, Lead, Meeting
 
+# With the engine comes torch, which a gateway, that knows this module's neighbours, has no use for.
 if TYPE_CHECKING:
     from deployments.engine_replica import ReplicaPlan
+    from slipstream.engine.parallel.ranks import Meeting
 
 
 class RankProcess:
@@ -38,6 +38,8 @@ class RankProcess:
     def follow(self, meeting: Meeting) -> None:
         """Do what rank 0 says until it hangs up. Raises when this rank is of no more use."""
         from deployments.engine_replica import engine_config  # noqa: PLC0415 - it imports this module
+        from slipstream.engine.build import follow  # noqa: PLC0415
+        from slipstream.engine.parallel.ranks import Follower  # noqa: PLC0415
 
         prepared = prepare_base_model(self._plan.model.base_model, self._plan.home)
         size = self._plan.model.tensor_parallel_size
@@ -50,6 +52,8 @@ class Ranks:
 
     def __init__(self, plan: ReplicaPlan) -> None:
         """Starts the actors; they load nothing before they have met."""
+        from slipstream.engine.parallel.ranks import Lead  # noqa: PLC0415
+
         model = plan.model
         group = get_current_placement_group()
         assert group is not None, "a tensor-parallel replica needs a placement group"

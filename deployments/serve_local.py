@@ -109,7 +109,8 @@ def for_this_machine(settings: Settings) -> Settings:
         )
         for model in settings.models
     )
-    return settings.model_copy(update={"models": models, "drain_s": min(settings.drain_s, _LONGEST_DRAIN_S)})
+    drains = {name: min(getattr(settings, name), _LONGEST_DRAIN_S) for name in ("drain_s", "gateway_drain_s")}
+    return settings.model_copy(update={"models": models, **drains})
 
 
 def check_port(host: str, port: int) -> None:

@@ -195,6 +195,11 @@ class Settings(ModelDefaults, BaseSettings):
         ge=0,
         description="Seconds that a stopping replica has to finish what it runs; the rest goes on elsewhere.",
     )
+    gateway_drain_s: float = Field(
+        300.0,
+        ge=0,
+        description="The same of a gateway; its requests may be waiting for engine replicas that are replaced, too.",
+    )
     training_cpus: float = Field(1.0, gt=0, description="CPU cores, and so torch threads, of each training job.")
     training_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each training job.")
     max_training_jobs: Count = Field(1, description="Training jobs that run at once; more wait in the queue.")

@@ -22,7 +22,7 @@ WIDE, SPLIT = "wide", "split"  # two base models: one with two replicas, one who
 def world(request: pytest.FixtureRequest) -> Iterator[Platform]:
     """Two base models, with adapters, on two worker nodes; two gateways on the head."""
     with platform() as found:
-        found.run(found.settings(models=models(found), gateway_replicas=2, gateway_cpus=1.5, drain_s=20))
+        found.run(found.settings(models=models(found), gateway_replicas=2, gateway_cpus=15, drain_s=20))
         for name, hidden in ((WIDE, 32), (SPLIT, 64)):
             model = save_tiny_model(found.folder / f"same-{name}", hidden=hidden)
             found.publish(name, model)
@@ -30,8 +30,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[Platform]:
 
 
 def models(world: Platform, **wide: object) -> list[dict[str, object]]:
-    split = world.model(SPLIT, 64, tensor_parallel_size=2, engine_cpus=0.5)
-    return [world.model(WIDE, 32, **{"min_replicas": 2, "engine_cpus": 1.0, **wide}), split]
+    split = world.model(SPLIT, 64, tensor_parallel_size=2, engine_cpus=5)
+    return [world.model(WIDE, 32, **{"min_replicas": 2, "engine_cpus": 10, **wide}), split]
 
 
 @pytest_asyncio.fixture
@@ -108,7 +108,7 @@ async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
         await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
         await load.grows(60, 120)
         node = {
-            "num_cpus": 2,
+            "num_cpus": 14,
             "object_store_memory": 80 << 20,
             "node_ip_address": "127.0.0.1",
             "include_dashboard": False,
@@ -120,22 +120,16 @@ async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
     world.wait_for(SPLIT, 1)
 
 
-async def test_a_rolling_update_and_a_scale_down_lose_nothing(world: Platform, load: Load) -> None:
-    """New code or settings replace every replica of a model; then one of two is told to stop."""
+async def test_a_rolling_update_loses_nothing(world: Platform, load: Load) -> None:
+    """New code replaces every engine and every gateway, each of which is told to stop with requests on it."""
     pids = {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
     async with load.going():
         await load.grows(20)
         updated = world.settings(
-            models=models(world, max_waiting=100), gateway_replicas=2, gateway_cpus=1.5, drain_s=20
+            models=models(world, max_waiting=100), gateway_replicas=2, gateway_cpus=15, drain_s=20
         )
         await asyncio.to_thread(world.run, updated)
         await asyncio.to_thread(world.wait_for, WIDE, 2)
-        await load.grows(20, 120)
-        fewer = world.settings(
-            models=models(world, max_waiting=100, min_replicas=1), gateway_replicas=2, gateway_cpus=1.5, drain_s=20
-        )
-        await asyncio.to_thread(world.run, fewer)
-        await asyncio.to_thread(world.wait_for, WIDE, 1)
         await load.grows(20, 120)
     assert load.verdict() == UNHARMED
     assert not pids & {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
@@ -160,3 +154,23 @@ def test_the_status_command_shows_it(world: Platform) -> None:
     assert f"{SPLIT}: 1 running (of 1, 2 ranks each)" in done.output
     for rank in world.replicas(SPLIT)[0]["ranks"]:
         assert str(rank["pid"]) in done.output
+
+
+async def test_replicas_follow_the_load_to_two_and_to_none_and_back(world: Platform, load: Load) -> None:
+    quick = {"scale_up_delay_s": 0.5, "scale_down_delay_s": 3, "scale_to_zero_delay_s": 3, "scale_cool_down_s": 1}
+    wide = world.model(WIDE, 32, engine_cpus=10, min_replicas=0, max_replicas=2, target_requests_per_s=1, **quick)
+    await asyncio.to_thread(world.run, world.settings(models=[wide], gateway_replicas=1, gateway_cpus=15, drain_s=20))
+    load.questions = [question for question in load.questions if question.model.startswith(WIDE)]
+    async with load.going():
+        await asyncio.to_thread(world.wait_for, WIDE, 2)
+    await asyncio.to_thread(world.wait_for, WIDE, 0)
+    assert world.ready(), "asleep is ready"
+    assert [choice.text for choice in (await world.client().completions.create(
+        model=WIDE, prompt="wake up", max_tokens=3, temperature=0)).choices]  # fmt: skip
+    assert load.verdict() == UNHARMED
+    changes = [(change["before"], change["after"]) for change in world.view(WIDE)["scaling_changes"]]
+    assert (1, 2) in changes
+    assert (1, 0) in changes
+    reasons = [change["reason"] for change in world.view(WIDE)["scaling_changes"]]
+    assert any("requests/s at 1 a replica" in reason for reason in reasons)
+    assert any("no request for 3 s" in reason for reason in reasons)

@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from ray.util.state import list_actors
 from support.adapters import random_peft_adapter
 from support.api_app import form_files
 from support.load import Load, questions
@@ -26,7 +25,7 @@ from support.processes import descendants
 from support.ray_cluster import Platform, kill, platform
 from support.tiny_model import save_tiny_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(7200)]
 MINUTES = float(os.environ.get("SLIPSTREAM_SOAK_MINUTES", "20"))
 MODEL = "base"
 
@@ -92,8 +91,8 @@ class Churn:
 
 
 def settings(world: Platform, replicas: int) -> Any:
-    model = world.model(MODEL, 32, min_replicas=replicas, engine_cpus=1.0, adapter_slots=4)
-    return world.settings(models=[model], gateway_replicas=2, gateway_cpus=1.0, drain_s=20)
+    model = world.model(MODEL, 32, min_replicas=replicas, engine_cpus=10, adapter_slots=4)
+    return world.settings(models=[model], gateway_replicas=2, gateway_cpus=10, drain_s=20)
 
 
 def sample(world: Platform, minute: float) -> Sample:
@@ -102,12 +101,11 @@ def sample(world: Platform, minute: float) -> Sample:
     idle = [replica for replica in replicas if not replica["running"] and not replica["waiting"]]
     with redis.Redis.from_url(world.redis.url, protocol=2) as client:
         keys = client.dbsize()
-    alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
     return Sample(
         minute,
         sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in own) * 4096 / 2**20,
         sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in own),
-        len(alive),
+        len(world.actor_pids()),
         keys,
         sum(replica["adapter_slots"] - replica["adapter_slots_free"] for replica in idle),
         sum(replica["kv_blocks_total"] - replica["kv_blocks_free"] for replica in idle),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import tempfile
@@ -14,16 +15,18 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 import ray
 from pydantic import SecretStr
 from ray import serve
+from ray._private import ray_constants
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
-from ray.util.state import list_actors
 from support.adapters import random_peft_adapter, random_streams, write_own_streams
 from support.api_app import form_files
-from support.processes import eventually, free_port
+from support.processes import command, descendants, eventually, free_port
 from support.redis_server import RedisServer, running_redis
 from support.tiny_model import save_tiny_model
 
@@ -43,6 +46,7 @@ _FAST = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
     "RAY_external_storage_namespace": "slipstream-test",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray's addresses on loopback
 }
 
 
@@ -90,7 +94,7 @@ class Platform:
         path = self.folder / f"model-{name}"
         if not path.exists():
             save_tiny_model(path, hidden=hidden)
-        own = {"id": name, "base_model": str(path), "dtype": "float32", "device": "cpu", "engine_cpus": 0.25}
+        own = {"id": name, "base_model": str(path), "dtype": "float32", "device": "cpu", "engine_cpus": 2.5}
         return {**own, "engine_threads": 1, "kv_cache_bytes": 4 << 20, "max_num_seqs": 16, **more}
 
     def run(self, settings: Settings) -> None:
@@ -114,7 +118,9 @@ class Platform:
         for i in range(ADAPTERS):
             folder = self.folder / f"adapter-{base}-{i}"
             random_peft_adapter(model, folder, seed=i, r=4, target_modules=ALL_LINEAR)
-            write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=i))
+            config = folder / "adapter_config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+            write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=i), base_model=base)
             name = f"{base}-{i}"
             form = {"name": name, "base": base}
             self.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))
@@ -150,11 +156,12 @@ class Platform:
 
         assert eventually(there, timeout_s), serve.status()
 
-    @staticmethod
-    def actor_pids(name: str) -> list[int]:
-        """Processes of Serve's actors whose class or name contains `name`."""
-        actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
-        return [a.pid for a in actors if name in (a.name or "") or name in a.class_name]
+    def actor_pids(self, name: str = "") -> list[int]:
+        """Processes of actors whose title contains `name`."""
+        nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
+        raylets = [node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid for node in nodes]
+        children = set[int]().union(*map(descendants, raylets))
+        return [pid for pid in children if command(pid).startswith("ray::") and name in command(pid)]
 
     # -- faults ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ def kill(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def platform(worker_cpus: Sequence[float] = (2, 2), head_cpus: float = 4) -> Iterator[Platform]:
+def platform(worker_cpus: Sequence[int] = (14, 14), head_cpus: int = 40) -> Iterator[Platform]:
     """Nodes, Serve and a registry; nothing deployed yet."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slip-")))
@@ -182,9 +189,11 @@ def platform(worker_cpus: Sequence[float] = (2, 2), head_cpus: float = 4) -> Ite
         paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
         kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs.port}", "RAY_REDIS_PASSWORD": gcs.password, "PYTHONPATH": paths}
         stack.enter_context(environment(**kept, **_FAST))
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
         common = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1", "include_dashboard": False}
         cluster = Cluster(
             initialize_head=True,
+            shutdown_at_exit=False,  # else what a test starts from a thread ends with that thread
             head_node_args={
                 "num_cpus": head_cpus,
                 "gcs_server_port": free_port(),

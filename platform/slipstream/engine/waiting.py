@@ -9,7 +9,7 @@ LEAST_S = 1.0  # of a queue, before its speed means anything
 
 
 class StartRate:
-    """Sequences started a second, measured while others wait: without a queue it would be how many came, not how many could."""
+    """Sequences started a second, measured while others wait: without a queue it tells how many came, not how many could."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int]] = (

@@ -36,6 +36,7 @@ LOCKED = [
     ("POST", "/v1/fine_tuning/jobs/j/cancel"),
     ("GET", "/v1/fine_tuning/jobs/j/events"),
     ("GET", "/v1/fine_tuning/jobs/j/checkpoints"),
+    ("GET", "/v1/cluster"),
     ("POST", "/v1/keys"),
     ("GET", "/v1/keys?tenant=x"),
     ("DELETE", "/v1/keys/k?tenant=x"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.scripted import ScriptedRunner
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.core import EngineCore
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.sequence import Sequence
+from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.engine.waiting import StartRate, predicted_wait_s
 from slipstream.protocol import SamplingParams
+from slipstream.testing import ManualClock
 
 
 def test_without_a_queue_nothing_is_known() -> None:
@@ -93,3 +98,41 @@ def test_the_longest_wait_is_the_oldest_ones() -> None:
     assert own.longest_wait_s(10.0) == 10.0
     own.schedule()
     assert own.longest_wait_s(10.0) == 7.0
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+@pytest.mark.parametrize("times", [1.5, 3.0, 10.0])
+def test_at_several_times_the_capacity_who_is_let_in_waits_within_the_bound(times: float) -> None:
+    """Arrivals in virtual time at a multiple of what the engine can do; refusals come at once, the rest starts in time."""
+    clock, allowed_s, step_s, answer = ManualClock(0.0), 5.0, 0.05, 20
+    residency = ResidencyManager(1, 1 << 20)
+    own = Scheduler(BlockPool(512, 4), residency, max_batched_tokens=64, max_num_seqs=8)
+    core = EngineCore[Any](own, residency, cast("Any", ScriptedRunner(4)), clock)
+    capacity = 8 / (answer * step_s)  # requests a second
+    waits, refused, late, started, arrived, debt = list[float](), 0, 0, set[int](), 0, 0.0
+    while clock() < 120:
+        debt += times * capacity * step_s
+        while debt >= 1:
+            debt -= 1
+            stats = core.stats()
+            if predicted_wait_s(stats.waiting + 1, stats.starts_per_s) > allowed_s:
+                refused += 1
+                continue
+            arrived += 1
+            seq = sequence(arrived, start_by=clock() + allowed_s)
+            seq.max_total, seq.arrived = seq.prompt_len + answer, clock()
+            core.add(seq)
+        outcome = core.step()
+        late += len(outcome.overdue)
+        for seq_id, seq in core.sequences.items():
+            if seq.state is SequenceState.RUNNING and seq_id not in started:
+                started.add(seq_id)
+                waits.append(clock() - seq.arrived)
+        clock.advance(step_s)
+    assert p99(waits) <= allowed_s
+    assert refused > (times - 1) * capacity * 120 * 0.7, "early"
+    assert late < 0.1 * len(waits), "and not after having waited"
+    assert len(waits) >= 0.9 * capacity * 120, "the engine stays busy"
