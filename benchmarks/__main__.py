@@ -14,10 +14,12 @@ from benchmarks import (
     lossless,
     prompts,
     quantized,
+    ranks,
     replay,
     sweep,
     training,
 )
+from benchmarks.simulation import routing, scaling
 
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
@@ -28,6 +30,10 @@ app.command("adapters")(adapters.main)
 app.command("gpu")(gpu.main)
 app.command("http")(http.main)
 app.command("replay")(replay.main)
+app.command("ranks")(ranks.main)
+app.command("routing")(routing.compare)
+app.command("routing-cost")(routing.cost)
+app.command("scaling")(scaling.compare)
 app.command("lossless")(lossless.main)
 app.command("drafts")(drafts.main)
 app.command("training")(training.main)

@@ -96,7 +96,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         name="Gateway",
         num_replicas=settings.gateway_replicas,
         max_ongoing_requests=_GATEWAY_ONGOING,
-        ray_actor_options={"num_cpus": settings.gateway_cpus},
+        ray_actor_options={"num_cpus": settings.gateway_cpus, "resources": settings.gateway_resources},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=settings.gateway_drain_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -187,10 +187,18 @@ def scaling_options(model: ModelSettings) -> dict[str, Any]:
 
 def _places(model: ModelSettings) -> dict[str, Any]:
     """Where a replica runs: several ranks are placed together, on one node where that is possible."""
-    own = {"num_cpus": model.engine_cpus, "num_gpus": model.engine_gpus}
+    own: dict[str, Any] = {
+        "num_cpus": model.engine_cpus,
+        "num_gpus": model.engine_gpus,
+        "resources": model.engine_resources,
+    }
     if model.tensor_parallel_size == 1:
         return {"ray_actor_options": own}
-    bundle = {"CPU": model.engine_cpus} | ({"GPU": model.engine_gpus} if model.engine_gpus else {})
+    bundle = {
+        "CPU": model.engine_cpus,
+        **({"GPU": model.engine_gpus} if model.engine_gpus else {}),
+        **model.engine_resources,
+    }
     return {
         "ray_actor_options": own,
         "placement_group_bundles": [bundle] * model.tensor_parallel_size,

@@ -63,6 +63,7 @@ class Ranks:
             remote.options(
                 num_cpus=model.engine_cpus,
                 num_gpus=model.engine_gpus,
+                resources=model.engine_resources,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             ).remote(plan, rank)
             for rank in range(1, model.tensor_parallel_size)

@@ -77,6 +77,10 @@ class ModelDefaults(BaseModel):
         1.0, gt=0, description="CPU cores that Ray sets aside for each rank of an engine replica."
     )
     engine_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each rank of an engine replica.")
+    engine_resources: dict[str, float] = Field(
+        {},
+        description="Custom Ray resources, as JSON, that each rank of an engine replica asks for: ties it to some nodes.",
+    )
     engine_threads: Count | None = Field(
         None,
         description="Torch threads of each rank; empty = all cores between its ranks, on a cluster as many as `engine_cpus`.",
@@ -190,6 +194,9 @@ class Settings(ModelDefaults, BaseSettings):
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")
+    gateway_resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources that each gateway asks for, as JSON."
+    )
     drain_s: float = Field(
         60.0,
         ge=0,
@@ -359,4 +366,4 @@ def settings_table() -> str:
 
 
 def _default_text(value: object) -> str:
-    return "" if value is None or value == () else f"`{value}`"
+    return "" if value is None or value in ((), {}) else f"`{value}`"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 from support.load import UNHARMED, Load, questions
-from support.ray_cluster import ADMIN_KEY, Platform, kill, platform
+from support.ray_cluster import ADMIN_KEY, EDGE, WORKER, Platform, kill, platform
 from support.tiny_model import save_tiny_model
 from typer.testing import CliRunner
 
@@ -22,7 +22,7 @@ WIDE, SPLIT = "wide", "split"  # two base models: one with two replicas, one who
 def world(request: pytest.FixtureRequest) -> Iterator[Platform]:
     """Two base models, with adapters, on two worker nodes; two gateways on the head."""
     with platform() as found:
-        found.run(found.settings(models=models(found), gateway_replicas=2, gateway_cpus=15, drain_s=20))
+        found.run(found.settings(models=models(found), gateway_replicas=2, **EDGE))
         for name, hidden in ((WIDE, 32), (SPLIT, 64)):
             model = save_tiny_model(found.folder / f"same-{name}", hidden=hidden)
             found.publish(name, model)
@@ -30,8 +30,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[Platform]:
 
 
 def models(world: Platform, **wide: object) -> list[dict[str, object]]:
-    split = world.model(SPLIT, 64, tensor_parallel_size=2, engine_cpus=5)
-    return [world.model(WIDE, 32, **{"min_replicas": 2, "engine_cpus": 10, **wide}), split]
+    split = world.model(SPLIT, 64, tensor_parallel_size=2)
+    return [world.model(WIDE, 32, **{"min_replicas": 2, **wide}), split]
 
 
 @pytest_asyncio.fixture
@@ -107,13 +107,7 @@ async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
         await load.grows(20)
         await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
         await load.grows(60, 120)
-        node = {
-            "num_cpus": 14,
-            "object_store_memory": 80 << 20,
-            "node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-        }
-        world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **node))
+        world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **WORKER))
         await load.grows(20, 120)
     assert load.verdict() == UNHARMED
     world.wait_for(WIDE, 2)
@@ -125,9 +119,7 @@ async def test_a_rolling_update_loses_nothing(world: Platform, load: Load) -> No
     pids = {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
     async with load.going():
         await load.grows(20)
-        updated = world.settings(
-            models=models(world, max_waiting=100), gateway_replicas=2, gateway_cpus=15, drain_s=20
-        )
+        updated = world.settings(models=models(world, max_waiting=100), gateway_replicas=2, **EDGE)
         await asyncio.to_thread(world.run, updated)
         await asyncio.to_thread(world.wait_for, WIDE, 2)
         await load.grows(20, 120)
@@ -158,8 +150,8 @@ def test_the_status_command_shows_it(world: Platform) -> None:
 
 async def test_replicas_follow_the_load_to_two_and_to_none_and_back(world: Platform, load: Load) -> None:
     quick = {"scale_up_delay_s": 0.5, "scale_down_delay_s": 3, "scale_to_zero_delay_s": 3, "scale_cool_down_s": 1}
-    wide = world.model(WIDE, 32, engine_cpus=10, min_replicas=0, max_replicas=2, target_requests_per_s=1, **quick)
-    await asyncio.to_thread(world.run, world.settings(models=[wide], gateway_replicas=1, gateway_cpus=15, drain_s=20))
+    wide = world.model(WIDE, 32, min_replicas=0, max_replicas=2, target_requests_per_s=1, **quick)
+    await asyncio.to_thread(world.run, world.settings(models=[wide], gateway_replicas=1, **EDGE))
     load.questions = [question for question in load.questions if question.model.startswith(WIDE)]
     async with load.going():
         await asyncio.to_thread(world.wait_for, WIDE, 2)

@@ -22,7 +22,7 @@ from support.adapters import random_peft_adapter
 from support.api_app import form_files
 from support.load import Load, questions
 from support.processes import descendants
-from support.ray_cluster import Platform, kill, platform
+from support.ray_cluster import EDGE, Platform, kill, platform
 from support.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(7200)]
@@ -91,8 +91,8 @@ class Churn:
 
 
 def settings(world: Platform, replicas: int) -> Any:
-    model = world.model(MODEL, 32, min_replicas=replicas, engine_cpus=10, adapter_slots=4)
-    return world.settings(models=[model], gateway_replicas=2, gateway_cpus=10, drain_s=20)
+    model = world.model(MODEL, 32, min_replicas=replicas, adapter_slots=4)
+    return world.settings(models=[model], gateway_replicas=2, **EDGE)
 
 
 def sample(world: Platform, minute: float) -> Sample:

@@ -37,6 +37,9 @@ from slipstream.config import Settings, load_settings
 ROOT = Path(__file__).resolve().parents[2]
 ADMIN_KEY = "an-admin-key-of-a-test"
 ADAPTERS = 3
+_NODE: dict[str, Any] = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+WORKER = {**_NODE, "num_cpus": 8, "resources": {"engine": 4}}  # takes engines; the head takes gateways
+EDGE: dict[str, Any] = {"gateway_cpus": 0.1, "gateway_resources": {"edge": 1}, "drain_s": 20}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Timings of Ray's own that only make tests slow; and its store in a Redis that outlives it.
 _FAST = {
@@ -94,7 +97,8 @@ class Platform:
         path = self.folder / f"model-{name}"
         if not path.exists():
             save_tiny_model(path, hidden=hidden)
-        own = {"id": name, "base_model": str(path), "dtype": "float32", "device": "cpu", "engine_cpus": 2.5}
+        own = {"id": name, "base_model": str(path), "dtype": "float32", "device": "cpu", "engine_cpus": 0.5}
+        own |= {"engine_resources": {"engine": 1}}
         return {**own, "engine_threads": 1, "kv_cache_bytes": 4 << 20, "max_num_seqs": 16, **more}
 
     def run(self, settings: Settings) -> None:
@@ -180,7 +184,7 @@ def kill(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def platform(worker_cpus: Sequence[int] = (14, 14), head_cpus: int = 40) -> Iterator[Platform]:
+def platform(workers: int = 2) -> Iterator[Platform]:
     """Nodes, Serve and a registry; nothing deployed yet."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slip-")))
@@ -190,19 +194,19 @@ def platform(worker_cpus: Sequence[int] = (14, 14), head_cpus: int = 40) -> Iter
         kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs.port}", "RAY_REDIS_PASSWORD": gcs.password, "PYTHONPATH": paths}
         stack.enter_context(environment(**kept, **_FAST))
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
-        common = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1", "include_dashboard": False}
         cluster = Cluster(
             initialize_head=True,
             shutdown_at_exit=False,  # else what a test starts from a thread ends with that thread
             head_node_args={
-                "num_cpus": head_cpus,
+                "num_cpus": 8,
+                "resources": {"edge": 2},
                 "gcs_server_port": free_port(),
                 "redis_password": gcs.password,
-                **common,
+                **_NODE,
             },
         )
         stack.callback(cluster.shutdown)
-        nodes = [cluster.add_node(num_cpus=cpus, **common) for cpus in worker_cpus]
+        nodes = [cluster.add_node(**WORKER) for _ in range(workers)]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         stack.callback(ray.shutdown)
         port = free_port()
