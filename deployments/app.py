@@ -12,8 +12,9 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from adapter_registry.keys import hash_key
-from deployments.engine_replica import REAL_ENGINE, EngineReplica, ReplicaPlan, on_its_cores
+from deployments.engine_replica import EngineReplica
 from deployments.gateway import APP_NAME, Gateway, GatewayPlan
+from deployments.replica_plan import REAL_ENGINE, ReplicaPlan, on_its_cores
 from deployments.serve_states import ServedModel
 from deployments.training_jobs import TrainingPlan
 from slipstream.base_models import served_id

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ray import serve
@@ -22,39 +20,18 @@ from deployments.adapter_router import routing_stats
 from deployments.adapter_source import BlobAdapterSource, remove_abandoned
 from deployments.batching import Coalescer, merge_events
 from deployments.ranks import Ranks
+from deployments.replica_plan import ReplicaPlan, engine_config
 from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
 from slipstream.base_models import prepare_base_model
 from slipstream.cluster.rates import Rates
 from slipstream.cluster.scaling import work
 from slipstream.cluster.view import RankReport, ReplicaReport
-from slipstream.config import ModelSettings
-from slipstream.engine.config import EngineConfig
 from slipstream.errors import EngineFailed, SlipstreamError
 from slipstream.protocol import BaseModelSpec, EngineClient, GenerateEvent, GenerateRequest
 
 log = logging.getLogger("ray.serve")
 _GUARD_S = 0.25  # between two looks at the step loop
 _LAST_WORDS_S = 0.25  # for what the engine has said to leave the process
-REAL_ENGINE = "slipstream.engine.service:EngineService"
-_ENGINE_FIELDS = (
-    "dtype",
-    "quantize",
-    "device",
-    "max_batched_tokens",
-    "long_prompt_stretch",
-    "max_num_seqs",
-    "max_waiting",
-    "max_queue_wait_s",
-    "kv_cache_bytes",
-    "block_size",
-    "max_model_len",
-    "prefix_caching",
-    "max_draft",
-    "disable",
-    "adapter_slots",
-    "host_adapter_bytes",
-    "adapter_fetch_timeout_s",
-)
 
 
 class Engine(EngineClient, Protocol):
@@ -76,22 +53,6 @@ class HealthChecked(Protocol):
     def check_health(self) -> None:
         """Raises `EngineFailed` when the step loop has died."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaPlan:
-    """What a replica is built from: plain data, so that it travels to any node."""
-
-    model: ModelSettings
-    model_id: str
-    home: Path
-    blob_url: str
-    engine: str = REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource); tests put a fake here
-
-    @property
-    def adapter_cache(self) -> Path:
-        """Where fetched adapters are kept."""
-        return self.home / "cache" / "adapters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,21 +173,3 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
-
-
-def engine_config(plan: ReplicaPlan, path: Path) -> EngineConfig:
-    """The engine's part of a model's settings. Threads are explicit: Ray sets OMP_NUM_THREADS to the reserved CPUs."""
-    model = plan.model
-    shared: dict[str, Any] = {name: getattr(model, name) for name in _ENGINE_FIELDS}
-    return EngineConfig(
-        model_path=str(path),
-        model_id=plan.model_id,
-        num_threads=on_its_cores(model).engine_threads,
-        scratch_dir=str(plan.adapter_cache),  # one file system with the cache: adapters are hard-linked
-        **shared,
-    )
-
-
-def on_its_cores(model: ModelSettings) -> ModelSettings:
-    """As many threads as cores that Ray sets aside: a node of a cluster is shared."""
-    return model.model_copy(update={"engine_threads": model.engine_threads or max(1, math.ceil(model.engine_cpus))})

@@ -16,12 +16,12 @@ from ray.util import get_node_ip_address
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deployments.replica_plan import ReplicaPlan, engine_config
 from slipstream.base_models import prepare_base_model
 from slipstream.cluster.view import RankReport
 
 # With the engine comes torch, which a gateway, that knows this module's neighbours, has no use for.
 if TYPE_CHECKING:
-    from deployments.engine_replica import ReplicaPlan
     from slipstream.engine.parallel.ranks import Meeting
 
 
@@ -37,7 +37,6 @@ class RankProcess:
 
     def follow(self, meeting: Meeting) -> None:
         """Do what rank 0 says until it hangs up. Raises when this rank is of no more use."""
-        from deployments.engine_replica import engine_config  # noqa: PLC0415 - it imports this module
         from slipstream.engine.build import follow  # noqa: PLC0415
         from slipstream.engine.parallel.ranks import Follower  # noqa: PLC0415
 

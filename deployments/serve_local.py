@@ -177,8 +177,8 @@ def _run_application(settings: Settings, engine: str | None, home: Home) -> None
     from ray.exceptions import RayError  # noqa: PLC0415
 
     from deployments.app import build_application  # noqa: PLC0415
-    from deployments.engine_replica import REAL_ENGINE  # noqa: PLC0415
     from deployments.gateway import APP_NAME  # noqa: PLC0415
+    from deployments.replica_plan import REAL_ENGINE  # noqa: PLC0415
 
     try:
         serve.run(build_application(settings, engine=engine or REAL_ENGINE), name=APP_NAME, route_prefix="/")

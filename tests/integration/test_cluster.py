@@ -157,8 +157,10 @@ async def test_replicas_follow_the_load_to_two_and_to_none_and_back(world: Platf
         await asyncio.to_thread(world.wait_for, WIDE, 2)
     await asyncio.to_thread(world.wait_for, WIDE, 0)
     assert world.ready(), "asleep is ready"
-    assert [choice.text for choice in (await world.client().completions.create(
-        model=WIDE, prompt="wake up", max_tokens=3, temperature=0)).choices]  # fmt: skip
+    async with world.client() as client:
+        woken = await client.completions.create(model=WIDE, prompt="wake up", max_tokens=3, temperature=0)
+    assert woken.usage is not None
+    assert woken.usage.completion_tokens > 0
     assert load.verdict() == UNHARMED
     changes = [(change["before"], change["after"]) for change in world.view(WIDE)["scaling_changes"]]
     assert (1, 2) in changes

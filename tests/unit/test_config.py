@@ -65,7 +65,7 @@ def test_fewer_at_most_than_at_least_is_refused_by_name(monkeypatch: pytest.Monk
     monkeypatch.setenv("SLIPSTREAM_MIN_REPLICAS", "3")
     monkeypatch.setenv("SLIPSTREAM_MAX_REPLICAS", "2")
     with pytest.raises(
-        ConfigError, match=r"SLIPSTREAM_MAX_REPLICAS.*wrong \(got 2\): it is below min_replicas, which is 3"
+        ConfigError, match=r"SLIPSTREAM_MAX_REPLICAS.*wrong \(got '2'\): it is below min_replicas, which is 3"
     ):
         load_settings()
 

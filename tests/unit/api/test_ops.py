@@ -10,6 +10,7 @@ from support.api_app import BASE, ApiWorld
 
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.keys import hash_key
+from slipstream.cluster.view import total
 from slipstream.errors import EngineFailed, Unavailable
 from slipstream.protocol import EngineStats
 from slipstream.testing import FakeEngine
@@ -31,13 +32,28 @@ async def test_not_ready_says_what_is_missing(world: ApiWorld, http: httpx.Async
 
 async def test_not_ready_does_not_wait_for_ever(world: ApiWorld) -> None:
     class Stuck(type(world.engine)):  # type: ignore[misc]
-        async def describe(self) -> None:
+        async def stats(self) -> None:
             await asyncio.Event().wait()
 
     world.engine = Stuck()
     world.rebuild(probe_timeout_s=0.02)
     async with world.client(None) as client:
         assert (await client.get("/readyz")).json()["missing"] == [BASE]
+
+
+async def test_a_model_that_sleeps_is_ready_and_is_not_woken(world: ApiWorld) -> None:
+    class Asleep(type(world.engine)):  # type: ignore[misc]
+        async def stats(self) -> EngineStats:
+            return total([])
+
+        async def describe(self) -> None:
+            raise AssertionError("woken")
+
+    world.engine = Asleep()
+    world.rebuild()
+    async with world.client(None) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ready", "missing": []}
+        assert 'slipstream_engine_replicas{model="fake/base-1b"} 0.0' in (await client.get("/metrics")).text
 
 
 async def test_metrics_count_requests_and_tokens(world: ApiWorld, http: httpx.AsyncClient) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine_replica import ReplicaPlan, engine_config, on_its_cores
-from slipstream.config import ModelSettings
+from deployments.replica_plan import ReplicaPlan, engine_config, on_its_cores
+from deployments.serve_local import for_this_machine
+from slipstream.config import ModelSettings, load_settings
 from slipstream.engine.config import EngineConfig
 
 
@@ -47,8 +48,11 @@ def test_adapters_are_fetched_beside_the_cache() -> None:
     assert built().scratch_dir == "/home-of-it/cache/adapters"
 
 
-def test_on_one_machine_all_cores() -> None:
-    assert built().num_threads == len(os.sched_getaffinity(0))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_one_machine_all_cores_between_the_ranks(ranks: int) -> None:
+    settings = for_this_machine(load_settings(tensor_parallel_size=ranks, drain_s=60))
+    assert settings.models[0].engine_threads == max(1, len(os.sched_getaffinity(0)) // ranks)
+    assert (settings.drain_s, settings.gateway_drain_s) == (10, 10), "Ctrl-C is not to take longer"
 
 
 @pytest.mark.parametrize(("cpus", "threads", "expected"), [(0.5, None, 1), (2, None, 2), (2.5, None, 3), (2, 7, 7)])
