@@ -48,7 +48,7 @@ class RayEngineClient:
                     progress.note(batch)
                     yield batch
                 return
-            except (ReplicaLost, EngineFailed):
+            except ReplicaLost:
                 if losses == _LOSSES:
                     raise
             finally:
@@ -60,8 +60,7 @@ class RayEngineClient:
         finished = False
         try:
             async for message in response:
-                if isinstance(message, Refusal):
-                    raise message.error
+                raise_refusal(message)
                 yield message
             finished = True
         except (RayError, RayServeException) as error:
@@ -79,8 +78,7 @@ class RayEngineClient:
         except BaseException:
             response.cancel()
             raise
-        if isinstance(message, Refusal):
-            raise message.error
+        raise_refusal(message)
         yield message
 
     async def describe(self) -> BaseModelSpec:
@@ -136,6 +134,14 @@ class _Progress:
     def rest(self) -> GenerateRequest:
         """The request for what is missing."""
         return replace(self._request, progress=tuple(self._choices)) if self._begun else self._request
+
+
+def raise_refusal(message: object) -> None:
+    """Raise what a replica refused with. One whose engine has stopped is about to end: as good as lost."""
+    if isinstance(message, Refusal):
+        if isinstance(message.error, EngineFailed):
+            raise ReplicaLost(str(message.error)) from message.error
+        raise message.error
 
 
 def raise_ours(error: Exception) -> NoReturn:

@@ -13,13 +13,12 @@ from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from ray import serve
-from ray.util import get_node_ip_address
 
 from adapter_registry.blobs import ObstoreBlobs
 from deployments.adapter_router import routing_stats
 from deployments.adapter_source import BlobAdapterSource, remove_abandoned
 from deployments.batching import Coalescer, merge_events
-from deployments.ranks import Ranks
+from deployments.ranks import Ranks, own_address
 from deployments.replica_plan import ReplicaPlan, engine_config
 from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
 from slipstream.base_models import prepare_base_model
@@ -139,7 +138,7 @@ class EngineReplica:
 
     async def report(self) -> ReplicaReport:
         """What this replica is and does."""
-        own = RankReport(0, get_node_ip_address(), os.getpid())
+        own = RankReport(0, own_address(), os.getpid())
         others = await self._ranks.reports() if self._ranks is not None else ()
         name = serve.get_replica_context().replica_id.unique_id
         return ReplicaReport(name, (own, *others), time.monotonic() - self._since, await self._engine.stats())

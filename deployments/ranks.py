@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util import get_node_ip_address
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from slipstream.engine.parallel.ranks import Meeting
 
 
+@cache
+def own_address() -> str:
+    """Where other nodes reach this one, as Ray was told: loopback where everything is on one machine. (Ray's own
+    `get_node_ip_address` looks for an address that the world sees.)"""
+    own = ray.get_runtime_context().get_node_id()
+    return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own))
+
+
 class RankProcess:
     """One rank from 1 on."""
 
@@ -33,7 +41,7 @@ class RankProcess:
 
     def report(self) -> RankReport:
         """Where it runs."""
-        return RankReport(self._rank, get_node_ip_address(), os.getpid())
+        return RankReport(self._rank, own_address(), os.getpid())
 
     def follow(self, meeting: Meeting) -> None:
         """Do what rank 0 says until it hangs up. Raises when this rank is of no more use."""
@@ -42,7 +50,7 @@ class RankProcess:
 
         prepared = prepare_base_model(self._plan.model.base_model, self._plan.home)
         size = self._plan.model.tensor_parallel_size
-        follower = Follower(meeting, self._rank, size, get_node_ip_address())
+        follower = Follower(meeting, self._rank, size, own_address())
         follow(engine_config(self._plan, prepared.path), follower)
 
 
@@ -56,7 +64,7 @@ class Ranks:
         model = plan.model
         group = get_current_placement_group()
         assert group is not None, "a tensor-parallel replica needs a placement group"
-        self.lead = Lead(get_node_ip_address(), model.tensor_parallel_size)
+        self.lead = Lead(own_address(), model.tensor_parallel_size)
         remote: Any = ray.remote(max_restarts=0, max_concurrency=2)(RankProcess)
         self._actors = [
             remote.options(

@@ -76,5 +76,5 @@ def test_rates_add_up_over_replicas_and_waits_are_averaged() -> None:
 
 
 def test_without_reports_there_is_no_load() -> None:
-    load = load_of(context(total_queued_requests=None, total_num_requests=0.0))
+    load = load_of(context(total_queued_requests=0.0, total_num_requests=0.0))
     assert (load.requests_per_s, load.queue_wait_s, load.ongoing) == (0.0, 0.0, 0)

@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
-from deployments import app
+from deployments import app, main  # noqa: F401 - `main` adds `serve` and `config` to the command line
 from deployments.serve_local import for_this_machine
 from slipstream.cli import app as command_line
 from slipstream.config import Settings, load_settings
