@@ -32,6 +32,7 @@ class Tier(StrEnum):
     ABSENT = "absent"  # must be fetched
 
 
+_HOLDERS = 4
 _NEAR = {Tier.ON_DEVICE: 1.0, Tier.COMING: 0.9, Tier.ON_HOST: 0.7, Tier.ABSENT: 0.0}
 
 
@@ -158,7 +159,8 @@ class AdapterRouting:
             return [[newcomer], *([others] if others else [])]
         names = home.members
         busy = self._bound(queue_of, now)
-        for name in self._holders.get(digest, ()):  # left over from a wider home, or from before a replica came
+        # Left over from a wider home, or from before a replica came. A few of them: a hot adapter may be everywhere.
+        for name in self._draw(self._holders.get(digest, ()), _HOLDERS):
             if name not in names and queue_of(name) <= busy:
                 names.append(name)
         return self._best_first(names, key, queue_of, now)
