@@ -158,7 +158,8 @@ def _replicas(model: ModelSettings) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="The `metrics_interval_s` field", category=DeprecationWarning)
         config = AutoscalingConfig(
             min_replicas=model.min_replicas,
-            initial_replicas=max(1, model.min_replicas),
+            # Only where nothing else is known: set, it is also where every redeployment begins again.
+            initial_replicas=None if model.min_replicas else 1,
             max_replicas=model.most_replicas,
             policy=policy,
             # Delays and steps are the policy's own; Serve's would come on top.

@@ -17,7 +17,8 @@ from slipstream.cluster.view import ReplicaReport, total
 from slipstream.errors import EngineFailed, Overloaded, SlipstreamError, Unavailable
 from slipstream.protocol import BaseModelSpec, ChoiceProgress, EngineStats, GenerateEvent, GenerateRequest
 
-_CALL_TIMEOUT_S = 10.0
+_CALL_TIMEOUT_S = 1.5  # shorter than the probes that ask
+_REPORT_KEPT_S = 30.0
 _WAKE_TIMEOUT_S = 600.0  # of a deployment that is asleep: a node may have to come first, and a model be loaded
 _LOSSES = 3  # replicas that may die under one request: if it is the request that kills them, it must not kill many
 _PAUSE_S = 0.1  # before the second try; doubles. A dead replica leaves the router's list meanwhile
@@ -35,6 +36,7 @@ class RayEngineClient:
         self._unary: Any = handle
         self._stream: Any = handle.options(stream=True)
         self._app, self._served = app, served
+        self._reported: tuple[float, Mapping[str, ReplicaReport]] = (float("-inf"), {})
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """As `EngineClient.generate`. When a replica dies, another one goes on from the tokens that were sent: seed and
@@ -49,6 +51,8 @@ class RayEngineClient:
                     yield batch
                 return
             except ReplicaLost:
+                if progress.complete:
+                    return
                 if losses == _LOSSES:
                     raise
             finally:
@@ -97,7 +101,7 @@ class RayEngineClient:
     async def stats(self) -> EngineStats:
         """The counters of all replicas together; wakes nobody. Raises `Unavailable` when none answers that should."""
         reports = await self.reports()
-        if not reports and (self._served.min_replicas or await self._states()):
+        if not reports and (self._served.min_replicas or "RUNNING" in await self._states()):
             raise Unavailable("No engine replica runs now.")
         return total([report.stats for report in reports.values()])
 
@@ -105,13 +109,19 @@ class RayEngineClient:
         return (await replica_states(self._app)).get(self._served.deployment, {})
 
     async def reports(self) -> Mapping[str, ReplicaReport]:
-        """What each running replica says of itself, by its name; one that does not answer is missing. Wakes nobody."""
+        """What each running replica says of itself, by name. Wakes nobody. While one hangs, the answers of a moment ago."""
         asked = self._unary.broadcast("report")
+        now = asyncio.get_running_loop().time()
         try:
             found = await asked.results_async(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
-        except (TimeoutError, RayError, RayServeException):
+        except TimeoutError:
+            then, kept = self._reported
+            return kept if now - then < _REPORT_KEPT_S else {}
+        except (RayError, RayServeException):
             return {}
-        return {report.replica: report for report in found if isinstance(report, ReplicaReport)}
+        reports = {report.replica: report for report in found if isinstance(report, ReplicaReport)}
+        self._reported = (now, reports)
+        return reports
 
 
 class _Progress:
@@ -130,6 +140,11 @@ class _Progress:
             self._choices[event.index] = ChoiceProgress(
                 done.token_ids + event.token_ids, done.decode_steps + 1, finished=event.finish_reason is not None
             )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return all(choice.finished for choice in self._choices)
 
     def rest(self) -> GenerateRequest:
         """The request for what is missing."""

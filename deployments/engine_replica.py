@@ -23,10 +23,9 @@ from deployments.replica_plan import ReplicaPlan, engine_config
 from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
 from slipstream.base_models import prepare_base_model
 from slipstream.cluster.rates import Rates
-from slipstream.cluster.scaling import work
 from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.errors import EngineFailed, SlipstreamError
-from slipstream.protocol import BaseModelSpec, EngineClient, GenerateEvent, GenerateRequest
+from slipstream.protocol import BaseModelSpec, EngineClient, GenerateEvent, GenerateRequest, work
 
 log = logging.getLogger("ray.serve")
 _GUARD_S = 0.25  # between two looks at the step loop
@@ -150,12 +149,13 @@ class EngineReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `RequestRatePolicy`; Serve asks every second or so."""
         stats = await self._engine.stats()
-        done = work(stats.prompt_tokens, stats.completion_tokens)
-        requests, tokens = self._rates.per_s(time.monotonic(), self._arrivals, done)
+        requests, tokens = self._rates.per_s(time.monotonic(), self._arrivals, stats.work_tokens)
+        # A full replica works as fast as it can, whatever is asked of it: arrivals tell, at what requests cost so far.
+        mean = work(stats.prompt_tokens, stats.completion_tokens) / max(1, stats.finished)
         used = stats.adapter_slots - stats.slots_free + stats.adapters_wanted
         return {
             REQUESTS: requests,
-            TOKENS: tokens,
+            TOKENS: max(tokens, requests * mean),
             WAIT: stats.queue_wait_s,
             PRESSURE: used / stats.adapter_slots if stats.adapter_slots else 0.0,
         }

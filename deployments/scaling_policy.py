@@ -32,12 +32,20 @@ class RequestRatePolicy:
         self._policy = ScalingPolicy(ScalingOptions(**options))
         self._changes: deque[ScalingRecord] = deque(maxlen=KEPT)
         self._noted: tuple[float, str] = (float("-inf"), "")
+        self._target: int | None = None  # as we left it
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-scaling")
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted now."""
+        if self._target is None:
+            self._changes.extend(_read(context)[1])  # of the controller before this one
+        elif self._target == 0 < context.target_num_replicas:  # Serve wakes a deployment without asking
+            self._changes.append(
+                ScalingRecord(time.time(), 0, context.target_num_replicas, "a request waits for a replica")
+            )
         decision = self._policy.decide(load_of(context), time.monotonic())
         self._note(context, decision)
+        self._target = decision.replicas
         return decision.replicas, {}
 
     def _note(self, context: AutoscalingContext, decision: Decision) -> None:
@@ -76,6 +84,14 @@ def load_of(context: AutoscalingContext) -> Load:
         held=round(context.total_queued_requests or 0),
         ongoing=round(context.total_running_requests),
     )
+
+
+def _read(context: AutoscalingContext) -> tuple[ScalingRecord | None, tuple[ScalingRecord, ...]]:
+    try:
+        return read_decisions(str(context.app_name), context.deployment_name)
+    except Exception:  # history is nice to have; the controller must go on without
+        log.exception("scaling decisions of %s could not be read", context.deployment_name)
+        return None, ()
 
 
 def _write(key: str, page: str) -> None:

@@ -26,6 +26,7 @@ class Machine:
     host: int = 200  # adapters
     fetch_s: float = 0.25  # blob store → device
     copy_s: float = 0.02  # host → device
+    drain_after_s: float = 2.0  # an adapter that no slot takes for so long has one closed to new requests
 
     def step_s(self, running: int) -> float:
         """One step of a batch."""
@@ -66,6 +67,7 @@ class Replica:
     )  # adapter → requests that use it, least recent first
     host: OrderedDict[str, None] = field(default_factory=OrderedDict)
     coming: dict[str, list[Request]] = field(default_factory=dict)
+    closing: set[str] = field(default_factory=set)  # on the device, and taking no new requests
     loads: int = 0
     draining: bool = False
     _ids: itertools.count[int] = field(default_factory=itertools.count)
@@ -134,7 +136,8 @@ class Cluster:
         replica = self.replicas[name]
         request.replica = name
         replica.advance(self.now)
-        if request.adapter is None or request.adapter in replica.device:
+        usable = request.adapter in replica.device and request.adapter not in replica.closing
+        if request.adapter is None or usable:
             if request.adapter is not None:
                 self._use(replica, request.adapter)
             self._enqueue(replica, request)
@@ -149,27 +152,43 @@ class Cluster:
         replica.loads += 1
         replica.coming[adapter] = [request]
         took = self.machine.copy_s if adapter in replica.host else self.machine.fetch_s
-        self.at(self.now + took, lambda: self._loaded(replica, adapter))
+        since = self.now + took
+        self.at(since, lambda: self._loaded(replica, adapter, since))
 
-    def _loaded(self, replica: Replica, adapter: str) -> None:
+    def _loaded(self, replica: Replica, adapter: str, since: float) -> None:
+        """The engine's own rule (`engine/residency.py`): an idle slot, or a bounded wait until one has been drained."""
         replica.advance(self.now)
-        idle = [name for name, used in replica.device.items() if not used]
-        if len(replica.device) >= self.machine.slots and not idle:
-            self.at(
-                self.now + 0.05, lambda: self._loaded(replica, adapter)
-            )  # all slots in use: a bounded wait, then again
+        if not self._make_room(replica, adapter, since):
+            self.at(self.now + 0.05, lambda: self._loaded(replica, adapter, since))
             return
-        if len(replica.device) >= self.machine.slots:
-            del replica.device[idle[0]]
-            replica.host[idle[0]] = None
         replica.host.pop(adapter, None)
         while len(replica.host) > self.machine.host:
             replica.host.popitem(last=False)
-        replica.device[adapter] = 0
+        replica.device.setdefault(adapter, 0)
         for request in replica.coming.pop(adapter):
             self._use(replica, adapter)
             self._enqueue(replica, request)
         self._plan(replica)
+
+    def _make_room(self, replica: Replica, adapter: str, since: float) -> bool:
+        device, closing = replica.device, replica.closing
+        if adapter in device:  # closed while others waited: open again when nobody does
+            if len(replica.coming) == 1:
+                closing.discard(adapter)
+            return adapter not in closing
+        if len(device) < self.machine.slots:
+            return True
+        idle = [name for name, used in device.items() if not used]
+        if idle:
+            gone = next((name for name in idle if name in closing), idle[0])
+            del device[gone]
+            closing.discard(gone)
+            replica.host[gone] = None
+            return True
+        if self.now - since > self.machine.drain_after_s and len(closing) < len(replica.coming):
+            open_ = [(used, name) for name, used in device.items() if name not in closing]
+            closing.update(name for _, name in sorted(open_)[:1])
+        return False
 
     @staticmethod
     def _use(replica: Replica, adapter: str) -> None:

@@ -134,6 +134,7 @@ class _World:
         self.demand: list[float] = []
         self._recent: deque[tuple[float, float]] = deque()
         self._held: list[Request] = []
+        self._finished = (0, 0.0)  # requests, and their tokens: what a mean request is thought to be
         self._open = 0
 
     def play(self, requests: Sequence[Request], scaler: Scaler) -> None:
@@ -165,6 +166,7 @@ class _World:
 
     def _ended(self, request: Request) -> None:
         self._open -= 1
+        self._finished = (self._finished[0] + 1, self._finished[1] + request.tokens)
         self.known.ended(request.replica)
 
     def _relist(self) -> None:
@@ -179,7 +181,7 @@ class _World:
         pressures = [(sum(n > 0 for n in r.device.values()) + len(r.coming)) / r.machine.slots for r in self.alive]
         load = Load(
             replicas=len(self.alive), target=self.target, requests_per_s=len(self._recent) / span,
-            tokens_per_s=sum(tokens for _, tokens in self._recent) / span,
+            tokens_per_s=len(self._recent) / span * self._finished[1] / max(1, self._finished[0]),
             queue_wait_s=statistics.fmean(waits) if waits else 0.0,
             slot_pressure=statistics.fmean(pressures) if pressures else 0.0,
             held=len(self._held), ongoing=self._open - len(self._held),
@@ -190,7 +192,7 @@ class _World:
         self.seconds += len(self.alive) + self.coming
         self.times.append(now)
         self.counts.append(len(self.alive) + self.coming)
-        self.demand.append(load.tokens_per_s)
+        self.demand.append(sum(tokens for _, tokens in self._recent) / span)
 
     def _follow(self, target: int) -> None:
         self.changes += target != self.target

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from benchmarks.simulation.cluster import Request
 from benchmarks.workload import SHARED
-from slipstream.cluster.scaling import work
+from slipstream.protocol import work
 
 
 class Zipf:

@@ -68,7 +68,8 @@ class ModelDefaults(BaseModel):
         description="Fewest engine replicas of each model; 0 = none while nobody asks, and the first request waits.",
     )
     max_replicas: Count | None = Field(
-        None, description="Most engine replicas of each model; empty = `min_replicas`, so that their number is fixed."
+        None,
+        description="Most engine replicas of each model; empty = `min_replicas` (fixed), or 1 if that is 0.",
     )
     tensor_parallel_size: Count = Field(
         1, description="Processes (ranks) that share one engine replica, each on its own GPU or cores."

@@ -119,6 +119,14 @@ class Usage:
     cached_prompt_tokens: int = 0
 
 
+PROMPT_WEIGHT = 0.2  # work of a prompt token in answer tokens: they are computed many at a time (benchmarks/README.md)
+
+
+def work(prompt_tokens: int, completion_tokens: int) -> float:
+    """What a request costs, in answer tokens."""
+    return completion_tokens + PROMPT_WEIGHT * prompt_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateEvent:
     """What one engine step added to one choice. The last event of a choice has `finish_reason` and `usage`."""
@@ -163,7 +171,10 @@ class EngineStats:
     prefix_hit_tokens: int
     adapters: Mapping[str, str]  # digest -> Residency name
     sequences: int = 0  # asked for, choices counted; total since start
-    queue_wait_s: float = 0.0  # of the sequence that waits longest, now
+    finished: int = 0  # of those, ended, however
+    work_tokens: float = 0.0  # answer tokens so far, and prompt tokens as what they cost in them
+    queue_wait_s: float = 0.0  # of the sequence that waits longest for room, not for its adapter
+    queue_by_priority: Mapping[int, int] = field(default_factory=dict)  # sequences that wait for room
     starts_per_s: float | None = None  # while others wait; None = nobody does
     adapter_slots: int = 0
     slots_free: int = 0  # slots that no running request holds

@@ -96,6 +96,7 @@ def test_what_the_settings_say_reaches_serve(tmp_path: Path) -> None:
     assert policy["policy_kwargs"]["request_tokens"] == 200
     assert one["graceful_shutdown_timeout_s"] == 7
     assert two["autoscaling_config"]["initial_replicas"] == 1
+    assert one["autoscaling_config"]["initial_replicas"] is None, "a redeployment keeps as many as there are"
     assert found["EngineReplica-one"][2] is None
     assert found["EngineReplica-two"][2] == [{"CPU": 0.5}] * 3
 

@@ -236,5 +236,7 @@ async def test_no_replica_is_sleep_only_where_that_is_allowed(monkeypatch: pytes
     sleepy = ServedModel("EngineReplica-x", 0, 1, 1)
     assert (await client(nobody, sleepy).stats()).replicas == 0
     states["EngineReplica-x"] = {"STARTING": 1}
+    assert (await client(nobody, sleepy).stats()).replicas == 0, "on its way: the next request waits for it"
+    states["EngineReplica-x"] = {"RUNNING": 1}
     with pytest.raises(Unavailable):
         await client(nobody, sleepy).stats()

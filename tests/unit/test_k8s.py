@@ -192,8 +192,10 @@ def test_autoscaling_is_bounded_and_fits_the_cluster() -> None:
 def test_draining_fits_into_the_grace_periods() -> None:
     spec = rayservice()["spec"]
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
-    drains = [deployment["graceful_shutdown_timeout_s"] for deployment in application()["deployments"]]
-    for drain in [*drains, application()["args"].get("drain_s", Settings.model_fields["drain_s"].default)]:
+    drains = [application()["args"][name] for name in ("drain_s", "gateway_drain_s")]
+    assert drains[0] < drains[1], "a gateway's requests may wait for an engine"
+    assert not any("graceful_shutdown_timeout_s" in deployment for deployment in application()["deployments"])
+    for drain in drains:
         assert drain < workers["template"]["spec"]["terminationGracePeriodSeconds"]
         assert drain < spec["rayClusterDeletionDelaySeconds"]
 

@@ -133,6 +133,9 @@ class Catalog:
         self._names.forget(lambda version: version.tenant == tenant and version.name == name)
 
     async def _on_its_base(self, version: AdapterVersion) -> Target:
+        for base, (_, spec) in self._specs.items():  # without waking others
+            if version.base_digest == spec.base_digest:
+                return Target(base, self._engines[base], await self._spec(base), version)
         bases = await self.bases()
         for target in bases:
             if version.base_digest == target.spec.base_digest:
@@ -159,6 +162,8 @@ class Catalog:
         if kept is not None and self._clock() - kept[0] < _SPEC_FRESH_S:
             return kept[1]
         engine = self._engines[base]
+        if kept is not None:
+            self._specs[base] = (self._clock(), kept[1])  # others need not ask as well
         try:
             asleep = kept is not None and not (await engine.stats()).replicas
             spec = kept[1] if kept is not None and asleep else await engine.describe()

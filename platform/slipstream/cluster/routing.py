@@ -192,8 +192,8 @@ class AdapterRouting:
             return home.order[home.width - 1]
         if home.width == 1:
             return None
-        # The others would take what the last one has: only if they stayed well under the bound, or it would come back.
-        if sum(queues) / (home.width - 1) > bound / 2:
+        # Would it come back without the last one? Not while one of the others is well under the bound.
+        if min(queues[:-1]) > (self._mean[1] + bound) / 2:
             home.calm_since = None
         elif home.calm_since is None:
             home.calm_since = now

@@ -12,7 +12,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-PROMPT_WEIGHT = 0.2  # work of a prompt token in answer tokens: they are computed many at a time (benchmarks/README.md)
 MAX_GROWTH = 2.0  # waiting requests and adapters at most double the replicas in one decision
 
 
@@ -54,11 +53,6 @@ class Decision:
     reason: str
 
 
-def work(prompt_tokens: int, completion_tokens: int) -> float:
-    """What a request cost, in answer tokens."""
-    return completion_tokens + PROMPT_WEIGHT * prompt_tokens
-
-
 class ScalingPolicy:
     """The memory of one deployment's decisions."""
 
@@ -69,14 +63,17 @@ class ScalingPolicy:
         self._went_up: float = float("-inf")
         self._busy = 0.0  # when there was last anything to do
         self._began: float | None = None
+        self._floor = 0  # replicas below which requests waited too long, not long ago …
+        self._floor_at = 0.0  # … or since when one fewer is being tried
 
     def decide(self, load: Load, now: float) -> Decision:
         """The next target. `now`: seconds, never falling."""
         o = self.options
-        wanted, why = self._want(load)
+        wanted, why = self._want(load, now)
         if self._began is None:
             self._began = now
-        if load.ongoing or load.held or load.requests_per_s > 0 or self._began == now:
+        coming = load.target > load.replicas  # somebody asked for them: not asleep again before they are there
+        if load.ongoing or load.held or load.requests_per_s > 0 or coming or self._began == now:
             self._busy = now
         if load.target == 0 and wanted == 0:
             return Decision(0, "asleep: no requests")
@@ -90,7 +87,7 @@ class ScalingPolicy:
             return self._down(wanted, why, load, now)
         return Decision(load.target, f"steady: {why}")
 
-    def _want(self, load: Load) -> tuple[int, str]:
+    def _want(self, load: Load, now: float) -> tuple[int, str]:
         """Replicas for this load alone, and what asks for them."""
         o = self.options
         demand = load.requests_per_s
@@ -103,17 +100,27 @@ class ScalingPolicy:
         most = max(load.replicas + 1, math.floor(load.replicas * MAX_GROWTH))
         if load.queue_wait_s > o.max_queue_wait_s:
             needed = min(most, math.ceil(load.replicas * load.queue_wait_s / o.max_queue_wait_s))
+            self._floor, self._floor_at = max(self._floor, needed), now
             if needed > best:
                 best, why = needed, f"requests wait {load.queue_wait_s:.1f} s, over {o.max_queue_wait_s:g}"
-        if load.slot_pressure > o.max_slot_pressure:
-            needed = min(most, math.ceil(round(load.replicas * load.slot_pressure / o.max_slot_pressure, 6)))
-            if needed > best:
-                best, why = needed, f"{load.slot_pressure:.2f} adapters a slot, over {o.max_slot_pressure:g}"
+        self._lower_floor(load, now)
+        if self._floor > best:
+            best, why = self._floor, f"with fewer than {self._floor} requests waited over {o.max_queue_wait_s:g} s"
+        needed = min(most, math.ceil(round(load.replicas * load.slot_pressure / o.max_slot_pressure, 6)))
+        if needed > best:
+            best, why = needed, f"{load.slot_pressure:.2f} adapters a slot, of {o.max_slot_pressure:g}"
         if load.held and load.replicas + 1 > best:
             best, why = load.replicas + 1, f"{load.held} requests find no room on a replica"
         if load.ongoing:
             best = max(1, best)
         return best, why
+
+    def _lower_floor(self, load: Load, now: float) -> None:
+        """What waits once taught is forgotten one replica at a time, and at once when nobody asks any more."""
+        if not load.ongoing and not load.held and load.requests_per_s == 0:
+            self._floor = 0
+        elif self._floor and now - self._floor_at >= self.options.down_delay_s:
+            self._floor, self._floor_at = self._floor - 1, now
 
     def _up(self, wanted: int, why: str, load: Load, now: float) -> Decision:
         if self._more_since is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -15,7 +16,7 @@ from slipstream.engine.residency import Residency, ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.waiting import StartRate
-from slipstream.protocol import EngineStats
+from slipstream.protocol import EngineStats, work
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class EngineCore(Generic[P]):
         self._on_host: dict[str, P] = {}
         self._steps = 0
         self._starts = StartRate()
-        self._requests = 0
+        self._requests = self._finished = 0
+        self._work = 0.0  # of all tokens so far, those of unfinished answers included
         self._totals = [0, 0, 0, 0]  # prompt, completion, drafted, accepted tokens of finished sequences
 
     @property
@@ -99,6 +101,7 @@ class EngineCore(Generic[P]):
         """Queue a sequence."""
         self.sequences[seq.seq_id] = seq
         self._requests += 1
+        self._work += work(seq.prompt_len, 0)
         self.scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -143,10 +146,16 @@ class EngineCore(Generic[P]):
             outcome.ran = True
             self._steps += 1
         for emission in outcome.emissions:
+            self._work += len(emission.tokens)
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
-        self._starts.observe(self._clock(), self.scheduler.num_waiting, self.scheduler.counters.started)
+        self._starts.observe(self._clock(), len(self._queue()), self.scheduler.counters.started)
         return outcome
+
+    def _queue(self) -> list[Sequence]:
+        """Sequences that wait for room and nothing else: not for an adapter on its way, nor in the middle of an answer."""
+        ready = [s for s in self.scheduler.waiting if not s.preemptions and not s.num_answer]
+        return [s for s in ready if s.adapter is None or self.residency.state(s.adapter) is Residency.ON_DEVICE]
 
     def _drop_overdue(self, outcome: StepOutcome) -> None:
         outcome.overdue = [seq.seq_id for seq in self.scheduler.overdue(self._clock())]
@@ -168,12 +177,14 @@ class EngineCore(Generic[P]):
         outcome.fetch = plan.fetch
 
     def _count(self, seq: Sequence) -> None:
+        self._finished += 1
         counts = (seq.prompt_len, seq.num_answer, seq.drafted, seq.accepted)
         self._totals = [total + n for total, n in zip(self._totals, counts, strict=True)]
 
     def stats(self) -> EngineStats:
         """A snapshot; running sequences' tokens are counted when they finish."""
         pool: BlockPool = self.scheduler.pool
+        queue, now = self._queue(), self._clock()
         return EngineStats(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
@@ -188,7 +199,10 @@ class EngineCore(Generic[P]):
             prefix_hit_tokens=self.scheduler.counters.prefix_hit_tokens,
             adapters=self.residency.snapshot(),
             sequences=self._requests,
-            queue_wait_s=self.scheduler.longest_wait_s(self._clock()),
+            finished=self._finished,
+            work_tokens=self._work,
+            queue_wait_s=max((now - seq.arrived for seq in queue), default=0.0),
+            queue_by_priority=Counter(seq.priority for seq in queue),
             starts_per_s=self._starts.per_s,
             adapter_slots=self.residency.num_slots,
             slots_free=self.residency.num_free_slots,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -106,9 +107,10 @@ class Scheduler:
         """Digests the queue wants, in its order, each once."""
         return dict.fromkeys(s.adapter for s in self._waiting if s.adapter is not None)
 
-    def longest_wait_s(self, now: float) -> float:
-        """Of the sequences that wait."""
-        return max((now - s.arrived for s in self._waiting), default=0.0)
+    @property
+    def waiting(self) -> Sequence_[Sequence]:
+        """Sequences without blocks, by turn."""
+        return self._waiting
 
     def overdue(self, now: float) -> list[Sequence]:
         """Waiting sequences that should have started by now. One that has begun to answer is let finish."""
@@ -125,13 +127,16 @@ class Scheduler:
         """Decide one step. Blocks for everything planned are held when this returns."""
         planned: dict[int, PlannedSequence] = {}
         budget = self.max_batched_tokens
-        decodes = [s for s in self._running if self._missing(s) == 1]
+        by_turn = sorted(
+            self._running, key=_turn
+        )  # who goes first takes the last blocks, and is not preempted for others
+        decodes = [s for s in by_turn if self._missing(s) == 1]
         self._long_room = self.pacer.rows() if self.pacer is not None and decodes else None
         floor = self._prefill_floor()
         for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
             if seq.state is SequenceState.RUNNING:  # not preempted for an older one
                 budget -= self._plan_decode(seq, max(1, budget - left + 1 - floor), planned)
-        for seq in list(self._running):
+        for seq in by_turn:
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)

@@ -208,9 +208,10 @@ class EngineService:
             raise InvalidRequest(f"This replica takes {limit} sequences at most; n is over that.", param="n")
         if request.progress:
             return
-        total = self._open.total()
-        ahead = sum(number for priority, number in self._open.items() if priority <= request.priority)
-        expected_s = predicted_wait_s(ahead + count - self._stats.running, self._stats.starts_per_s)
+        total, stats = self._open.total(), self._stats
+        unseen = max(0, total - stats.running - stats.waiting)  # that came since the last step
+        ahead = unseen + sum(n for priority, n in stats.queue_by_priority.items() if priority <= request.priority)
+        expected_s = predicted_wait_s(ahead + count, stats.starts_per_s)
         allowed_s = self._allowed_wait_s(request)
         retry_s = min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s - allowed_s)))
         if total + count > limit:
@@ -254,7 +255,8 @@ class EngineService:
                 on_token=text.push,
                 priority=request.priority,
                 arrived=now,
-                start_by=None if request.progress else now + call.allowed_wait_s,
+                # Of the first choice alone: when it has started, the client is in the middle of its answer.
+                start_by=None if request.progress or index else now + call.allowed_wait_s,
                 decode_steps=done.decode_steps,
                 drafted=len(done.token_ids) - done.decode_steps,
                 accepted=len(done.token_ids) - done.decode_steps,

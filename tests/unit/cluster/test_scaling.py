@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.cluster.rates import Rates
-from slipstream.cluster.scaling import Decision, Load, ScalingOptions, ScalingPolicy, work
+from slipstream.cluster.scaling import Decision, Load, ScalingOptions, ScalingPolicy
+from slipstream.protocol import work
 from slipstream.testing import ManualClock
 
 OPTIONS = ScalingOptions(
@@ -80,6 +82,25 @@ def test_long_waits_ask_for_more_whatever_the_rate() -> None:
     assert deployment.tick(2, requests_per_s=1.0, queue_wait_s=300.0, ongoing=9) == 6, "at most twice as many at a time"
 
 
+def test_what_waits_taught_is_forgotten_one_replica_at_a_time() -> None:
+    """Without that, the replicas that ended the waits would all be stopped two minutes later, and requests wait again."""
+    deployment = Deployment(replicas=2, max_queue_wait_s=2.0)
+    deployment.tick(2, requests_per_s=1.0, queue_wait_s=9.0, ongoing=9)
+    assert deployment.tick(2, requests_per_s=1.0, queue_wait_s=9.0, ongoing=9) == 8
+    seen = [deployment.tick(requests_per_s=1.0, ongoing=9) for _ in range(300)]
+    assert all(before - after <= 1 for before, after in pairwise(seen))
+    assert 3 <= seen[-1] < 8
+
+
+def test_a_replica_that_is_on_its_way_is_waited_for() -> None:
+    """Whoever asked may have given up meanwhile: stopped before it is there, it would never be there."""
+    policy, now = ScalingPolicy(replace(OPTIONS, min_replicas=0)), 0.0
+    for _ in range(1000):
+        assert policy.decide(Load(replicas=0, target=1, requests_per_s=0.0), now).replicas == 1
+        now += 1.0
+    assert policy.decide(Load(replicas=1, target=1, requests_per_s=0.0), now + 60).replicas == 1
+
+
 def test_slot_pressure_asks_for_more() -> None:
     deployment = Deployment(replicas=4)
     assert deployment.tick(2, requests_per_s=1.0, slot_pressure=1.2, ongoing=9) == 5
@@ -148,6 +169,7 @@ def test_whatever_comes_it_stays_within_bounds_and_cools_down(
 def test_rates_are_of_the_window() -> None:
     rates = Rates(window_s=10.0)
     assert rates.per_s(0.0, 0, 0) == [0.0, 0.0]
+    assert rates.per_s(1.0, 10, 50) == [2.0, 10.0], "a burst in the first second is no rate of ten a second"
     assert rates.per_s(5.0, 10, 50) == [2.0, 10.0]
     for second in range(6, 40):
         found = rates.per_s(float(second), 10, 50)

@@ -89,15 +89,27 @@ def test_who_waits_past_its_time_is_overdue_and_who_has_begun_is_not() -> None:
     assert own.overdue(9.0) == [late], "its client is in the middle of an answer"
 
 
-def test_the_longest_wait_is_the_oldest_ones() -> None:
-    own = scheduler()
+def test_the_queue_is_of_those_that_wait_for_room_and_nothing_else() -> None:
+    """Neither an adapter on its way nor a preempted answer is a reason to refuse others, or to start replicas."""
+    clock, residency = ManualClock(0.0), ResidencyManager(1, 1 << 20)
+    own = Scheduler(BlockPool(64, 4), residency, max_batched_tokens=64, max_num_seqs=1)
+    core = EngineCore[Any](own, residency, cast("Any", ScriptedRunner(4)), clock)
     for seq_id, arrived in ((1, 0.0), (2, 3.0), (3, 7.0)):
-        seq = sequence(seq_id)
+        seq = sequence(seq_id, priority=seq_id)
         seq.arrived = arrived
-        own.add(seq)
-    assert own.longest_wait_s(10.0) == 10.0
-    own.schedule()
-    assert own.longest_wait_s(10.0) == 7.0
+        core.add(seq)
+    fetching, preempted = sequence(4), sequence(5)
+    fetching.adapter, preempted.preemptions = "sha256:x", 1
+    core.add(fetching)
+    core.add(preempted)
+    clock.advance(10.0)
+    assert core.stats().queue_wait_s == 10.0
+    assert core.stats().queue_by_priority == {1: 1, 2: 1, 3: 1}
+    core.abort(1)
+    assert core.stats().queue_wait_s == 7.0
+    core.abort(2)
+    core.abort(3)
+    assert (core.stats().waiting, core.stats().queue_wait_s) == (2, 0.0)
 
 
 def p99(values: list[float]) -> float:
@@ -118,7 +130,7 @@ def test_at_several_times_the_capacity_who_is_let_in_waits_within_the_bound(time
         while debt >= 1:
             debt -= 1
             stats = core.stats()
-            if predicted_wait_s(stats.waiting + 1, stats.starts_per_s) > allowed_s:
+            if predicted_wait_s(sum(stats.queue_by_priority.values()) + 1, stats.starts_per_s) > allowed_s:
                 refused += 1
                 continue
             arrived += 1
