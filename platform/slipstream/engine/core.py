@@ -149,7 +149,8 @@ class EngineCore(Generic[P]):
             self._work += len(emission.tokens)
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
-        self._starts.observe(self._clock(), len(self._queue()), self.scheduler.counters.started)
+        started, running = self.scheduler.counters.started, self.scheduler.num_running
+        self._starts.observe(self._clock(), len(self._queue()), started, running)
         return outcome
 
     def _queue(self) -> list[Sequence]:

@@ -213,7 +213,7 @@ class EngineService:
         ahead = unseen + sum(n for priority, n in stats.queue_by_priority.items() if priority <= request.priority)
         expected_s = predicted_wait_s(ahead + count, stats.starts_per_s)
         allowed_s = self._allowed_wait_s(request)
-        retry_s = min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s - allowed_s)))
+        retry_s = math.ceil(min(_LONGEST_RETRY_S, max(1.0, expected_s - allowed_s)))
         if total + count > limit:
             message = f"{total} sequences are queued or running, which is this replica's limit. Try again."
             raise Overloaded(message, retry_after_s=retry_s)

@@ -21,33 +21,41 @@ from slipstream.testing import ManualClock
 
 def test_without_a_queue_nothing_is_known() -> None:
     rate = StartRate()
-    rate.observe(0.0, waiting=0, started=0)
-    rate.observe(5.0, waiting=0, started=50)
+    rate.observe(0.0, waiting=0, started=0, running=8)
+    rate.observe(5.0, waiting=0, started=50, running=8)
     assert rate.per_s is None
     assert predicted_wait_s(10, rate.per_s) == 0.0
 
 
 def test_starts_are_counted_while_others_wait() -> None:
     rate = StartRate()
-    rate.observe(0.0, waiting=3, started=100)
-    rate.observe(0.5, waiting=3, started=101)
+    rate.observe(0.0, waiting=3, started=100, running=8)
+    rate.observe(0.5, waiting=3, started=101, running=8)
     assert rate.per_s is None, "too short to mean anything"
-    rate.observe(2.0, waiting=3, started=104)
+    rate.observe(2.0, waiting=3, started=104, running=8)
     assert rate.per_s == pytest.approx(2.0)
     assert predicted_wait_s(10, rate.per_s) == pytest.approx(5.0)
-    rate.observe(3.0, waiting=0, started=110)
+    rate.observe(3.0, waiting=0, started=110, running=8)
     assert rate.per_s is None, "the queue is gone, and what was known of it"
 
 
 def test_the_window_forgets() -> None:
     rate = StartRate()
     for second in range(60):
-        rate.observe(float(second), waiting=1, started=second if second < 30 else 30 + 5 * (second - 30))
+        rate.observe(float(second), waiting=1, started=second if second < 30 else 30 + 5 * (second - 30), running=8)
     assert rate.per_s == pytest.approx(5.0)
 
 
-def test_a_queue_that_stands_still_is_a_long_wait_and_not_an_endless_one() -> None:
-    assert predicted_wait_s(3, 0.0) == pytest.approx(30.0)
+def test_a_queue_that_has_not_moved_yet_is_as_fast_as_its_batch_may_be() -> None:
+    """Long answers: that none has ended says only that they take longer than this."""
+    rate = StartRate()
+    rate.observe(0.0, waiting=3, started=8, running=8)
+    rate.observe(4.0, waiting=3, started=8, running=8)
+    assert rate.per_s == pytest.approx(2.0)
+    for second in range(5, 41):
+        rate.observe(float(second), waiting=3, started=8, running=8)
+    assert rate.per_s == pytest.approx(0.2)
+    assert predicted_wait_s(6, rate.per_s) == pytest.approx(30.0)
     assert predicted_wait_s(0, 0.0) == 0.0
 
 
