@@ -57,7 +57,7 @@ async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
         await load.grows(20)
         for replica in world.replicas(WIDE):
             kill(replica["ranks"][0]["pid"])
-            await load.grows(30, 120)
+            await load.grows(30)
     assert load.verdict() == UNHARMED
     world.wait_for(WIDE, 2)
 
@@ -67,7 +67,7 @@ async def test_a_rank_dies_and_its_group_with_it(world: Platform, load: Load) ->
     async with load.going():
         await load.grows(20)
         kill(before["ranks"][1]["pid"])
-        await load.grows(60, 120)
+        await load.grows(60)
     assert load.verdict() == UNHARMED
     world.wait_for(SPLIT, 1)
     (after,) = world.replicas(SPLIT)
@@ -98,7 +98,7 @@ async def test_rays_control_store_dies_and_comes_back(world: Platform, load: Loa
     async with load.going():
         await load.grows(20)
         await asyncio.to_thread(world.kill_gcs, 4.0)
-        await load.grows(60, 120)
+        await load.grows(60)
     assert load.verdict() == UNHARMED
 
 
@@ -106,9 +106,9 @@ async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
     async with load.going():
         await load.grows(20)
         await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
-        await load.grows(60, 120)
+        await load.grows(60)
         world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **WORKER))
-        await load.grows(20, 120)
+        await load.grows(20)
     assert load.verdict() == UNHARMED
     world.wait_for(WIDE, 2)
     world.wait_for(SPLIT, 1)
@@ -122,7 +122,7 @@ async def test_a_rolling_update_loses_nothing(world: Platform, load: Load) -> No
         updated = world.settings(models=models(world, max_waiting=100), gateway_replicas=2, **EDGE)
         await asyncio.to_thread(world.run, updated)
         await asyncio.to_thread(world.wait_for, WIDE, 2)
-        await load.grows(20, 120)
+        await load.grows(20)
     assert load.verdict() == UNHARMED
     assert not pids & {replica["ranks"][0]["pid"] for replica in world.replicas(WIDE)}
 
@@ -135,7 +135,7 @@ async def test_a_gateway_dies(world: Platform, load: Load) -> None:
             await load.grows(20)
             for pid in world.actor_pids("ServeReplica:slipstream:Gateway")[:1]:
                 kill(pid)
-            await load.grows(60, 120)
+            await load.grows(60)
     assert (load.lost, load.wrong) == ([], [])
     assert load.broken <= 8, "only what that gateway had open"
 

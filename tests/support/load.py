@@ -107,7 +107,7 @@ class Load:
             until.set()
             await asyncio.gather(*tasks)
 
-    async def grows(self, count: int, timeout_s: float = 60) -> None:
+    async def grows(self, count: int, timeout_s: float = 180) -> None:
         """Wait for so many more answers."""
         wanted = self.answered + count
         async with asyncio.timeout(timeout_s):

@@ -104,7 +104,7 @@ class Platform:
     def run(self, settings: Settings) -> None:
         """Deploy and wait until it answers; again = a rolling update."""
         serve.run(build_application(settings), name=APP_NAME, route_prefix="/", blocking=False)
-        assert eventually(self.ready, 120), serve.status()
+        assert eventually(self.ready, 240), serve.status()
 
     def ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -149,7 +149,7 @@ class Platform:
         replicas: Sequence[Mapping[str, Any]] = self.view(model)["replicas"]
         return replicas
 
-    def wait_for(self, model: str, count: int, timeout_s: float = 90) -> None:
+    def wait_for(self, model: str, count: int, timeout_s: float = 180) -> None:
         """Until so many replicas answer and none comes or goes."""
 
         def there() -> bool:
