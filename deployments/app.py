@@ -1,6 +1,8 @@
-"""Settings in, a Serve application out; and the Serve config file that says the same."""
+"""Settings in, a Serve application out; and the Serve config file that says the same.
 
-from __future__ import annotations
+Annotations are evaluated here, unlike elsewhere: Serve looks at the class of `build`'s argument, and would hand over a bare
+dictionary if it found a name.
+"""
 
 import warnings
 from typing import Any, Optional

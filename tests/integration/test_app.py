@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
@@ -99,6 +100,16 @@ def test_what_the_settings_say_reaches_serve(tmp_path: Path) -> None:
     assert one["autoscaling_config"]["initial_replicas"] is None, "a redeployment keeps as many as there are"
     assert found["EngineReplica-one"][2] is None
     assert found["EngineReplica-two"][2] == [{"CPU": 0.5}] * 3
+
+
+def test_serve_itself_calls_the_builder() -> None:
+    """As `serve run`, `serve deploy` and KubeRay do it, with and without arguments."""
+    for args in ({}, {"gateway_replicas": 3, "models": [{"id": "a"}]}):
+        application = call_user_app_builder_with_args_if_necessary(app.build, args)
+        replicas = application._bound_deployment._deployment_config.num_replicas
+        assert replicas == args.get("gateway_replicas", 1)
+    with pytest.raises(ValueError, match="num_replica"):
+        call_user_app_builder_with_args_if_necessary(app.build, {"num_replica": 2})
 
 
 def test_unknown_arguments_are_refused() -> None:
