@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from pydantic import SecretStr
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_registry.blobs import ObstoreBlobs
@@ -20,7 +21,7 @@ from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
 
-APP_NAME = "slipstream"  # in Serve
+APP_NAME = "slipstream"  # in Serve, where we name it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,11 @@ class Gateway:
         """Serve calls this in the replica's own event loop, after the constructor."""
         plan = self._plan
         self._store = RedisStore.from_url(plan.redis_url.get_secret_value())
-        engines = {id_: RayEngineClient(handle, APP_NAME, plan.models[id_]) for id_, handle in self._engines.items()}
+        app = serve.get_replica_context().app_name  # not always ours: `serve run` calls it "default"
+        engines = {id_: RayEngineClient(handle, app, plan.models[id_]) for id_, handle in self._engines.items()}
         services = ApiServices(
             engines=engines,
-            cluster=RayCluster(APP_NAME, plan.models, engines),
+            cluster=RayCluster(app, plan.models, engines),
             store=self._store,
             blobs=ObstoreBlobs.from_url(plan.blob_url),
             jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
