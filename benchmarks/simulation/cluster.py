@@ -69,7 +69,6 @@ class Replica:
     coming: dict[str, list[Request]] = field(default_factory=dict)
     closing: set[str] = field(default_factory=set)  # on the device, and taking no new requests
     loads: int = 0
-    draining: bool = False
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     @property

@@ -105,7 +105,7 @@ class Ours:
 
     def update(self, replicas: Sequence[Replica]) -> None:
         """See `Router`."""
-        self.policy.update([ReplicaView(r.name, r.tiers(), r.has_room, r.draining) for r in replicas])
+        self.policy.update([ReplicaView(r.name, r.tiers(), r.has_room) for r in replicas])
 
     def pick(self, request: Request, now: float) -> str:
         """See `Router`. Serve takes the shortest queue of the first group."""

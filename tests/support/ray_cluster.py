@@ -26,6 +26,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 from support.adapters import random_peft_adapter, random_streams, write_own_streams
 from support.api_app import form_files
+from support.load import Answer, Question
 from support.processes import command, descendants, eventually, free_port
 from support.redis_server import RedisServer, running_redis
 from support.tiny_model import save_tiny_model
@@ -78,6 +79,7 @@ class Platform:
     port: int
     keys: dict[str, str] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
+    answers: dict[Question, Answer] = field(default_factory=dict)  # of `support.load`, from before the first fault
     nodes: list[Any] = field(default_factory=list)
 
     @property

@@ -37,7 +37,7 @@ RULES = (
     Rule("slipstream.adapters", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.engine")),
     *(
         Rule(f"slipstream.engine.{name}", ("torch", "transformers", "numpy"))
-        for name in ("scheduler", "blocks", "residency", "sequence", "plan")
+        for name in ("scheduler", "blocks", "prefixes", "leases", "residency", "sequence", "plan", "waiting")
     ),
     Rule("slipstream.protocol", ("torch", "ray", "redis", "fastapi", "pydantic")),
     Rule("slipstream.config", ("torch", "ray", "redis", "fastapi")),

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: filter → score in [0, 1] → pick. Pure Python: no Ray, no clock, no torch inside.
+"""Which replica a request goes to: score in [0, 1] → pick, among those that take work. No Ray, clock or torch inside.
 
 An adapter has a *home*: the first `width` replicas of its own rendezvous order. Width is 1 for most, so a cold adapter is
 always loaded in the same place; it grows while every home is busier than the others by a margin (consistent hashing with
@@ -43,7 +43,6 @@ class ReplicaView:
     name: str
     tiers: Mapping[str, Tier] = field(default_factory=dict)  # digest → where; what is missing is ABSENT
     has_room: bool = True  # an adapter slot that no running request holds
-    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +106,22 @@ class AdapterRouting:
         self._mean: tuple[float, float] = (float("-inf"), 0.0)  # when, and the mean queue then
 
     def update(self, views: Sequence[ReplicaView]) -> None:
-        """Replicas that are there, healthy or draining. Called whenever one comes, goes, or reports anew."""
+        """The replicas that take work, all of one base: Serve's list, which leaves out those that are ill or told to stop.
+        Called whenever one comes, goes, or reports anew."""
         self._views = {view.name: view for view in views}
-        names = [view.name for view in views if not view.draining]
+        names = [view.name for view in views]
         if set(names) != set(self._names):
             self._version += 1
         self._names = names
         self._members = [(name, seed_of(name)) for name in names]
         self._holders = {}
         for view in views:
-            if not view.draining:
-                for digest in view.tiers:
-                    self._holders.setdefault(digest, []).append(view.name)
+            for digest in view.tiers:
+                self._holders.setdefault(digest, []).append(view.name)
 
     def rank(self, key: RouteKey, queue_of: QueueOf, now: float) -> list[list[str]]:
         """Replicas in groups, best first: of a group the one with the shortest queue is meant, and the next group only if
-        none of it takes the request. Draining ones are never named; empty when there is no other."""
+        none of it takes the request. Empty when there is no replica."""
         if not self._names:
             return []
         best = self._base(key, queue_of) if key.adapter is None else self._adapter(key, key.adapter, queue_of, now)
@@ -147,7 +146,7 @@ class AdapterRouting:
     def _base(self, key: RouteKey, queue_of: QueueOf) -> list[list[str]]:
         candidates = self._draw(self._names, 2)
         known = self._prefixes.get(key.prefix) if key.prefix is not None else None
-        if known is not None and known in self._views and not self._views[known].draining and known not in candidates:
+        if known is not None and known in self._views and known not in candidates:
             candidates.append(known)
         return self._best_first(candidates, key, queue_of, 0.0)
 

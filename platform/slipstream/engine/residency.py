@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from slipstream.engine.scheduler import AdapterLease
+from slipstream.engine.leases import AdapterLease
 
 
 class Residency(StrEnum):

@@ -9,38 +9,20 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
-from typing import Protocol
+from operator import attrgetter
 
-from slipstream.engine.blocks import BlockPool, chain_hash, root_hash
+from slipstream.engine.blocks import BlockPool
 from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts
+from slipstream.engine.leases import AdapterLease, AdapterSlots
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.prefixes import publish, reusable_hashes
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.protocol import FinishReason
 
+_turn = attrgetter("turn")
 CHUNK_ALIGN = 64  # chunk 257 instead of 256 costs +32% (Sarathi-Serve); the last chunk of a prompt is whatever is left
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterLease:
-    """A resident adapter, pinned for one sequence."""
-
-    slot: int
-    num_streams: int
-
-
-class AdapterSlots(Protocol):
-    """What the scheduler needs of the residency manager."""
-
-    def try_pin(self, digest: str) -> AdapterLease | None:
-        """Pin the adapter on the device for one more sequence, or None when it is not there (yet)."""
-        ...
-
-    def unpin(self, digest: str) -> None:
-        """Undo one `try_pin`."""
-        ...
 
 
 @dataclass(slots=True)
@@ -108,7 +90,7 @@ class Scheduler:
         return dict.fromkeys(s.adapter for s in self._waiting if s.adapter is not None)
 
     @property
-    def waiting(self) -> Sequence_[Sequence]:
+    def waiting(self) -> list[Sequence]:
         """Sequences without blocks, by turn."""
         return self._waiting
 
@@ -193,8 +175,8 @@ class Scheduler:
                 emissions.append(self._commit_sampled(seq, part, result.results[part.seq_id]))
             else:
                 seq.num_computed = part.start + len(part.tokens)
-            if seq.state is SequenceState.RUNNING:
-                self._publish(seq)
+            if seq.state is SequenceState.RUNNING and self.prefix_caching:
+                publish(seq, self.pool)
         return emissions
 
     # -- planning -------------------------------------------------------------------------------------------------
@@ -313,7 +295,7 @@ class Scheduler:
     ) -> int | None:
         """Blocks for all known tokens, prefix hits first, and the rows of its first chunk. Nothing is held when that is None,
         for want of blocks, or 0: a long prompt for which others leave no room in this step, and which nobody waits behind."""
-        cached = self.pool.match(self._prefix_hashes(seq)) if self.prefix_caching else []
+        cached = self.pool.match(reusable_hashes(seq, self.pool.block_size)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
         # Not one whose client is in the middle of its answer: preempted, or begun on a replica that went away.
         begun = seq.preemptions or seq.num_answer
@@ -402,31 +384,6 @@ class Scheduler:
             assert seq.adapter is not None
             self.adapters.unpin(seq.adapter)
 
-    # -- prefix cache ---------------------------------------------------------------------------------------------
-
-    def _prefix_hashes(self, seq: Sequence) -> list[bytes]:
-        """Hashes of the full blocks that may be reused: never all tokens, since the last one's logits are needed."""
-        usable = (len(seq.tokens) - 1) // self.pool.block_size
-        self._extend_hashes(seq, usable)
-        return seq.hashes[:usable]
-
-    def _extend_hashes(self, seq: Sequence, count: int) -> None:
-        size = self.pool.block_size
-        while len(seq.hashes) < count:
-            i = len(seq.hashes)
-            parent = seq.hashes[-1] if i else root_hash(seq.tenant, seq.adapter)
-            seq.hashes.append(chain_hash(parent, seq.tokens[i * size : (i + 1) * size]))
-
-    def _publish(self, seq: Sequence) -> None:
-        """Make full blocks of committed tokens findable; drafts never are."""
-        full = seq.num_computed // self.pool.block_size
-        if not self.prefix_caching or full <= seq.num_published:
-            return
-        self._extend_hashes(seq, full)
-        for i in range(seq.num_published, full):
-            self.pool.publish(seq.blocks[i], seq.hashes[i])
-        seq.num_published = full
-
     # -- self-check -----------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
@@ -442,7 +399,3 @@ class Scheduler:
         for s in self._waiting:
             assert s.state is SequenceState.WAITING
             assert not s.blocks
-
-
-def _turn(seq: Sequence) -> tuple[int, int]:
-    return seq.turn

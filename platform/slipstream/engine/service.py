@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -33,12 +32,10 @@ from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.text import ChoiceText, token_bytes
-from slipstream.engine.waiting import predicted_wait_s
+from slipstream.engine.waiting import Gate, too_late
 from slipstream.errors import (
     AdapterUnavailable,
     EngineFailed,
-    InvalidRequest,
-    Overloaded,
     SlipstreamError,
 )
 from slipstream.protocol import (
@@ -54,11 +51,10 @@ from slipstream.protocol import (
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Clock = Callable[[], float]
 
-_LONGEST_RETRY_S = 60
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
 _NO_ROOM = "This replica has no room for the adapter on its device now. Try again; if it stays, tell the operator."
-_LATE = "This replica is too busy to begin the request within {:g} seconds. Try again later."
 _BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
 
@@ -94,11 +90,7 @@ class EngineService:
     """One engine on one event loop. `start` before use, `close` after."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        source: AdapterSource,
-        lead: Lead | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, config: EngineConfig, source: AdapterSource, lead: Lead | None = None, clock: Clock = time.perf_counter
     ) -> None:
         """`lead`: for an engine of several ranks, of which this is the first."""
         self.config = config
@@ -106,7 +98,8 @@ class EngineService:
         self._lead = lead
         self._source = source
         self._ids = itertools.count(1)
-        self._open = Counter[int]()  # choices not finished, by priority
+        self._gate = Gate(config.max_num_seqs + config.max_waiting, config.max_queue_wait_s)
+        self._open = 0  # choices not finished
         self._choices: dict[int, _Choice] = {}  # step thread's
         self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False  # no more commands are taken
@@ -180,11 +173,11 @@ class EngineService:
         """See `EngineClient.generate`."""
         self.check_health()
         admitted = await self._admit(request)
+        self._gate.check(request, len(admitted.choices), self._open, self._stats)
         call = self._make_call(request, admitted)
-        unfinished = len(call.choices)
-        self._check_load(request, unfinished)
         self._post(lambda: self._submit(call))
-        self._open[request.priority] += unfinished
+        unfinished = len(call.choices)
+        self._open += unfinished
         try:
             while unfinished:
                 item = await call.queue.get()
@@ -192,37 +185,13 @@ class EngineService:
                     raise item
                 done = sum(event.finish_reason is not None for event in item)
                 unfinished -= done
-                self._open[request.priority] -= done
+                self._open -= done
                 yield item
         finally:
             if unfinished:
-                self._open[request.priority] -= unfinished
+                self._open -= unfinished
                 with suppress(EngineFailed):
                     self._post(lambda: self._cancel(call))
-            self._open += Counter()  # forgets priorities that nobody has any more
-
-    def _check_load(self, request: GenerateRequest, count: int) -> None:
-        """Refuse at once what would wait too long. A request that another replica has begun is let in."""
-        limit = self.config.max_num_seqs + self.config.max_waiting
-        if count > limit:
-            raise InvalidRequest(f"This replica takes {limit} sequences at most; n is over that.", param="n")
-        if request.progress:
-            return
-        total, stats = self._open.total(), self._stats
-        unseen = max(0, total - stats.running - stats.waiting)  # that came since the last step
-        ahead = unseen + sum(n for priority, n in stats.queue_by_priority.items() if priority <= request.priority)
-        expected_s = predicted_wait_s(ahead + count, stats.starts_per_s)
-        allowed_s = self._allowed_wait_s(request)
-        retry_s = math.ceil(min(_LONGEST_RETRY_S, max(1.0, expected_s - allowed_s)))
-        if total + count > limit:
-            message = f"{total} sequences are queued or running, which is this replica's limit. Try again."
-            raise Overloaded(message, retry_after_s=retry_s)
-        if expected_s > allowed_s:
-            raise Overloaded(_LATE.format(allowed_s), retry_after_s=retry_s)
-
-    def _allowed_wait_s(self, request: GenerateRequest) -> float:
-        most = self.config.max_queue_wait_s
-        return most if request.max_wait_s is None else min(most, request.max_wait_s)
 
     async def _admit(self, request: GenerateRequest) -> Admitted:
         """Tokenising a long prompt takes a while: not on the loop that carries everybody's streams."""
@@ -232,7 +201,7 @@ class EngineService:
         return await asyncio.to_thread(self._admission.admit, request)
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        call = _Call(asyncio.Queue(), [], request.adapter, self._allowed_wait_s(request))
+        call = _Call(asyncio.Queue(), [], request.adapter, self._gate.allowed_wait_s(request))
         now = self._clock()
         for index, params in enumerate(admitted.choices):
             done = request.progress[index] if request.progress else ChoiceProgress()
@@ -322,8 +291,7 @@ class EngineService:
             self._fail([self._choices.pop(seq_id) for seq_id in seq_ids], _NO_ROOM)
         for seq_id in outcome.overdue:
             call = self._choices.pop(seq_id).call
-            error = Overloaded(_LATE.format(call.allowed_wait_s))
-            self._loop.call_soon_threadsafe(call.queue.put_nowait, error)
+            self._loop.call_soon_threadsafe(call.queue.put_nowait, too_late(call.allowed_wait_s))
         for digest in outcome.fetch:
             waiting = self._choices[self._core.scheduler.sequences_of(digest)[0].seq_id]
             ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same

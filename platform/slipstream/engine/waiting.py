@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
+
+from slipstream.errors import InvalidRequest, Overloaded
+from slipstream.protocol import EngineStats, GenerateRequest
 
 WINDOW_S = 10.0
 LEAST_S = 1.0  # of a queue, before its speed means anything
+LONGEST_RETRY_S = 60
 
 
 class StartRate:
@@ -48,3 +53,41 @@ def predicted_wait_s(ahead: int, starts_per_s: float | None) -> float:
     if starts_per_s is None or ahead <= 0:
         return 0.0
     return ahead / starts_per_s if starts_per_s > 0 else math.inf
+
+
+def too_late(allowed_s: float, retry_after_s: int = 1) -> Overloaded:
+    """What a request is told that would wait longer, or has."""
+    message = f"This replica is too busy to begin the request within {allowed_s:g} seconds. Try again later."
+    return Overloaded(message, retry_after_s=retry_after_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Whom one engine lets in."""
+
+    max_open: int  # sequences that run or wait
+    max_wait_s: float
+
+    def allowed_wait_s(self, request: GenerateRequest) -> float:
+        """How long a request may wait for its start."""
+        return self.max_wait_s if request.max_wait_s is None else min(self.max_wait_s, request.max_wait_s)
+
+    def check(self, request: GenerateRequest, count: int, open_: int, stats: EngineStats) -> None:
+        """Refuse at once what would wait too long; a request that another replica has begun is let in.
+
+        count: its sequences; open_: those of all requests, also of those that came since `stats`. Raises `InvalidRequest` for
+        what could never be let in, `Overloaded` for what cannot be now.
+        """
+        if count > self.max_open:
+            raise InvalidRequest(f"This replica takes {self.max_open} sequences at most; n is over that.", param="n")
+        if request.progress:
+            return
+        unseen = max(0, open_ - stats.running - stats.waiting)
+        ahead = unseen + sum(n for priority, n in stats.queue_by_priority.items() if priority <= request.priority)
+        expected_s, allowed_s = predicted_wait_s(ahead + count, stats.starts_per_s), self.allowed_wait_s(request)
+        retry_s = math.ceil(min(LONGEST_RETRY_S, max(1.0, expected_s - allowed_s)))
+        if open_ + count > self.max_open:
+            message = f"{open_} sequences are queued or running, which is this replica's limit. Try again."
+            raise Overloaded(message, retry_after_s=retry_s)
+        if expected_s > allowed_s:
+            raise too_late(allowed_s, retry_s)

@@ -1,4 +1,7 @@
-"""transformers' Trainer with our objective, parameter groups, schedules, checkpoints and metrics."""
+"""transformers' Trainer with our objective, parameter groups, schedules, checkpoints and metrics.
+
+Over 400 lines, because a Trainer is one class with many hooks, and its clock (`_Clockwork`) reaches into all of them.
+"""
 
 from __future__ import annotations
 

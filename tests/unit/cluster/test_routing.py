@@ -89,12 +89,16 @@ def test_a_width_does_not_flap() -> None:
     assert 1 <= changes <= 7
 
 
-def test_draining_replicas_are_never_named() -> None:
-    views = [ReplicaView("r0", {"adapter": Tier.ON_DEVICE}, draining=True), ReplicaView("r1")]
-    policy = routing(*views)
+def test_a_replica_that_left_the_list_is_never_named_again() -> None:
+    """Told to stop, ill or dead: whatever is remembered of it."""
+    views = [ReplicaView("r0", {"adapter": Tier.ON_DEVICE}), ReplicaView("r1")]
+    policy, key = routing(*views), RouteKey(prefix=7)
+    policy.routed(ADAPTER, "r0", 0.0)
+    policy.routed(key, "r0", 0.0)
+    policy.update(views[1:])
     assert policy.rank(ADAPTER, lambda name: 0, 0.0) == [["r1"]]
-    assert policy.rank(RouteKey(), lambda name: 0, 0.0) == [["r1"]]
-    policy.update([ReplicaView("r0", draining=True)])
+    assert policy.rank(key, lambda name: 0, 0.0) == [["r1"]]
+    policy.update([])
     assert policy.rank(ADAPTER, lambda name: 0, 0.0) == []
 
 
@@ -126,7 +130,6 @@ VIEWS = st.lists(
         st.sampled_from([f"r{i}" for i in range(12)]),
         st.dictionaries(st.sampled_from("abc"), st.sampled_from(list(Tier))),
         st.booleans(),
-        st.booleans(),
     ),
     max_size=12,
     unique_by=lambda view: view.name,
@@ -147,7 +150,7 @@ def test_whatever_replicas_say_a_request_has_a_place(
         policy.update(views)
         now += 3.0
         key = RouteKey(adapter, prefix)
-        working = {view.name for view in views if not view.draining}
+        working = {view.name for view in views}
         groups = policy.rank(key, lambda name, most=queue: hash(name) % (most + 1), now)  # type: ignore[misc]
         named = [name for group in groups for name in group]
         assert len(named) == len(set(named))

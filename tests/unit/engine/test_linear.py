@@ -1,4 +1,7 @@
-"""The adapter bank against a plain loop over rows in float64: any mix of adapters, in any order of coming and going."""
+"""The adapter bank against a plain loop over rows in float64: any mix of adapters, in any order of coming and going.
+
+Over 400 lines: every test here runs through each way of computing it, which are set up once at the top.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Residency: the state machine, the two budgets, and that nobody waits for ever."""
+"""Residency: the state machine, the two budgets, and that nobody waits for ever.
+
+Over 400 lines: one table of steps and one state machine over it, which are read together.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from slipstream.engine.leases import AdapterLease
 from slipstream.engine.residency import Residency, ResidencyManager, ResidencyPlan
-from slipstream.engine.scheduler import AdapterLease
 
 PLENTY = 1 << 40
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from support.scripted import ScriptedRunner, next_token
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.leases import AdapterLease
 from slipstream.engine.pacing import CHUNK_STEP, FIRST_CHUNK, PromptPacer
 from slipstream.engine.residency import ResidencyManager
-from slipstream.engine.scheduler import AdapterLease, Scheduler
+from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.protocol import FinishReason, SamplingParams
 
