@@ -24,6 +24,7 @@ _ENGINE_FIELDS = (
     "block_size",
     "max_model_len",
     "prefix_caching",
+    "fully_sharded_loras",
     "max_draft",
     "disable",
     "adapter_slots",

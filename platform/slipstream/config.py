@@ -125,6 +125,11 @@ class ModelDefaults(BaseModel):
     kv_cache_bytes: int = Field(GIB, ge=1 << 20, description="Bytes of a replica's KV cache.")
     block_size: Count = Field(16, description="Tokens of one KV block.")
     prefix_caching: bool = Field(True, description="Keep the KV blocks of prompts for requests that begin alike.")
+    fully_sharded_loras: bool = Field(
+        False,
+        description="Where ranks share a replica, each keeps only its share of every adapter, for one more exchange a group "
+        "of linears: less memory, slower steps.",
+    )
     max_draft: int = Field(8, ge=0, le=8, description="Longest draft, whatever an adapter's number of streams.")
     disable: tuple[FastPath, ...] = Field(
         (),

@@ -17,6 +17,9 @@ from support.zoo import SPECULATING, Zoo, greedy, make_zoo, prompts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from slipstream.adapters.load import load_adapter
+from slipstream.adapters.weights import AdapterWeights
+from slipstream.engine.config import FastPath
+from slipstream.engine.kernels import triton_kernels
 from slipstream.engine.parallel.group import TorchGroup
 from slipstream.engine.parallel.load import load_shard
 from slipstream.engine.parallel.ranks import Lead
@@ -53,16 +56,31 @@ def counts(jobs: list[Job]) -> list[tuple[int, int, int]]:
     return [(s.decode_steps, s.drafted, s.accepted) for s in sequences]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+SHARDED: dict[str, Any] = {"fully_sharded_loras": True}
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, SHARDED),
+        (4, SHARDED),
+        (2, SHARDED | {"disable": (FastPath.ADAPTIVE_DRAFTS, FastPath.GROUPED_LORA)}),
+        (2, SHARDED | {"kernels": triton_kernels()}),
+    ],
+    ids=["2", "4", "2, sharded", "4, sharded", "2, sharded, plain", "2, sharded, triton"],
+)
 def test_every_kind_of_adapter_mixed_gives_the_same_text_and_accepted_drafts(
-    zoo: Zoo, ranks: RankProcesses, tmp_path: Path, size: int
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path, size: int, options: dict[str, Any]
 ) -> None:
+    """Also where each rank has a share of A and B alone, whichever code does the sums (2, 3 and 10 do not divide by 4)."""
     model, folders, oracles = zoo
     model.save_pretrained(tmp_path)
     shape: dict[str, Any] = {"num_blocks": 48, "block_size": 8}
     one, several = jobs_of(zoo), jobs_of(zoo)
     expected = Harness(model, folders, max_batched_tokens=48, eos=NO_EOS, **shape).run(one)
-    with ranks.engine(tmp_path, size, eos_ids=NO_EOS, **shape) as (loaded, runner):
+    with ranks.engine(tmp_path, size, eos_ids=NO_EOS, **shape, **options) as (loaded, runner):
         harness = Harness(None, folders, max_batched_tokens=48, eos=NO_EOS, runner=runner, **shape)
         answers = harness.run(several)
         traffic = loaded.shards.group.traffic
@@ -179,6 +197,29 @@ def test_bytes_over_collectives_are_the_formulas(zoo: Zoo, ranks: RankProcesses,
             harness.step()
             spent = loaded.shards.group.traffic.bytes - before
             assert spent == 4 * (rows * 32 * (1 + 2 * 3) + 3 * rows)
+        while harness.core.has_work:
+            harness.step()
+
+
+def test_fully_sharded_adapters_are_cut_in_two_and_cost_the_formulas_bytes(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    """A row of an adapter on every linear: half a rank for each of five column-wise linears, a whole one for two others."""
+    model, folders, _ = zoo
+    model.save_pretrained(tmp_path)
+    lora = load_adapter(folders["all-linear"]).lora
+    whole = sum(m.a.numel() + m.b.numel() for m in lora.values())
+    with ranks.engine(tmp_path, 2, eos_ids=NO_EOS, **SHARDED) as (loaded, runner):
+        prepared = runner.prepare_adapter(AdapterWeights(lora, None))
+        assert prepared.nbytes == 4 * whole / 2
+        harness = Harness(None, {"all": AdapterWeights(lora, None)}, eos=NO_EOS, runner=runner)
+        harness.submit(Job(list(range(3, 20)), greedy(8), adapter="all"))
+        for _ in ("the adapter is loaded", "the prompt is read"):
+            harness.step()
+        before = loaded.shards.group.traffic.bytes
+        harness.step()
+        spent = loaded.shards.group.traffic.bytes - before
+        assert spent == 4 * (32 * (1 + 2 * 3) + 3 + 3 * 8 * (5 / 2 + 2))
         while harness.core.has_work:
             harness.step()
 

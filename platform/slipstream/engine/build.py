@@ -55,7 +55,10 @@ def build(config: EngineConfig, group: Group | None = None) -> Built:
     num_blocks = config.kv_cache_bytes // block_bytes
     length = _served_length(config, spec.context_length, num_blocks, block_bytes)
     quantize = Quantization(config.quantize) if config.quantize is not None else None
-    runner = ModelRunner(loaded, num_blocks, config.block_size, eos, config.disable, quantize)
+    runner = ModelRunner(
+        loaded, num_blocks, config.block_size, eos, config.disable, quantize,
+        fully_sharded_loras=config.fully_sharded_loras,
+    )  # fmt: skip
     costs = None
     if config.max_draft and FastPath.ADAPTIVE_DRAFTS not in config.disable:
         costs = runner.row_costs(min(config.max_batched_tokens, config.max_num_seqs * (1 + config.max_draft)))

@@ -16,6 +16,7 @@ from torch import nn
 from slipstream.adapters.weights import LoraModule
 from slipstream.engine.packed import BaseWeight, PackedWeight
 from slipstream.engine.parallel.group import Group
+from slipstream.engine.parallel.lora import NOT_SPLIT, LoraSplit
 from slipstream.engine.parallel.shards import Shards
 
 MakeWeight = Callable[[str, torch.Tensor, torch.Tensor | None], BaseWeight]
@@ -59,10 +60,13 @@ class LinearGroup:
         rows: RowContext,
         make: MakeWeight = as_packed,
         sum_over: Group | None = None,
+        lora: LoraSplit = NOT_SPLIT,
     ) -> None:
-        """`sum_over`: the ranks that have the other inputs of these linears, whose outputs are to be added up."""
+        """`sum_over`: the ranks that have the other inputs of these linears, whose outputs are to be added up. `lora`: how
+        their adapters are cut, beyond what the linears are."""
         self.names = tuple(names)
         self.sum_over = sum_over
+        self.lora = lora
         self.sizes = [linear.out_features for linear in linears]
         self.in_features = linears[0].in_features
         weight = torch.cat([linear.weight.data for linear in linears])
@@ -114,6 +118,10 @@ class LinearGroup:
         """Views of the members' columns of a [..., sum(sizes)] tensor."""
         return y.split_with_sizes(self.sizes, dim=-1)
 
+    def expanded(self, member: int) -> slice:
+        """The member's outputs that adapters add to here; ranks whose results are added up have different ones."""
+        return self.lora.outputs(self.sizes[member])
+
     def member_squares(self, member: int, module: LoraModule) -> torch.Tensor:
         """||W + sBA||² of each output row, float32 [out], over the inputs that are here, from GEMMs with W alone:
         ||W||² + 2s Σ_r B ∘ (W Aᵀ) + s² diag(B A Aᵀ Bᵀ). W itself is packed and cannot be read back."""
@@ -143,7 +151,11 @@ class GroupMember(nn.Module):
 
 
 def swap_linears(
-    model: nn.Module, rows: RowContext, make: MakeWeight = as_packed, shards: Shards | None = None
+    model: nn.Module,
+    rows: RowContext,
+    make: MakeWeight = as_packed,
+    shards: Shards | None = None,
+    fully_sharded_loras: bool = False,
 ) -> dict[str, LinearGroup]:
     """Replace every `nn.Linear` below `model` by members of groups; returns the groups by their key."""
     groups: dict[str, LinearGroup] = {}
@@ -152,7 +164,8 @@ def swap_linears(
         for names in _grouping(linears):
             full = [f"{parent_name}.{n}" if parent_name else n for n in names]
             sum_over = shards.group if shards is not None and shards.cut(full[0]).reduces else None
-            group = LinearGroup(full, [linears[n] for n in names], rows, make, sum_over)
+            lora = LoraSplit.of(shards, full[0]) if shards is not None and fully_sharded_loras else NOT_SPLIT
+            group = LinearGroup(full, [linears[n] for n in names], rows, make, sum_over, lora)
             groups[group.key] = group
             for i, name in enumerate(names):
                 setattr(parent, name, GroupMember(group, i))

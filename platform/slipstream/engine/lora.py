@@ -57,6 +57,10 @@ class AdapterBank:
         kernels: LoraKernels = LoraKernels.BATCHED,
     ) -> None:
         """`like` gives dtype and device."""
+        if kernels is LoraKernels.NATIVE and any(g.lora.group.size > 1 for g in groups.values()):
+            kernels = (
+                LoraKernels.BATCHED
+            )  # the C++ kernel expands in the call that shrinks: ranks could not meet between
         self._member_of = {name: (g, i) for g in groups.values() for i, name in enumerate(g.names)}
         self._groups = groups
         self._rows = rows
@@ -84,19 +88,19 @@ class AdapterBank:
                 if group.sum_over is None:
                     gain, square = gain / norms(square), None
             a, b = module.a.t().to(host).contiguous(), (module.b.float() * module.scale).t().to(host).contiguous()
-            prepared = PreparedModule(a, b, gain, square)
+            prepared = PreparedModule(*group.lora.cut(a, b), gain, square)
             if not all(bool(t.isfinite().all()) for t in prepared.tensors()):
                 raise ValueError(f"{name}: weights overflow in {host.dtype}")
             modules[name] = prepared
-        return PreparedLora(modules, max((m.a.shape[1] for m in modules.values()), default=0))
+        return PreparedLora(modules, max((m.a.shape[0] for m in weights.lora.values()), default=0))
 
     def blank(self, rank: int, without: str) -> PreparedLora:
         """A LoRA of zeros on every linear but one: costs what a real one costs."""
         modules = {}
         for name, (group, member) in self._member_of.items():
             if name != without:
-                a = self._like.new_zeros(group.in_features, rank)
-                modules[name] = PreparedModule(a, self._like.new_zeros(rank, group.sizes[member]), None)
+                a, b = self._like.new_zeros(group.in_features, rank), self._like.new_zeros(rank, group.sizes[member])
+                modules[name] = PreparedModule(*group.lora.cut(a, b), None)
         return PreparedLora(modules, rank)
 
     def load(self, slot: int, lora: PreparedLora) -> None:

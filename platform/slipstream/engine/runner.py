@@ -74,8 +74,9 @@ class ModelRunner:
         disable: Collection[FastPath] = (),
         quantize: Quantization | None = None,
         kernels: Kernels | None = None,
+        fully_sharded_loras: bool = False,
     ) -> None:
-        """`kernels` None: as `disable` and the device say.
+        """`kernels` None: as `disable` and the device say. `fully_sharded_loras`: see `parallel/lora.py`.
 
         Raises `ModelUnsupported` when its own forward is not the model's, or when its linears cannot be quantised so.
         """
@@ -91,7 +92,8 @@ class ModelRunner:
         full = as_is if FastPath.PACKED_WEIGHTS in disable else kernels.weights
         make = weight_maker(full, quantize, keep=head_name)
         self._shards = loaded.shards
-        groups = swap_linears(loaded.model, self._rows, as_is if quantize is not None else make, self._shards)
+        first = as_is if quantize is not None else make
+        groups = swap_linears(loaded.model, self._rows, first, self._shards, fully_sharded_loras)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank()

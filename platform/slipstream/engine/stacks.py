@@ -24,9 +24,9 @@ _versions = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class PreparedModule:
-    """One adapter's part of one target, ready for the bank. a: [in, r]; b: [r, out] with the scale folded in;
-    gain: [out] = DoRA's m / ||W + sBA||, float32, or None. square: [out] = ||W + sBA||² over this rank's inputs, while other
-    ranks have the rest; gain is then m alone, until they have met."""
+    """One adapter's part of one target, ready for the bank. a: [in, r]; b: [r, out] with the scale folded in, less of either
+    where adapters are fully sharded; gain: [out] = DoRA's m / ||W + sBA||, float32, or None. square: [out] = ||W + sBA||²
+    over this rank's inputs, while other ranks have the rest; gain is then m alone, until they have met."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -67,7 +67,8 @@ class PreparedLora:
 @dataclass(slots=True)
 class StackPart:
     """A stack's weights for one group of k siblings. shrink: [P, in, k * R]; expand: [P, R, out] for each member that any
-    adapter here has, gains: [P, out] float32 for each that has DoRA, 1 where an adapter has none."""
+    adapter here has, gains: [P, out] float32 for each that has DoRA, 1 where an adapter has none. Where adapters are fully
+    sharded, R in `shrink` or out in `expand` is this rank's share of it (`LoraSplit`)."""
 
     shrink: torch.Tensor
     expand: list[torch.Tensor | None]
@@ -160,30 +161,35 @@ class RankStack:
                 self.parts[key] = part
             part.shrink[place].zero_()
             for m, module in enumerate(modules):
-                self._write_member(part, m, place, module, group.sizes[m])
+                self._write_member(part, m, place, module, group)
 
     def _new_part(self, group: LinearGroup) -> StackPart:
         k = len(group.names)
         self.version = next(_versions)
-        shrink = self._like.new_zeros(len(self._slots), group.in_features, k * self.rank)
+        shrink = self._like.new_zeros(len(self._slots), group.in_features, k * group.lora.width(self.rank))
         return StackPart(shrink, [None] * k, [None] * k)
 
-    def _write_member(self, part: StackPart, m: int, place: int, module: PreparedModule | None, out: int) -> None:
+    def _write_member(
+        self, part: StackPart, m: int, place: int, module: PreparedModule | None, group: LinearGroup
+    ) -> None:
         expand, gains = part.expand[m], part.gains[m]
         if expand is None and module is not None:
             self.version = next(_versions)
-            expand = part.expand[m] = self._like.new_zeros(len(self._slots), self.rank, out)
+            own = group.expanded(m)
+            rows = group.lora.shares * group.lora.width(self.rank)
+            expand = part.expand[m] = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
-            gains = part.gains[m] = torch.ones(len(self._slots), out, device=self._like.device)
+            gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
         if expand is not None:
             expand[place].zero_()
         if gains is not None:
             gains[place] = module.gain if module is not None and module.gain is not None else 1.0
         if module is not None and expand is not None:
-            rank = module.a.shape[1]
-            part.shrink[place, :, m * self.rank : m * self.rank + rank] = module.a
-            expand[place, :rank] = module.b
+            rank, shares, first = module.a.shape[1], group.lora.shares, m * group.lora.width(self.rank)
+            part.shrink[place, :, first : first + rank] = module.a
+            out = expand.shape[2]
+            expand[place].view(shares, -1, out)[:, :rank] = module.b.view(shares, -1, out)
 
 
 def norms(square: torch.Tensor) -> torch.Tensor:
@@ -221,14 +227,16 @@ class StackTile:
         x, y = x[self.start : self.stop], y[self.start : self.stop]
         if self.gather is not None:
             x = x.index_select(0, self.gather)
-        places, rank = slice(self.first, self.first + self.count), self.stack.rank
+        places = slice(self.first, self.first + self.count)
         shrunk = torch.bmm(x.view(self.count, self.width, -1), part.shrink[places])
+        shrunk = group.lora.meet(shrunk, len(group.names))
         for m, out in enumerate(group.split(y)):
             expand, gains = part.expand[m], part.gains[m]
             if expand is None:
                 continue
+            rank = expand.shape[1]
             delta = torch.bmm(shrunk[:, :, m * rank : (m + 1) * rank], expand[places]).view(self.count * self.width, -1)
-            out.add_(delta if self.scatter is None else delta.index_select(0, self.scatter))
+            out[:, group.expanded(m)].add_(delta if self.scatter is None else delta.index_select(0, self.scatter))
             if gains is not None:
                 finish_dora_(out, gains[self.row_places], bias_of(group, m))
 
@@ -247,7 +255,7 @@ class PlainRows:
         for m, out in enumerate(group.split(y)):
             module = self.lora.modules.get(group.names[m])
             if module is not None:
-                out[rows].add_(x[rows] @ module.a @ module.b)
+                out[rows, group.expanded(m)].add_(group.lora.meet(x[rows] @ module.a) @ module.b)
                 if module.gain is not None:
                     finish_dora_(out[rows], module.gain, bias_of(group, m))
 

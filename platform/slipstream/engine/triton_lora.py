@@ -55,11 +55,15 @@ class TritonRows:
         if part is None:
             return
         partial = shrink(x, part.shrink, self.rows.tiles)
+        if (
+            group.lora.group.size > 1
+        ):  # ranks exchange rounded numbers, as those of one rank are before they are expanded
+            partial = group.lora.meet(partial.sum(0, keepdim=True).to(x.dtype), len(group.names)).float()
         for m, out in enumerate(group.split(y)):
             expand, gains = part.expand[m], part.gains[m]
             if expand is None:
                 continue
-            expand_(out, partial, m * self.stack.rank, expand, self.rows.tiles)
+            expand_(out[:, group.expanded(m)], partial, m * expand.shape[1], expand, self.rows.tiles)
             if gains is not None:
                 places = self.rows.places
                 mine = torch.where(places.unsqueeze(1) < 0, 1.0, gains[places.clamp_min(0)])
@@ -92,12 +96,12 @@ def shrink(x: torch.Tensor, weights: torch.Tensor, tiles: torch.Tensor) -> torch
 
 
 def expand_(y: torch.Tensor, partial: torch.Tensor, column: int, weights: torch.Tensor, tiles: torch.Tensor) -> None:
-    """y [n, out] += partial's columns column … column + R (summed over the splits) times weights [P, R, out], in place."""
+    """y [n, out] += partial's [S, n, …] columns column … column + R (summed over S) times weights [P, R, out], in place."""
     outputs, rank = y.shape[1], weights.shape[1]
     _expand[(len(tiles), triton.cdiv(outputs, OUTPUTS))](
         y, partial, weights, tiles, outputs, rank, column,
         y.stride(0), partial.stride(0), partial.stride(1), weights.stride(0),
-        ROWS=TILE_ROWS, RANK=max(16, triton.next_power_of_2(rank)), OUTPUTS=OUTPUTS, SPLITS=SPLITS,
+        ROWS=TILE_ROWS, RANK=max(16, triton.next_power_of_2(rank)), OUTPUTS=OUTPUTS, SPLITS=partial.shape[0],
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "block_size": 8,
         "prefix_caching": False,
         "max_draft": 2,
+        "fully_sharded_loras": True,
         "adapter_slots": 5,
         "host_adapter_bytes": 1 << 22,
         "adapter_fetch_timeout_s": 7.0,

@@ -108,7 +108,7 @@ class Shards:
         """This rank's part of a linear, by its full name in the model."""
         if self.group.size == 1:
             return WHOLE
-        if name.rpartition(".")[2] == "lm_head" or name.endswith("embed_tokens"):
+        if is_by_vocab(name):
             return Cut(rows=(self.own_vocab,))
         for pattern, cut in self._cuts.items():
             if fnmatch.fnmatchcase(name, f"*{pattern}"):
@@ -125,6 +125,11 @@ class Shards:
             own = self.own_vocab
             streams = replace(streams, head=streams.head[:, own.start : own.stop])
         return AdapterWeights({name: _slice(self.cut(name), m) for name, m in weights.lora.items()}, streams)
+
+
+def is_by_vocab(name: str) -> bool:
+    """Whether a module is the embedding or the LM head."""
+    return name.rpartition(".")[2] in {"lm_head", "embed_tokens"}
 
 
 def check_degree(size: int, heads: int, kv_heads: int, name: str) -> None:
