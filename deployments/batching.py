@@ -114,5 +114,5 @@ def _merge_choice(parts: list[GenerateEvent]) -> GenerateEvent:
         token_ids=tuple(token for part in parts for token in part.token_ids),
         logprobs=logprobs if any(part.logprobs is not None for part in parts) else None,
         finish_reason=last.finish_reason,
-        usage=last.usage,
+        usage=next((part.usage for part in reversed(parts) if part.usage is not None), None),
     )

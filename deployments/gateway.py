@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from adapter_registry.blobs import ObstoreBlobs
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
+from adapter_registry.redis_tenants import RedisTenants
 from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
 from deployments.serve_states import ServedModel
@@ -57,6 +58,7 @@ class Gateway:
             store=self._store,
             blobs=ObstoreBlobs.from_url(plan.blob_url),
             jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
+            tenants=RedisTenants.from_url(plan.redis_url.get_secret_value()),
             job_runner=RayJobRunner(plan.training),
             admin_key_sha256=plan.admin_key_sha256,
             upload_dir=plan.upload_dir,

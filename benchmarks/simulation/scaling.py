@@ -7,6 +7,7 @@ slower than `slo_token_s`.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -227,10 +228,12 @@ def compare(
     slo_s: Annotated[float, typer.Option(help="SLO: wait for a place in a batch.")] = 1.0,
     slo_token_s: Annotated[float, typer.Option(help="SLO: seconds a token.")] = 0.15,
     utilisation: Annotated[float, typer.Option(help="Of a replica's top speed, that the target asks for.")] = 0.6,
+    seconds: Annotated[float, typer.Option(help="Of the trace, from its beginning.")] = math.inf,
+    only: Annotated[str, typer.Option(help="Autoscalers whose names begin so.")] = "",
 ) -> None:
     """SLO misses and replica-hours of our policy and of Ray Serve's default with several targets."""
     machine = Machine()
-    shapes = replay(trace, 1.0, Zipf(adapters, 1.0))
+    shapes = replay(trace, 1.0, Zipf(adapters, 1.0), seconds=seconds)
     mean = statistics.fmean(request.tokens for request in shapes)
     rate = utilisation * machine.tokens_per_s / mean
     begin = max(1, round(len(shapes) * times / shapes[-1].at / rate))
@@ -252,7 +255,10 @@ def compare(
     }
     rows, curves = [], {}
     for name, scaler in scalers.items():
-        run = simulate(replay(trace, times, Zipf(adapters, 1.0)), scaler, begin, start_s, slo_s, slo_token_s)
+        if not name.startswith(only):
+            continue
+        requests = replay(trace, times, Zipf(adapters, 1.0), seconds=seconds)
+        run = simulate(requests, scaler, begin, start_s, slo_s, slo_token_s)
         rows.append([
             name, f"{run.missed:.2%}", f"{run.replica_hours:.1f}", f"{run.wait_p99:.1f}", str(run.changes), str(run.most),
         ])  # fmt: skip
@@ -262,4 +268,5 @@ def compare(
         f"{trace} x {times:g}: {len(shapes) * times / shapes[-1].at:.0f} requests/s, {mean:.0f} tokens of work each\n"
     )
     print(table(["autoscaler", "SLO missed", "replica-hours", "wait p99, s", "changes", "most replicas"], rows))
-    lines(f"scaling-{trace}", {"work that comes, in replicas": demand, **curves}, "seconds", "replicas")
+    name = f"scaling-{trace}" if math.isinf(seconds) and not only else f"scaling-{trace}-x{times:g}"
+    lines(name, {"work that comes, in replicas": demand, **curves}, "seconds", "replicas")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from bisect import bisect
 from itertools import accumulate
@@ -40,9 +41,10 @@ def poisson(rate: float, seconds: float, adapters: Zipf, seed: int = 0) -> list[
     return found
 
 
-def replay(trace: str, times: float, adapters: Zipf, seed: int = 0) -> list[Request]:
-    """A shared trace with `times` its arrivals: each row again, moved by up to half a minute, with a neighbour's lengths."""
-    rng, rows = random.Random(seed), lengths(trace)
+def replay(trace: str, times: float, adapters: Zipf, seed: int = 0, seconds: float = math.inf) -> list[Request]:
+    """A shared trace's first `seconds` with `times` its arrivals: each row again, moved by up to half a minute, with a
+    neighbour's lengths."""
+    rng, rows = random.Random(seed), [row for row in lengths(trace) if row[0] < seconds]
     found = []
     for at, _, _ in rows:
         for _ in range(int(times) + (rng.random() < times % 1)):

@@ -10,7 +10,8 @@
     │   ├── NotFound           unknown, or another tenant's: the two look the same
     │   ├── Conflict           the thing exists already, or is in use
     │   ├── PayloadTooLarge    an upload over its cap
-    │   └── Overloaded         the queue is full: try again after `retry_after_s`
+    │   ├── Overloaded         the queue is full: try again after `retry_after_s`
+    │   └── QuotaExceeded      the tenant has used what it may: `headers` say what is left
     └── ServerError            ours (HTTP 5xx)
         ├── ConfigError        refused at start-up: a setting is wrong
         ├── ModelUnsupported   refused at start-up: this base model cannot be served
@@ -112,6 +113,17 @@ class Overloaded(ClientError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(ClientError):
+    """The tenant has used what it may for now."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, code: str, retry_after_s: int, headers: dict[str, str]) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+        self.headers = headers
 
 
 class ServerError(SlipstreamError):

@@ -89,7 +89,8 @@ class GenerateRequest:
     adapter: AdapterRef | None = None  # None = the base model
     speculation: Speculation = None
     stream: bool = True  # False: the caller only wants the end, so a remote engine may send everything in one batch
-    priority: int = 0  # lower ones run first; equals in order of arrival
+    priority: int = 0  # lower ones start first, among those of the same tenant
+    weight: float = 1.0  # of its tenant: twice the weight is twice the share of a busy engine
     max_wait_s: float | None = (
         None  # refused with `Overloaded` rather than begun later than this; None = the engine's own
     )
@@ -129,7 +130,8 @@ def work(prompt_tokens: int, completion_tokens: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class GenerateEvent:
-    """What one engine step added to one choice. The last event of a choice has `finish_reason` and `usage`."""
+    """What one engine step added to one choice. The last event of a choice has `finish_reason` and `usage`; the first has
+    its usage so far, so that a caller who leaves early knows what it used."""
 
     index: int  # the choice, 0 … n-1
     text: str
@@ -155,6 +157,16 @@ class BaseModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """Sequences of one tenant and priority that wait for room."""
+
+    tenant: str
+    weight: float
+    priority: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics, readiness and routing."""
 
@@ -174,7 +186,7 @@ class EngineStats:
     finished: int = 0  # of those, ended, however
     work_tokens: float = 0.0  # answer tokens so far, and prompt tokens as what they cost in them
     queue_wait_s: float = 0.0  # of the sequence that waits longest for room, not for its adapter
-    queue_by_priority: Mapping[int, int] = field(default_factory=dict)  # sequences that wait for room
+    queue: tuple[Queued, ...] = ()  # sequences that wait for room
     starts_per_s: float | None = None  # while others wait; None = nobody does
     adapter_slots: int = 0
     slots_free: int = 0  # slots that no running request holds

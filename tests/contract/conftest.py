@@ -19,9 +19,12 @@ from support.redis_server import (
 from adapter_registry.jobs import JobStore
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
+from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.store import Store
+from adapter_registry.tenants import TenantStore
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
+from slipstream.testing.memory_tenants import MemoryTenants
 
 _NEEDS_DEBIAN = pytest.mark.skipif(
     not DEBIAN_EXECUTABLE.exists(), reason=f"{DEBIAN_EXECUTABLE} is not installed: apt-get install redis-server"
@@ -98,6 +101,30 @@ async def jobs(store_url: str | None, store: Store) -> AsyncIterator[JobStore]:
         found = RedisJobs.from_url(store_url)
         yield found
         await found.close()
+
+
+@pytest_asyncio.fixture
+async def make_tenants(store_url: str | None, store: Store) -> AsyncIterator[Callable[..., TenantStore]]:
+    """Build tenant stores, over the same data as `store`."""
+    made: list[TenantStore] = []
+
+    def make(**options: float) -> TenantStore:
+        if store_url is None:
+            assert isinstance(store, MemoryStore)
+            made.append(MemoryTenants(store, **options))  # type: ignore[arg-type]  # the options both twins have
+        else:
+            made.append(RedisTenants.from_url(store_url, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for tenants in made:
+        await tenants.close()
+
+
+@pytest.fixture
+def tenants(make_tenants: Callable[..., TenantStore]) -> TenantStore:
+    """A tenant store with nothing in it."""
+    return make_tenants()
 
 
 @pytest.fixture

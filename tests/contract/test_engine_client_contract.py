@@ -107,7 +107,7 @@ def usage_of(events: list[GenerateEvent], index: int = 0) -> Usage:
 async def test_the_last_event_of_a_choice_ends_it(engine_client: EngineClient) -> None:
     events = await run(engine_client, asked())
     assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
-    assert [event.usage is not None for event in events] == [event.finish_reason is not None for event in events]
+    assert [event.usage is not None for event in events] == [True] + [False] * (len(events) - 2) + [True]
     assert events[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 

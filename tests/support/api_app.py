@@ -23,6 +23,7 @@ from slipstream.testing import (
     MemoryBlobs,
     MemoryJobs,
     MemoryStore,
+    MemoryTenants,
     ScriptedJobRunner,
 )
 
@@ -73,6 +74,7 @@ class ApiWorld:
     store: FlakyStore = field(default_factory=FlakyStore)
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     jobs: MemoryJobs = field(init=False)
+    tenants: MemoryTenants = field(init=False)
     runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
     cluster: FakeCluster = field(default_factory=FakeCluster)
     clock: ManualClock = field(default_factory=ManualClock)
@@ -81,6 +83,7 @@ class ApiWorld:
 
     def __post_init__(self) -> None:
         self.jobs = MemoryJobs(self.store)
+        self.tenants = MemoryTenants(self.store, clock=self.clock)
         self.rebuild()
 
     def rebuild(self, **overrides: Any) -> None:
@@ -91,6 +94,7 @@ class ApiWorld:
             store=self.store,
             blobs=self.blobs,
             jobs=self.jobs,
+            tenants=self.tenants,
             job_runner=self.runner,
             cluster=self.cluster,
             admin_key_sha256=hash_key(ADMIN_KEY),

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, keys, models, ops
+from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, keys, models, ops, tenants
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
@@ -37,12 +37,14 @@ def create_app(services: ApiServices) -> FastAPI:
             )
         )
         training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
+        counting = asyncio.create_task(runtime.meter.keep_counting())
         try:
             yield
         finally:
-            for task in (sweeping, training):
+            for task in (sweeping, training, counting):
                 task.cancel()
-            await asyncio.wait({sweeping, training})
+            await asyncio.wait({sweeping, training, counting})
+            await runtime.meter.flush()
 
     def body_limit(method: str, path: str) -> int:
         if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):
@@ -56,7 +58,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.runtime = runtime = build_runtime(services, http_metrics)
     install_handlers(app)
     app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
-    for module in (chat, completions, models, adapters, files, fine_tuning, keys, cluster, ops):
+    for module in (chat, completions, models, adapters, files, fine_tuning, keys, tenants, cluster, ops):
         app.include_router(module.router)
     return app
 

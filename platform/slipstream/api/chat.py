@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from slipstream.api.answers import LOWEST_LOGPROB, Reply, usage_body
 from slipstream.api.auth import CallerDep
+from slipstream.api.calls import begin
 from slipstream.api.connection import while_connected
 from slipstream.api.errors import request_id_of
 from slipstream.api.fields import SamplingFields, Text, refused
@@ -124,11 +125,11 @@ async def chat_completions(request: Request, body: ChatRequest, caller: CallerDe
         priority=body.priority or 0,
         max_wait_s=body.max_wait_s,
     )
-    generation = Generation(target, [wanted], runtime.services.request_timeout_s, runtime.metrics)
-    await while_connected(request.receive, generation.start())
+    generation, headers = await begin(request, runtime, reply.id, target, [wanted])
     if body.stream:
-        return EventStream(_chunks(reply, generation, body.include_usage), generation, request_id_of(request))
-    return JSONResponse(await while_connected(request.receive, _whole(reply, generation)))
+        chunks = _chunks(reply, generation, body.include_usage)
+        return EventStream(chunks, generation, request_id_of(request), headers)
+    return JSONResponse(await while_connected(request.receive, _whole(reply, generation)), headers=dict(headers))
 
 
 async def _whole(reply: Reply, generation: Generation) -> Json:

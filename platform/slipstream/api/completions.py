@@ -15,6 +15,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from slipstream.api.answers import LOWEST_LOGPROB, Reply, usage_body
 from slipstream.api.auth import CallerDep
+from slipstream.api.calls import begin
 from slipstream.api.connection import while_connected
 from slipstream.api.errors import request_id_of
 from slipstream.api.fields import MAX_CHOICES, SamplingFields, TokenId, is_text, refused
@@ -127,11 +128,12 @@ async def completions(request: Request, body: CompletionRequest, caller: CallerD
     ]
     echoes = [str(prompt) if body.echo else "" for prompt in body.prompts for _ in range(params.n)]
     shown = [_Shown(echo, len(echo)) for echo in echoes]
-    generation = Generation(target, requests, runtime.services.request_timeout_s, runtime.metrics)
-    await while_connected(request.receive, generation.start())
+    generation, headers = await begin(request, runtime, reply.id, target, requests)
     if body.stream:
-        return EventStream(_chunks(reply, generation, shown, body.include_usage), generation, request_id_of(request))
-    return JSONResponse(await while_connected(request.receive, _whole(reply, generation, shown)))
+        chunks = _chunks(reply, generation, shown, body.include_usage)
+        return EventStream(chunks, generation, request_id_of(request), headers)
+    answer = await while_connected(request.receive, _whole(reply, generation, shown))
+    return JSONResponse(answer, headers=dict(headers))
 
 
 async def _whole(reply: Reply, generation: Generation, shown: list[_Shown]) -> Json:

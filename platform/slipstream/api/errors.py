@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -42,6 +42,7 @@ _RULES: Mapping[type[Exception], _Rule] = {
     tree.Conflict: _Rule(409),
     tree.PayloadTooLarge: _Rule(413),
     tree.Overloaded: _Rule(429),
+    tree.QuotaExceeded: _Rule(429),
     tree.ServerError: _Rule(500),
     tree.AdapterUnavailable: _Rule(503, retry_after_s=2),
     tree.Unavailable: _Rule(503, retry_after_s=2),
@@ -68,6 +69,7 @@ class Problem:
     code: str | None = None
     param: str | None = None
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
@@ -78,7 +80,7 @@ class Problem:
 
     def response(self) -> Response:
         """The whole answer."""
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        headers = dict(self.headers) | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
         return JSONResponse(self.body(), self.status, headers)
@@ -102,6 +104,7 @@ def problem_of(error: Exception, request_id: str) -> Problem:
         code=rule.code or getattr(error, "code", None),
         param=getattr(error, "param", None),
         retry_after_s=getattr(error, "retry_after_s", rule.retry_after_s),
+        headers=getattr(error, "headers", {}),
     )
 
 

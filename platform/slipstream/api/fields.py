@@ -129,7 +129,9 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] | None = None  # as vLLM's: lower ones run first
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = (
+        None  # as vLLM's: lower ones start first; within the tenant
+    )
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] | None = None  # rather refused than begun later
     speculation: Annotated[
         Any,

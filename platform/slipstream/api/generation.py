@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Protocol, runtime_checkable
 
+from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
 from slipstream.api.metrics import HttpMetrics
 from slipstream.errors import EngineFailed, Unavailable
@@ -37,8 +39,14 @@ class Generation:
     """
 
     def __init__(
-        self, target: Target, requests: Sequence[GenerateRequest], timeout_s: float, metrics: HttpMetrics
+        self,
+        target: Target,
+        requests: Sequence[GenerateRequest],
+        timeout_s: float,
+        metrics: HttpMetrics,
+        settle: Callable[[UsageCounts], None],
     ) -> None:
+        """`settle` is told what was used, when it is over."""
         self._target = target
         self._n = requests[0].params.n
         self._streamed = requests[0].stream
@@ -46,9 +54,12 @@ class Generation:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._timeout_s = timeout_s
         self._metrics = metrics
+        self._settle = settle
         self._pulls: dict[asyncio.Task[Batch | None], int] = {}
         self._open = set(range(len(requests) * self._n))
-        self.usages: dict[int, Usage] = {}
+        self.usages: dict[int, Usage] = {}  # of choices that have finished
+        self._sofar: dict[int, Usage] = {}  # of those that have not, when they began
+        self._came: Counter[int] = Counter()  # tokens of each choice
 
     async def start(self) -> None:
         """Wait for the first step of every prompt."""
@@ -86,10 +97,13 @@ class Generation:
         for task in pulls:
             task.cancel()
         # Results are of no use any more; a generator must not be closed while a task is inside it.
-        await asyncio.gather(*pulls, return_exceptions=True)
-        for stream in self._streams:
-            if isinstance(stream, _Closable):
-                await stream.aclose()
+        try:
+            await asyncio.gather(*pulls, return_exceptions=True)
+            for stream in self._streams:
+                if isinstance(stream, _Closable):
+                    await stream.aclose()
+        finally:
+            self._settle(self._used())
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -121,7 +135,22 @@ class Generation:
             raise Unavailable(f"The answer took longer than {self._timeout_s:g} seconds.", code="timeout")
         return done
 
+    def _used(self) -> UsageCounts:
+        """What this call has used; of choices that were cut short, what has come of them."""
+        known = self._sofar | self.usages
+        prompts = {index // self._n: usage.prompt_tokens for index, usage in known.items()}
+        return UsageCounts(
+            requests=int(bool(known)),
+            prompt_tokens=sum(prompts.values()),
+            completion_tokens=sum(max(u.completion_tokens, self._came[index]) for index, u in known.items()),
+            drafted_tokens=sum(usage.drafted_tokens for usage in known.values()),
+            accepted_tokens=sum(usage.accepted_tokens for usage in known.values()),
+        )
+
     def _note(self, event: GenerateEvent) -> GenerateEvent:
+        self._came[event.index] += len(event.token_ids)
+        if event.usage is not None:
+            self._sofar[event.index] = event.usage
         if event.finish_reason is FinishReason.ABORTED:
             raise Unavailable("The engine stopped this request before it was finished. Try again.")
         if event.finish_reason is not None:

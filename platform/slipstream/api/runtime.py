@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from adapter_registry.records import AdapterVersion, KeyRecord
 from slipstream.api.catalog import Catalog
+from slipstream.api.metering import Meter
 from slipstream.api.metrics import HttpMetrics
 from slipstream.api.recent import RecentAnswers
 from slipstream.api.services import ApiServices
@@ -25,6 +26,7 @@ class Runtime:
     metrics: HttpMetrics
     catalog: Catalog
     keys: RecentAnswers[str, KeyRecord]
+    meter: Meter
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -37,7 +39,8 @@ def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
     keys: RecentAnswers[str, KeyRecord] = RecentAnswers(
         fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
     )
-    return Runtime(services, metrics, Catalog(services.engines, services.store, names, clock), keys)
+    catalog = Catalog(services.engines, services.store, names, clock)
+    return Runtime(services, metrics, catalog, keys, Meter(services.tenants, clock))
 
 
 def _runtime_of(request: Request) -> Runtime:

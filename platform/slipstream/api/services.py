@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapter_registry.jobs import JobStore
 from adapter_registry.store import BlobStore, Store
+from adapter_registry.tenants import TenantStore
 from slipstream.cluster.view import ClusterClient
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
@@ -24,6 +25,7 @@ class ApiServices:
     store: Store
     blobs: BlobStore
     jobs: JobStore
+    tenants: TenantStore
     job_runner: JobRunner
     cluster: ClusterClient
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -32,11 +32,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, batches: AsyncIterator[list[Json]], generation: Generation, request_id: str) -> None:
+    def __init__(
+        self,
+        batches: AsyncIterator[list[Json]],
+        generation: Generation,
+        request_id: str,
+        headers: Mapping[str, str],
+    ) -> None:
         self.status_code = 200
         self.background = None
         # Without these, proxies collect the events and hand them over late.
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._batches = batches
         self._generation = generation
         self._request_id = request_id

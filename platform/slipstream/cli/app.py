@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, evaluate, jobs, keys, status, train
+from slipstream.cli import adapters, evaluate, jobs, keys, status, tenants, train
 
 app = typer.Typer(
     name="slipstream",
@@ -30,8 +30,10 @@ away.""",
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 app.command("evaluate")(evaluate.evaluate)
 app.command("status")(status.status)
+app.command("usage")(tenants.usage)
 train.register(app)
 
 

@@ -183,6 +183,27 @@ class SlipstreamClient:
         """Take a key back. Needs the admin key."""
         await self._send("DELETE", f"/v1/keys/{path_part(key_id)}", params={"tenant": tenant})
 
+    async def put_tenant(self, tenant: str, quota: Json, weight: float = 1.0) -> Json:
+        """Set what a tenant may use, and its share of busy engines. Needs the admin key."""
+        body = {"quota": quota, "weight": weight}
+        return dict((await self._send("PUT", f"/v1/tenants/{path_part(tenant)}", json=body)).json())
+
+    async def get_tenant(self, tenant: str) -> Json:
+        """A tenant's settings: for itself, or with the admin key."""
+        return dict((await self._send("GET", f"/v1/tenants/{path_part(tenant)}")).json())
+
+    async def list_tenants(self) -> list[Json]:
+        """Every tenant with its settings. Needs the admin key."""
+        return list((await self._send("GET", "/v1/tenants")).json()["data"])
+
+    async def usage(self, start: str | None = None, end: str | None = None) -> Json:
+        """What the tenant has used, by day (YYYY-MM-DD) and model."""
+        return dict((await self._send("GET", "/v1/usage", params=_days(start, end))).json())
+
+    async def usage_csv(self, start: str | None = None, end: str | None = None) -> str:
+        """The same for spreadsheets."""
+        return (await self._send("GET", "/v1/usage", params={**_days(start, end), "format": "csv"})).text
+
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, **content)
@@ -234,3 +255,7 @@ class _CountedFile(io.FileIO):
         data = super().read(-1 if size is None else size) or b""
         self._count(len(data))
         return data
+
+
+def _days(start: str | None, end: str | None) -> dict[str, str]:
+    return {name: day for name, day in (("start", start), ("end", end)) if day}

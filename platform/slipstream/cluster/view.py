@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -61,7 +60,7 @@ class ClusterClient(Protocol):
         ...
 
 
-_OTHERWISE = {"adapters", "queue_wait_s", "queue_by_priority", "starts_per_s", "replicas"}
+_OTHERWISE = {"adapters", "queue_wait_s", "queue", "starts_per_s", "replicas"}
 _SUMMED = tuple(f.name for f in fields(EngineStats) if f.name not in _OTHERWISE)
 
 
@@ -77,7 +76,7 @@ def total(stats: Sequence[EngineStats]) -> EngineStats:
         **{name: sum(getattr(one, name) for one in stats) for name in _SUMMED},
         adapters=nearest,
         queue_wait_s=max((one.queue_wait_s for one in stats), default=0.0),
-        queue_by_priority=sum((Counter(one.queue_by_priority) for one in stats), Counter()),
+        queue=tuple(queued for one in stats for queued in one.queue),
         starts_per_s=sum(rates) if rates else None,
         replicas=len(stats),
     )

@@ -16,7 +16,7 @@ from slipstream.engine.residency import Residency, ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.waiting import StartRate
-from slipstream.protocol import EngineStats, work
+from slipstream.protocol import EngineStats, Queued, work
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,10 @@ class EngineCore(Generic[P]):
             finished=self._finished,
             work_tokens=self._work,
             queue_wait_s=max((now - seq.arrived for seq in queue), default=0.0),
-            queue_by_priority=Counter(seq.priority for seq in queue),
+            queue=tuple(
+                Queued(*key, count)
+                for key, count in Counter((seq.tenant, seq.weight, seq.priority) for seq in queue).items()
+            ),
             starts_per_s=self._starts.per_s,
             adapter_slots=self.residency.num_slots,
             slots_free=self.residency.num_free_slots,

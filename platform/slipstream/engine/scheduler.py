@@ -1,8 +1,8 @@
 """The scheduler: one token budget a step, no prefill or decode phases (methods.md section 6). Pure Python.
 
 Every sequence has some tokens known and some of them computed; a step computes more. Decodes (one token missing) come
-first with their drafts, then prefill chunks of running sequences, then new ones by priority and arrival. When blocks run out
-the running sequence whose turn came last is preempted: its blocks go, and it recomputes later, with the same sampling noise.
+first with their drafts, then prefill chunks of running sequences, then new ones by priority and their tenants' turns. When
+blocks run out the running sequence that came last is preempted: its blocks go, and it recomputes later, with the same noise.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.fairness import FairShare
 from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts
 from slipstream.engine.leases import AdapterLease, AdapterSlots
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.prefixes import publish, reusable_hashes
 from slipstream.engine.sequence import Sequence, SequenceState
-from slipstream.protocol import FinishReason
+from slipstream.protocol import FinishReason, work
 
 _turn = attrgetter("turn")
+_arrival = attrgetter("seq_id")  # who goes first takes the last blocks, and is not preempted for others
 CHUNK_ALIGN = 64  # chunk 257 instead of 256 costs +32% (Sarathi-Serve); the last chunk of a prompt is whatever is left
 
 
@@ -47,6 +49,7 @@ class Scheduler:
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
+        self._shares = FairShare()
         self._waiting: list[Sequence] = []  # by turn
         self._running: list[Sequence] = []  # in order of admission
         self._leases: dict[int, AdapterLease | None] = {}  # seq_id -> lease of a running sequence
@@ -77,6 +80,7 @@ class Scheduler:
         """Queue a sequence. The caller has checked `fits`."""
         assert self.fits(seq.max_total), "sequence can never run"
         self._by_id[seq.seq_id] = seq
+        self._shares.enter(seq.tenant, seq.weight)
         insort(self._waiting, seq, key=_turn)
 
     def abort(self, seq_id: int) -> None:
@@ -86,8 +90,8 @@ class Scheduler:
             self._finish(seq, FinishReason.ABORTED)
 
     def waiting_adapters(self) -> Iterable[str]:
-        """Digests the queue wants, in its order, each once."""
-        return dict.fromkeys(s.adapter for s in self._waiting if s.adapter is not None)
+        """Digests the queue wants, by who starts next, each once."""
+        return dict.fromkeys(s.adapter for s in self._shares.order(self._waiting) if s.adapter is not None)
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -96,8 +100,7 @@ class Scheduler:
 
     def overdue(self, now: float) -> list[Sequence]:
         """Waiting sequences that should have started by now. One that has begun to answer is let finish."""
-        late = [s for s in self._waiting if s.start_by is not None and s.start_by <= now]
-        return [s for s in late if not s.num_answer and not s.preemptions]
+        return [s for s in self._waiting if s.start_by is not None and s.start_by <= now and not s.begun]
 
     def sequences_of(self, digest: str) -> list[Sequence]:
         """Waiting sequences of an adapter (to fail them when it cannot be loaded)."""
@@ -109,16 +112,14 @@ class Scheduler:
         """Decide one step. Blocks for everything planned are held when this returns."""
         planned: dict[int, PlannedSequence] = {}
         budget = self.max_batched_tokens
-        by_turn = sorted(
-            self._running, key=_turn
-        )  # who goes first takes the last blocks, and is not preempted for others
-        decodes = [s for s in by_turn if self._missing(s) == 1]
+        by_arrival = sorted(self._running, key=_arrival)
+        decodes = [s for s in by_arrival if self._missing(s) == 1]
         self._long_room = self.pacer.rows() if self.pacer is not None and decodes else None
         floor = self._prefill_floor()
         for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
             if seq.state is SequenceState.RUNNING:  # not preempted for an older one
                 budget -= self._plan_decode(seq, max(1, budget - left + 1 - floor), planned)
-        for seq in by_turn:
+        for seq in by_arrival:
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)
@@ -256,7 +257,7 @@ class Scheduler:
             if blocks is not None:
                 seq.blocks.extend(blocks)
                 return True
-            victim = max((s for s in self._running if s.seq_id not in planned), key=_turn)
+            victim = max((s for s in self._running if s.seq_id not in planned), key=_arrival)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -275,7 +276,9 @@ class Scheduler:
     def _admit(self, budget: int, planned: dict[int, PlannedSequence]) -> None:
         """Start waiting sequences in order. One whose adapter is not here is passed over; one that lacks blocks is not,
         or long prompts would never start."""
-        for seq in list(self._waiting):
+        if len(self._running) >= self.max_num_seqs:
+            return
+        for seq in self._shares.order(self._waiting):
             if budget < 1 or len(self._running) >= self.max_num_seqs:
                 return
             lease = None
@@ -297,9 +300,7 @@ class Scheduler:
         for want of blocks, or 0: a long prompt for which others leave no room in this step, and which nobody waits behind."""
         cached = self.pool.match(reusable_hashes(seq, self.pool.block_size)) if self.prefix_caching else []
         known = len(cached) * self.pool.block_size
-        # Not one whose client is in the middle of its answer: preempted, or begun on a replica that went away.
-        begun = seq.preemptions or seq.num_answer
-        seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not begun
+        seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not seq.begun
         size = self._chunk(seq, len(seq.tokens) - known, budget)
         rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else []
         if not size or rest is None:
@@ -313,6 +314,7 @@ class Scheduler:
             self.counters.started += 1
             seq.cached_prompt = min(known, seq.prompt_len)
             self.counters.prefix_hit_tokens += known
+            self._shares.charge(seq.tenant, work(seq.prompt_len - seq.cached_prompt, 0))
         seq.state = SequenceState.RUNNING
         self._waiting.remove(seq)
         self._running.append(seq)
@@ -335,6 +337,7 @@ class Scheduler:
             if reason is not None:
                 break  # the accepted tail after a stop is dropped
         emitted = len(seq.tokens) - before
+        self._shares.charge(seq.tenant, emitted)
         seq.num_computed = min(
             part.start + len(part.tokens) - part.num_drafts + len(result.tokens) - 1, len(seq.tokens)
         )
@@ -376,6 +379,7 @@ class Scheduler:
         seq.finish_reason = reason
         seq.drafts = []
         del self._by_id[seq.seq_id]
+        self._shares.leave(seq.tenant)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks)

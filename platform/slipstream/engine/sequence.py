@@ -31,7 +31,8 @@ class Sequence:
     adapter: str | None = None  # digest
     draft_cap: int = 0  # most drafts a step, from the request; the adapter's streams cap it further
     on_token: Callable[[int], bool] | None = None  # told each answer token in order; True = a stop string is complete
-    priority: int = 0  # lower ones start first
+    priority: int = 0  # within its tenant, lower ones start first
+    weight: float = 1.0  # of its tenant
     arrived: float = 0.0  # in the engine clock's seconds, like the next
     start_by: float | None = None  # dropped if it has not started by then
 
@@ -54,8 +55,13 @@ class Sequence:
 
     @property
     def turn(self) -> tuple[int, int]:
-        """Its place among those that wait: by priority, then by arrival, which ids count."""
+        """Its place among its tenant's that wait: by priority, then by arrival, which ids count."""
         return self.priority, self.seq_id
+
+    @property
+    def begun(self) -> bool:
+        """Whether its client is in the middle of its answer: preempted, or begun on a replica that went away."""
+        return bool(self.preemptions or self.num_answer)
 
     @property
     def num_answer(self) -> int:

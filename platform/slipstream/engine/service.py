@@ -8,7 +8,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -99,7 +99,7 @@ class EngineService:
         self._source = source
         self._ids = itertools.count(1)
         self._gate = Gate(config.max_num_seqs + config.max_waiting, config.max_queue_wait_s)
-        self._open = 0  # choices not finished
+        self._open: Counter[str] = Counter()  # choices not finished, by tenant
         self._choices: dict[int, _Choice] = {}  # step thread's
         self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False  # no more commands are taken
@@ -177,7 +177,7 @@ class EngineService:
         call = self._make_call(request, admitted)
         self._post(lambda: self._submit(call))
         unfinished = len(call.choices)
-        self._open += unfinished
+        self._open[request.tenant] += unfinished
         try:
             while unfinished:
                 item = await call.queue.get()
@@ -185,13 +185,18 @@ class EngineService:
                     raise item
                 done = sum(event.finish_reason is not None for event in item)
                 unfinished -= done
-                self._open -= done
+                self._leave(request.tenant, done)
                 yield item
         finally:
             if unfinished:
-                self._open -= unfinished
+                self._leave(request.tenant, unfinished)
                 with suppress(EngineFailed):
                     self._post(lambda: self._cancel(call))
+
+    def _leave(self, tenant: str, count: int) -> None:
+        self._open[tenant] -= count
+        if not self._open[tenant]:
+            del self._open[tenant]
 
     async def _admit(self, request: GenerateRequest) -> Admitted:
         """Tokenising a long prompt takes a while: not on the loop that carries everybody's streams."""
@@ -223,6 +228,7 @@ class EngineService:
                 draft_cap=admitted.draft_cap,
                 on_token=text.push,
                 priority=request.priority,
+                weight=request.weight,
                 arrived=now,
                 # Of the first choice alone: when it has started, the client is in the middle of its answer.
                 start_by=None if request.progress or index else now + call.allowed_wait_s,
@@ -313,7 +319,7 @@ class EngineService:
     def _event(self, choice: _Choice, emission: Emission) -> GenerateEvent:
         seq = choice.seq
         usage = None
-        if emission.finished:
+        if emission.finished or seq.num_answer == len(emission.tokens):
             usage = Usage(
                 seq.prompt_len, seq.num_answer, seq.decode_steps, seq.drafted, seq.accepted, seq.cached_prompt
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slipstream.errors import InvalidRequest, Overloaded
@@ -61,6 +62,25 @@ def too_late(allowed_s: float, retry_after_s: int = 1) -> Overloaded:
     return Overloaded(message, retry_after_s=retry_after_s)
 
 
+def starts_before(request: GenerateRequest, count: int, own: int, total: int, stats: EngineStats) -> int:
+    """Sequences that start before a request's: all of its own tenant's, and as many of each other's as are due to them.
+
+    own, total: open sequences of its tenant, and of all, some of them not yet in `stats`.
+    """
+    unseen = max(0, total - stats.running - stats.waiting)
+    unseen_own = unseen * own // total if total else 0
+    queued = Counter[tuple[str, float]]()
+    for q in stats.queue:
+        if q.tenant != request.tenant or q.priority <= request.priority:
+            queued[q.tenant, q.weight] += q.count
+    mine = unseen_own + sum(n for (tenant, _), n in queued.items() if tenant == request.tenant)
+    turns = (mine + count) / request.weight
+    others = sum(
+        min(n, math.ceil(turns * weight)) for (tenant, weight), n in queued.items() if tenant != request.tenant
+    )
+    return mine + others + min(unseen - unseen_own, math.ceil(turns))
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """Whom one engine lets in."""
@@ -72,22 +92,23 @@ class Gate:
         """How long a request may wait for its start."""
         return self.max_wait_s if request.max_wait_s is None else min(self.max_wait_s, request.max_wait_s)
 
-    def check(self, request: GenerateRequest, count: int, open_: int, stats: EngineStats) -> None:
+    def check(self, request: GenerateRequest, count: int, open_: Mapping[str, int], stats: EngineStats) -> None:
         """Refuse at once what would wait too long; a request that another replica has begun is let in.
 
-        count: its sequences; open_: those of all requests, also of those that came since `stats`. Raises `InvalidRequest` for
-        what could never be let in, `Overloaded` for what cannot be now.
+        count: its sequences; open_: those of each tenant, also of requests that came since `stats`. A tenant that has less
+        than an equal share of the room is let in though others have filled it: there are never twice as many as `max_open`.
+        Raises `InvalidRequest` for what could never be let in, `Overloaded` for what cannot be now.
         """
         if count > self.max_open:
             raise InvalidRequest(f"This replica takes {self.max_open} sequences at most; n is over that.", param="n")
         if request.progress:
             return
-        unseen = max(0, open_ - stats.running - stats.waiting)
-        ahead = unseen + sum(n for priority, n in stats.queue_by_priority.items() if priority <= request.priority)
+        total, own = sum(open_.values()), open_.get(request.tenant, 0)
+        ahead = starts_before(request, count, own, total, stats)
         expected_s, allowed_s = predicted_wait_s(ahead + count, stats.starts_per_s), self.allowed_wait_s(request)
         retry_s = math.ceil(min(LONGEST_RETRY_S, max(1.0, expected_s - allowed_s)))
-        if open_ + count > self.max_open:
-            message = f"{open_} sequences are queued or running, which is this replica's limit. Try again."
+        if total + count > self.max_open and own + count > self.max_open // len({*open_, request.tenant}):
+            message = f"{total} sequences are queued or running, which is this replica's limit. Try again."
             raise Overloaded(message, retry_after_s=retry_s)
         if expected_s > allowed_s:
             raise too_late(allowed_s, retry_s)

@@ -6,6 +6,7 @@ from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
+from slipstream.testing.memory_tenants import MemoryTenants
 from slipstream.testing.scripted_jobs import ScriptedJobRunner
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "MemoryBlobs",
     "MemoryJobs",
     "MemoryStore",
+    "MemoryTenants",
     "ScriptedJobRunner",
 ]

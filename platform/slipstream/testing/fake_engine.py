@@ -140,7 +140,7 @@ class FakeEngine(EngineClient):
         return self._answers.popleft() if self._answers else FakeAnswer(_invented(request, index))
 
     def _count(self, event: GenerateEvent) -> None:
-        if event.usage is not None:
+        if event.usage is not None and event.finish_reason is not None:
             self._totals["completion"] += event.usage.completion_tokens
             self._totals["drafted"] += event.usage.drafted_tokens
             self._totals["accepted"] += event.usage.accepted_tokens
@@ -185,7 +185,8 @@ class _Choice:
         self.done = finish_reason is not None
         logprobs = None if self._params.logprobs is None else tuple(map(self._logprob, tokens))
         text, ids = "".join(tokens), tuple(map(self._id, tokens))
-        return GenerateEvent(self._index, text, ids, logprobs, finish_reason, self._usage if self.done else None)
+        shown = self._usage if self.done or start == 0 else None
+        return GenerateEvent(self._index, text, ids, logprobs, finish_reason, shown)
 
     def _cut(self, wanted: Sequence[str], start: int) -> tuple[Sequence[str], FinishReason | None]:
         for number, token in enumerate(wanted):

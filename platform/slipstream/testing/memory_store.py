@@ -57,7 +57,7 @@ class MemoryStore(Store):
     async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
         """Protect these blobs from the sweep for the grace period. Call before putting them."""
         shas = {check_sha256(sha) for sha in sha256s}
-        mine = self._enter(tenant)
+        mine = self.enter(tenant)
         deadline = asyncio.get_running_loop().time() + self._claim_wait_s
         while not shas.isdisjoint(mine.deleting):
             if asyncio.get_running_loop().time() + _CLAIM_POLL_S > deadline:
@@ -69,7 +69,7 @@ class MemoryStore(Store):
 
     async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
         """Make a version visible, atomically; returns it and whether it is new."""
-        mine = self._enter(draft.tenant)
+        mine = self.enter(draft.tenant)
         adapter = mine.adapters.get(draft.name, _Adapter())
         known = next((v for v in adapter.versions.values() if v.digest == draft.digest), None)
         if known:
@@ -177,7 +177,7 @@ class MemoryStore(Store):
 
     def hold_blob(self, tenant: str, sha256: str) -> None:
         """One more reference to a claimed blob, as a training file is. Raises `BlobMissing`."""
-        mine = self._enter(tenant)
+        mine = self.enter(tenant)
         if sha256 not in mine.refs and sha256 not in mine.garbage:
             raise BlobMissing("The file's content is not held for it any more: upload it again.")
         mine.refs[sha256] += 1
@@ -185,7 +185,7 @@ class MemoryStore(Store):
 
     def release_blob(self, tenant: str, sha256: str) -> None:
         """One reference less; the last one leaves garbage for the sweep."""
-        mine = self._enter(tenant)
+        mine = self.enter(tenant)
         mine.refs[sha256] -= 1
         if not mine.refs[sha256]:
             del mine.refs[sha256]
@@ -197,7 +197,7 @@ class MemoryStore(Store):
 
     async def put_key(self, key: KeyRecord) -> None:
         """Keep a key."""
-        self._enter(key.tenant).keys[key.id] = key
+        self.enter(key.tenant).keys[key.id] = key
 
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""
@@ -220,7 +220,7 @@ class MemoryStore(Store):
     async def close(self) -> None:
         """Nothing to give back."""
 
-    def _enter(self, tenant: str) -> _Tenant:
+    def enter(self, tenant: str) -> _Tenant:
         """The tenant's state, made on the first write."""
         return self._tenants.setdefault(check_name(tenant, "tenant"), _Tenant())
 

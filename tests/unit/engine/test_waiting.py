@@ -15,7 +15,7 @@ from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.engine.waiting import StartRate, predicted_wait_s
-from slipstream.protocol import SamplingParams
+from slipstream.protocol import Queued, SamplingParams
 from slipstream.testing import ManualClock
 
 
@@ -112,7 +112,7 @@ def test_the_queue_is_of_those_that_wait_for_room_and_nothing_else() -> None:
     core.add(preempted)
     clock.advance(10.0)
     assert core.stats().queue_wait_s == 10.0
-    assert core.stats().queue_by_priority == {1: 1, 2: 1, 3: 1}
+    assert core.stats().queue == tuple(Queued("t", 1.0, priority, 1) for priority in (1, 2, 3))
     core.abort(1)
     assert core.stats().queue_wait_s == 7.0
     core.abort(2)
@@ -138,7 +138,7 @@ def test_at_several_times_the_capacity_who_is_let_in_waits_within_the_bound(time
         while debt >= 1:
             debt -= 1
             stats = core.stats()
-            if predicted_wait_s(sum(stats.queue_by_priority.values()) + 1, stats.starts_per_s) > allowed_s:
+            if predicted_wait_s(sum(queued.count for queued in stats.queue) + 1, stats.starts_per_s) > allowed_s:
                 refused += 1
                 continue
             arrived += 1

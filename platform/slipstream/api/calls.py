@@ -1,0 +1,38 @@
+"""What chat and text calls do before their first token: they are charged to their tenant's quota, and begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from fastapi import Request
+
+from slipstream.api.catalog import Target
+from slipstream.api.connection import while_connected
+from slipstream.api.generation import Generation
+from slipstream.api.metering import needed_tokens
+from slipstream.api.runtime import Runtime
+from slipstream.protocol import GenerateRequest
+
+
+async def begin(
+    request: Request, runtime: Runtime, call_id: str, target: Target, wanted: Sequence[GenerateRequest]
+) -> tuple[Generation, Mapping[str, str]]:
+    """The call's generation, which has its first tokens, and headers for its answer.
+
+    Raises `QuotaExceeded`, and what the engine refuses.
+    """
+    tokens = sum(needed_tokens(_prompts(each), each.params.n, each.params.max_tokens) for each in wanted)
+    ticket = await runtime.meter.admit(call_id, wanted[0].tenant, target.served_as, tokens)
+    wanted = [replace(each, weight=ticket.weight) for each in wanted]
+    settle = partial(runtime.meter.settle, ticket)
+    generation = Generation(target, wanted, runtime.services.request_timeout_s, runtime.metrics, settle)
+    await while_connected(request.receive, generation.start())
+    return generation, ticket.headers
+
+
+def _prompts(wanted: GenerateRequest) -> Sequence[str | tuple[int, ...]]:
+    if wanted.messages is not None:
+        return [message.content for message in wanted.messages]
+    return [wanted.token_ids if wanted.token_ids is not None else wanted.text or ""]

@@ -1,0 +1,217 @@
+"""Quotas and usage at the gateway: a request is charged before it runs, and counted when it has ended, however it ended.
+
+While the store is away, quotas go on here from what was last known of them, each gateway for itself, and usage waits in
+memory until it can be counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from adapter_registry.errors import StoreUnavailable
+from adapter_registry.limits import Exceeded, Quota, TenantLimits, Verdict
+from adapter_registry.records import utc_now
+from adapter_registry.tenants import LEASE_S, Admission, Settlement, TenantRecord, TenantStore, UsageCounts
+from slipstream.errors import QuotaExceeded
+
+log = logging.getLogger("slipstream.api")
+
+MAX_UNSETTLED = 100_000  # requests whose usage waits for the store; beyond, the oldest is lost, and said to be
+RETRY_S = 1.0  # how long a store that was away is left alone
+CHARS_PER_TOKEN = 4  # of prompts that nobody has tokenised yet
+UNKNOWN_ANSWER = 256  # tokens that an answer without a limit is charged for until its length is known
+MAX_TENANTS = 4096  # whose quotas are remembered
+_HINTS = {
+    Exceeded.REQUESTS: "Its quota is {limit} requests a minute.",
+    Exceeded.TOKENS: "Its quota is {limit} tokens a minute, and this request may need {tokens}.",
+    Exceeded.CONCURRENT: "Its quota is {limit} requests at once: wait for one to end.",
+    Exceeded.MONTH: "Its {limit} tokens of this month are used up.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request that may run."""
+
+    request_id: str
+    tenant: str
+    model: str
+    reserved: int  # tokens it was charged for
+    weight: float
+    headers: Mapping[str, str]  # OpenAI's, about what is left
+
+
+@dataclass(slots=True)
+class _Known:
+    """What this gateway last heard of a tenant, and how it limits it when it must do so alone."""
+
+    record: TenantRecord
+    limits: TenantLimits
+
+
+class Meter:
+    """Owned by one application; `keep_counting` runs beside its requests."""
+
+    def __init__(self, store: TenantStore, clock: Callable[[], float], max_unsettled: int = MAX_UNSETTLED) -> None:
+        self._store = store
+        self._clock = clock
+        self._known: dict[str, _Known] = {}
+        self._open: dict[str, Ticket] = {}
+        self._unsettled: deque[Settlement] = deque()
+        self._max_unsettled = max_unsettled
+        self._wake = asyncio.Event()
+        self._away_until = -math.inf
+        self.lost = 0  # requests whose usage could not be kept
+
+    @property
+    def unsettled(self) -> int:
+        """Requests whose usage is not yet in the store."""
+        return len(self._unsettled)
+
+    async def admit(self, request_id: str, tenant: str, model: str, tokens: int) -> Ticket:
+        """Charge a request for up to `tokens`. Raises `QuotaExceeded`."""
+        charged = tokens
+        try:
+            if self._clock() < self._away_until:
+                raise StoreUnavailable("It was away a moment ago.")
+            admission = await self._store.admit(tenant, request_id, tokens)
+            self._remember(admission)
+        except StoreUnavailable:
+            self._note_away()
+            admission = self._admit_alone(request_id, tenant, tokens)
+            charged = 0  # there
+        quota = admission.tenant.quota
+        headers = rate_headers(quota, admission.verdict)
+        if admission.verdict.exceeded is not None:
+            raise _refusal(admission, tokens, headers)
+        ticket = Ticket(request_id, tenant, model, charged, admission.tenant.weight, headers)
+        self._open[request_id] = ticket
+        return ticket
+
+    def settle(self, ticket: Ticket, counts: UsageCounts) -> None:
+        """The request has ended; the second time this is called for it nothing happens."""
+        if self._open.pop(ticket.request_id, None) is None:
+            return
+        known = self._known.get(ticket.tenant)
+        if known is not None:
+            reserved = ticket.reserved or counts.tokens
+            known.limits.release(known.record.quota, ticket.request_id, reserved, counts.tokens, self._clock())
+        if len(self._unsettled) >= self._max_unsettled:
+            dropped = self._unsettled.popleft()
+            self.lost += 1
+            log.error("usage of request %s of tenant %s is lost: too much waits", dropped.request_id, dropped.tenant)
+        self._unsettled.append(
+            Settlement(
+                request_id=ticket.request_id, tenant=ticket.tenant, day=utc_now().date(), model=ticket.model,
+                reserved=ticket.reserved, counts=counts,
+            )
+        )  # fmt: skip
+        self._wake.set()
+
+    async def keep_counting(self) -> None:
+        """Bring usage to the store as it comes, and renew what runs; ends when it is cancelled."""
+        renewed = self._clock()
+        while True:
+            await self._pause()
+            if not await self.flush():
+                await asyncio.sleep(RETRY_S)
+            if self._clock() - renewed >= LEASE_S / 3:
+                renewed = self._clock()
+                await self._renew()
+
+    async def flush(self) -> bool:
+        """Bring what has ended to the store, oldest first; whether all of it is there."""
+        while self._unsettled:
+            oldest = self._unsettled[0]
+            try:
+                await self._store.settle(oldest)
+            except StoreUnavailable:
+                self._note_away()
+                return False
+            if self._unsettled and self._unsettled[0] is oldest:
+                self._unsettled.popleft()
+        return True
+
+    async def _pause(self) -> None:
+        """Until something has ended, or something that runs may have to be renewed."""
+        self._wake.clear()
+        if self._unsettled:
+            return
+        try:
+            await asyncio.wait_for(self._wake.wait(), LEASE_S / 6)
+        except TimeoutError:
+            return
+
+    async def _renew(self) -> None:
+        by_tenant: dict[str, list[str]] = {}
+        for ticket in self._open.values():
+            by_tenant.setdefault(ticket.tenant, []).append(ticket.request_id)
+        try:
+            for tenant, ids in by_tenant.items():
+                await self._store.renew(tenant, ids)
+        except StoreUnavailable:
+            self._note_away()
+
+    def _note_away(self) -> None:
+        self._away_until = max(self._away_until, self._clock() + RETRY_S)
+
+    def _remember(self, admission: Admission) -> None:
+        record = admission.tenant
+        known = self._known.pop(record.tenant, None) or _Known(record, TenantLimits())
+        known.record = record
+        known.limits.follow(record.quota, admission.verdict, self._clock())
+        self._known[record.tenant] = known  # the last to be forgotten
+        if len(self._known) > MAX_TENANTS:
+            del self._known[next(iter(self._known))]
+
+    def _admit_alone(self, request_id: str, tenant: str, tokens: int) -> Admission:
+        """By the quota that was last known; nothing is known of this month's tokens."""
+        known = self._known.get(tenant)
+        if known is None:
+            return Admission(Verdict(), TenantRecord(tenant=tenant))
+        verdict = known.limits.admit(known.record.quota, request_id, tokens, 0, self._clock())
+        return Admission(verdict, known.record)
+
+
+def needed_tokens(prompts: Iterable[str | tuple[int, ...]], answers: int, max_tokens: int | None) -> int:
+    """What a request may need at most, before anybody has tokenised it."""
+    prompt = sum(len(p) if isinstance(p, tuple) else -(-len(p.encode()) // CHARS_PER_TOKEN) for p in prompts)
+    return prompt + answers * (UNKNOWN_ANSWER if max_tokens is None else max_tokens)
+
+
+def rate_headers(quota: Quota, verdict: Verdict) -> dict[str, str]:
+    """`x-ratelimit-…` as OpenAI's clients know them, for the limits that there are."""
+    found: dict[str, str] = {}
+    for name, limit, left in (
+        ("requests", quota.requests_per_minute, verdict.requests_left),
+        ("tokens", quota.tokens_per_minute, verdict.tokens_left),
+    ):
+        if limit is not None and left is not None:
+            found[f"x-ratelimit-limit-{name}"] = str(limit)
+            found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(left)))
+            found[f"x-ratelimit-reset-{name}"] = f"{max(0.0, limit - left) * 60 / limit:.3f}s"
+    return found
+
+
+def _refusal(admission: Admission, tokens: int, headers: Mapping[str, str]) -> QuotaExceeded:
+    exceeded = admission.verdict.exceeded
+    assert exceeded is not None
+    limit = getattr(admission.tenant.quota, exceeded)
+    wait_s = max(1, math.ceil(admission.verdict.retry_after_s))
+    if exceeded is Exceeded.MONTH:
+        now = utc_now()
+        first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        following = first.replace(year=now.year + now.month // 12, month=now.month % 12 + 1)
+        wait_s = math.ceil((following - now).total_seconds())
+    hint = _HINTS[exceeded].format(limit=limit, tokens=tokens)
+    return QuotaExceeded(
+        f"The tenant '{admission.tenant.tenant}' has used up its quota. {hint}",
+        code="insufficient_quota" if exceeded is Exceeded.MONTH else "rate_limit_exceeded",
+        retry_after_s=wait_s,
+        headers=dict(headers),
+    )
