@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from datetime import datetime
 
-from adapter_registry.records import KeyRecord, check_name, utc_now
+from adapter_registry.records import KeyRecord, Role, check_name, utc_now
 
 SECRET_PREFIX = "sk-slip-"  # noqa: S105 - a marker that secret scanners can look for, not a secret
 _SECRET_BYTES = 32
@@ -19,7 +20,13 @@ def hash_key(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def new_key(tenant: str, label: str = "") -> tuple[str, KeyRecord]:
+def new_key(
+    tenant: str,
+    label: str = "",
+    role: Role = Role.PUBLISHER,
+    models: tuple[str, ...] | None = None,
+    expires_at: datetime | None = None,
+) -> tuple[str, KeyRecord]:
     """A fresh secret and the record to keep; the secret exists nowhere else."""
     secret = SECRET_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     record = KeyRecord(
@@ -29,6 +36,9 @@ def new_key(tenant: str, label: str = "") -> tuple[str, KeyRecord]:
         prefix=secret[:_SHOWN_CHARS],
         created_at=utc_now(),
         label=label,
+        role=role,
+        models=models,
+        expires_at=expires_at,
     )
     return secret, record
 

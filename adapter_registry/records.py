@@ -145,6 +145,19 @@ class AdapterSummary(Frozen):
         return next((v for v in ready if pinned is None or v.version == pinned), None)
 
 
+class Role(StrEnum):
+    """What a key may do; each may what those before it may."""
+
+    CALLER = "caller"  # call models and list them
+    PUBLISHER = "publisher"  # publish and delete adapters, move aliases, read files, train
+    ADMIN = "admin"  # manage the tenant's keys
+
+    def includes(self, other: Role) -> bool:
+        """Whether it may what the other may."""
+        order = list(Role)
+        return order.index(self) >= order.index(other)
+
+
 class KeyRecord(Frozen):
     """An API key at rest: the secret itself is never stored."""
 
@@ -154,6 +167,13 @@ class KeyRecord(Frozen):
     prefix: str  # the first characters, so that people can tell keys apart
     created_at: datetime
     label: str = ""
+    role: Role = Role.PUBLISHER
+    models: tuple[str, ...] | None = None  # base models and adapters (without a version) that it may call; None = all
+    expires_at: datetime | None = None
+
+    def is_expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires_at is not None and self.expires_at <= now
 
 
 class VersionSelector(Frozen):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 
 from redis.asyncio import Redis, RedisCluster
 
@@ -200,6 +201,18 @@ class RedisStore(RedisConnection, Store):
         found = await self._command("HVALS", TenantKeys(tenant).api_keys)
         return sorted((KeyRecord.model_validate_json(key) for key in found), key=lambda key: (key.created_at, key.id))
 
+    async def note_key_use(self, tenant: str, key_id: str) -> None:
+        """It was used just now; unknown ones are not noted."""
+        keys = TenantKeys(tenant)
+        # Both are the tenant's, but a key that goes in between leaves a time that nobody reads: no script for that.
+        if await self._command("HEXISTS", keys.api_keys, key_id):
+            await self._command("HSET", keys.key_uses, key_id, utc_now().isoformat(timespec="minutes"))
+
+    async def key_uses(self, tenant: str) -> Mapping[str, datetime]:
+        """When each of a tenant's keys was last used, to the minute, for those that were."""
+        found = await self._command("HGETALL", TenantKeys(tenant).key_uses)
+        return {key_id: datetime.fromisoformat(when) for key_id, when in found.items()}
+
     async def delete_key(self, tenant: str, key_id: str) -> None:
         """Revoke. Raises `NotPublished` when there is none of this id."""
         mine = TenantKeys(tenant).api_keys
@@ -209,6 +222,7 @@ class RedisStore(RedisConnection, Store):
         # Unusable first, unlisted last: after a crash in between, revoking again finishes the work.
         await self._command("DEL", lookup_key(KeyRecord.model_validate_json(found).sha256))
         await self._command("HDEL", mine, key_id)
+        await self._command("HDEL", TenantKeys(tenant).key_uses, key_id)
 
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
         """Those of `names` that have versions."""

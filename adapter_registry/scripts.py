@@ -47,6 +47,7 @@ class TenantKeys:
         self.garbage = base + "garbage"  # zset: sha256 without refs -> ms since when (claimed or released)
         self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
         self.api_keys = base + "keys"  # hash: key id -> record
+        self.key_uses = base + "keys:used"  # hash: key id -> ISO time
 
     def adapter(self, name: str) -> AdapterKeys:
         """The keys of one of this tenant's adapters."""

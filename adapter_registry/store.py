@@ -10,7 +10,8 @@ already" and the publish that refers to it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -95,6 +96,14 @@ class Store(Protocol):
 
     async def list_keys(self, tenant: str) -> Sequence[KeyRecord]:
         """A tenant's keys, oldest first."""
+        ...
+
+    async def note_key_use(self, tenant: str, key_id: str) -> None:
+        """It was used just now; unknown ones are not noted."""
+        ...
+
+    async def key_uses(self, tenant: str) -> Mapping[str, datetime]:
+        """When each of a tenant's keys was last used, to the minute, for those that were."""
         ...
 
     async def delete_key(self, tenant: str, key_id: str) -> None:

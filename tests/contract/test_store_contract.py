@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 
 import pytest
 from support.drafts import draft, publish, sha
 
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
 from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import SpeculationPolicy, VersionState, parse_reference
+from adapter_registry.records import Role, SpeculationPolicy, VersionState, parse_reference, utc_now
 from adapter_registry.store import Store
 
 
@@ -333,6 +334,20 @@ async def test_a_key_is_found_by_the_hash_of_its_secret(store: Store) -> None:
     await store.put_key(key)
     assert await store.find_key(hash_key(secret)) == key
     assert await store.find_key(hash_key(secret + "x")) is None
+
+
+async def test_the_last_use_of_a_key_is_kept_as_long_as_the_key(store: Store) -> None:
+    _, key = new_key("acme", role=Role.CALLER, models=("sql",), expires_at=utc_now())
+    await store.put_key(key)
+    assert await store.list_keys("acme") == [key]
+    assert await store.key_uses("acme") == {}
+    await store.note_key_use("acme", key.id)
+    await store.note_key_use("acme", "key_unknown")
+    uses = await store.key_uses("acme")
+    assert set(uses) == {key.id}
+    assert utc_now() - uses[key.id] < timedelta(minutes=2)
+    await store.delete_key("acme", key.id)
+    assert await store.key_uses("acme") == {}
 
 
 async def test_keys_are_listed_oldest_first_and_revoked(store: Store) -> None:

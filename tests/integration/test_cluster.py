@@ -70,12 +70,14 @@ async def test_requests_go_where_their_adapter_is(world: Platform) -> None:
 
 
 async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
+    before = await asyncio.to_thread(world.used)
     async with load.going():
         await load.grows(20)
         for replica in world.replicas(WIDE):
             kill(replica["ranks"][0]["pid"])
             await load.grows(30)
     assert load.verdict() == UNHARMED
+    assert await world.counted(before, load.answered, load.tokens), "every answer once, whoever gave its parts"
     world.wait_for(WIDE, 2)
 
 
@@ -102,6 +104,9 @@ async def test_serves_controller_dies(world: Platform, load: Load) -> None:
 
 
 async def test_redis_goes_away_and_comes_back(world: Platform, load: Load) -> None:
+    """Quotas go on from what was last known of them, and usage waits for it."""
+    world.admin("/v1/tenants/acme", "PUT", json={"quota": {"requests_per_minute": 10**6}})
+    before = await asyncio.to_thread(world.used)
     async with load.going():
         await load.grows(40)
         world.redis.stop(kill=True)
@@ -109,6 +114,7 @@ async def test_redis_goes_away_and_comes_back(world: Platform, load: Load) -> No
         world.redis.start()
         await load.grows(40)
     assert load.verdict() == UNHARMED
+    assert await world.counted(before, load.answered, load.tokens)
 
 
 async def test_rays_control_store_dies_and_comes_back(world: Platform, load: Load) -> None:

@@ -41,6 +41,7 @@ class Load:
     questions: Sequence[Question]
     expected: dict[Question, Answer] = field(default_factory=dict)
     answered: int = 0
+    tokens: int = 0  # of these answers
     wrong: list[tuple[Question, Answer]] = field(default_factory=list)
     lost: list[tuple[Question, str]] = field(default_factory=list)
     broken: int = 0  # streams that ended with a broken connection, after right text
@@ -93,6 +94,7 @@ class Load:
                 await asyncio.sleep(0.2)
             else:
                 self.answered += 1
+                self.tokens += answer.completion_tokens
                 if answer != self.expected[question]:
                     self.wrong.append((question, answer))
 

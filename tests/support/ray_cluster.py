@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -131,6 +132,22 @@ class Platform:
             form = {"name": name, "base": base}
             self.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))
             self.adapters.append(name)
+
+    def used(self) -> tuple[int, int]:
+        """Requests and answer tokens that were counted so far."""
+        total = self.admin("/v1/usage", tenant="acme")["total"]
+        return total["requests"], total["completion_tokens"]
+
+    async def counted(self, before: tuple[int, int], answered: int, tokens: int) -> bool:
+        """Whether usage grows by exactly so much, once gateways have brought it to Redis."""
+        wanted = (before[0] + answered, before[1] + tokens)
+        for _ in range(100):
+            found = await asyncio.to_thread(self.used)
+            if found == wanted:
+                await asyncio.sleep(0.5)
+                return await asyncio.to_thread(self.used) == wanted
+            await asyncio.sleep(0.1)
+        return False
 
     def key(self, tenant: str = "acme") -> str:
         if tenant not in self.keys:

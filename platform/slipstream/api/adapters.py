@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import AdapterSummary, AdapterVersion, SpeculationPolicy, check_alias, check_name
+from adapter_registry.records import AdapterSummary, AdapterVersion, Role, SpeculationPolicy, check_alias, check_name
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file
@@ -73,7 +73,7 @@ class SpeculationSetting(SpeculationPolicy):
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
 async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Publish an adapter: 201 with its new version, or 200 with the one that has the same content already."""
-    tenant = caller.acting_tenant()
+    tenant = caller.acting_tenant(Role.PUBLISHER)
     services = runtime.services
     async with receive_upload(request, services.upload_dir) as upload:
         name = check_name(upload.fields["name"])
@@ -111,7 +111,7 @@ async def get_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove an adapter with all its versions and aliases. Requests that run already go on to their end."""
-    return await _delete(runtime, caller.acting_tenant(), check_name(name), None)
+    return await _delete(runtime, caller.acting_tenant(Role.PUBLISHER), check_name(name), None)
 
 
 @router.get("/v1/adapters/{name}/versions/{version}")
@@ -123,7 +123,7 @@ async def get_version(name: str, version: VersionNumber, caller: CallerDep, runt
 @router.delete("/v1/adapters/{name}/versions/{version}")
 async def delete_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove one version; 409 while an alias points at it."""
-    return await _delete(runtime, caller.acting_tenant(), check_name(name), version)
+    return await _delete(runtime, caller.acting_tenant(Role.PUBLISHER), check_name(name), version)
 
 
 @router.put("/v1/adapters/{name}/versions/{version}/speculation")
@@ -131,7 +131,7 @@ async def set_speculation(
     name: str, version: VersionNumber, body: SpeculationSetting, caller: CallerDep, runtime: RuntimeDep
 ) -> Json:
     """Say whether requests with speculation `auto` draft, and why. It holds for the next request; weights stay."""
-    tenant, policy = caller.acting_tenant(), SpeculationPolicy(enabled=body.enabled, reason=body.reason)
+    tenant, policy = caller.acting_tenant(Role.PUBLISHER), SpeculationPolicy(enabled=body.enabled, reason=body.reason)
     try:
         changed = await runtime.services.store.set_speculation(tenant, check_name(name), version, policy)
     except NotPublished:
@@ -142,7 +142,7 @@ async def set_speculation(
 @router.get("/v1/adapters/{name}/versions/{version}/files")
 async def list_files(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """A version's files: those that make its digest, then what came with them (cards, curves, logs)."""
-    found = await _version(runtime, caller.acting_tenant(), name, version)
+    found = await _version(runtime, caller.acting_tenant(Role.PUBLISHER), name, version)
     files = [{**entry.model_dump(), "attachment": False} for entry in found.files]
     attachments = [{**entry.model_dump(), "attachment": True} for entry in found.attachments]
     return {"object": "list", "data": files + attachments}
@@ -151,7 +151,7 @@ async def list_files(name: str, version: VersionNumber, caller: CallerDep, runti
 @router.get("/v1/adapters/{name}/versions/{version}/files/{path}", response_class=StreamingResponse)
 async def get_file(name: str, version: VersionNumber, path: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """One file's content."""
-    tenant = caller.acting_tenant()
+    tenant = caller.acting_tenant(Role.PUBLISHER)
     found = await _version(runtime, tenant, name, version)
     entry = next((each for each in (*found.files, *found.attachments) if each.path == path), None)
     if entry is None:
@@ -162,7 +162,7 @@ async def get_file(name: str, version: VersionNumber, path: str, caller: CallerD
 @router.put("/v1/adapters/{name}/aliases/{alias}")
 async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Point an alias at a version; `prod` is what the plain name means."""
-    tenant, store = caller.acting_tenant(), runtime.services.store
+    tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
     try:
         await store.set_alias(tenant, check_name(name), check_alias(alias), body.version)
     except NotPublished:
@@ -173,7 +173,9 @@ async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep,
 @router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)
 async def delete_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Remove an alias."""
-    await runtime.services.store.delete_alias(caller.acting_tenant(), check_name(name), check_alias(alias))
+    await runtime.services.store.delete_alias(
+        caller.acting_tenant(Role.PUBLISHER), check_name(name), check_alias(alias)
+    )
     return Response(status_code=204)
 
 

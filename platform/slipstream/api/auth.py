@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from adapter_registry.keys import hash_key
-from adapter_registry.records import check_name
+from adapter_registry.records import check_name, utc_now
+from slipstream.api.caller import TENANT_HEADER, Caller
 from slipstream.api.runtime import Runtime, RuntimeDep
-from slipstream.errors import Forbidden, InvalidRequest, Unauthorized
+from slipstream.errors import Forbidden, Unauthorized
 
 _bearer = HTTPBearer(auto_error=False, description="A tenant's key, or the admin key.")
-_TENANT_HEADER = "X-Slipstream-Tenant"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """An authenticated caller and the tenant it acts for (the admin may have named none)."""
-
-    tenant: str | None
-    key_id: str
-    is_admin: bool
-
-    def acting_tenant(self) -> str:
-        """The tenant; the admin must have named one."""
-        if self.tenant is None:
-            raise InvalidRequest(
-                f"The admin key belongs to no tenant. Send the header '{_TENANT_HEADER}: <tenant>' to act for one.",
-                code="tenant_required",
-                param=_TENANT_HEADER,
-            )
-        return self.tenant
-
-    def require_admin(self) -> None:
-        """Raise `Forbidden` for everybody else."""
-        if not self.is_admin:
-            raise Forbidden("Only the admin key may do this.")
 
 
 async def _authenticate(
     runtime: RuntimeDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    acting_for: Annotated[str | None, Header(alias=_TENANT_HEADER, max_length=64)] = None,
+    acting_for: Annotated[str | None, Header(alias=TENANT_HEADER, max_length=64)] = None,
 ) -> Caller:
     if credentials is None or not credentials.credentials:
         raise Unauthorized(
@@ -58,7 +33,7 @@ async def _authenticate(
     if caller.is_admin:
         return Caller(acting_for, caller.key_id, is_admin=True)
     if caller.tenant != acting_for:
-        raise Forbidden(f"This key may not act for another tenant. Leave the header '{_TENANT_HEADER}' out.")
+        raise Forbidden(f"This key may not act for another tenant. Leave the header '{TENANT_HEADER}' out.")
     return caller
 
 
@@ -69,7 +44,10 @@ async def _identify(runtime: Runtime, sha256: str) -> Caller:
     record = await runtime.keys.ask(sha256, lambda: runtime.services.store.find_key(sha256))
     if record is None:
         raise Unauthorized("This API key is unknown or has been revoked.")
-    return Caller(record.tenant, record.id, is_admin=False)
+    if record.is_expired(utc_now()):
+        raise Unauthorized("This API key has expired.", code="expired_api_key")
+    runtime.key_uses.note(record)
+    return Caller(record.tenant, record.id, is_admin=False, role=record.role, models=record.models)
 
 
 CallerDep = Annotated[Caller, Depends(_authenticate)]

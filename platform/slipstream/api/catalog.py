@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from adapter_registry.errors import InvalidName, NotPublished
 from adapter_registry.records import AdapterVersion, PromptFormat, parse_reference
 from adapter_registry.store import Store
+from slipstream.api.caller import Caller
 from slipstream.api.recent import RecentAnswers
 from slipstream.errors import InvalidRequest, NotFound, ServerError
 from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient, Speculation
@@ -110,18 +111,23 @@ class Catalog:
         """Whether `name` would be answered by a base model, so that no adapter can be reached under it."""
         return self._base_of(name) is not None
 
-    async def resolve(self, tenant: str, model: str) -> Target:
-        """The target of `model`. Raises `NotFound`, the same for unknown names and other tenants'."""
-        base = self._base_of(model)
-        if base is not None:
-            return Target(base, self._engines[base], await self._spec(base))
+    async def resolve(self, caller: Caller, model: str) -> Target:
+        """The target of `model`. Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not
+        for."""
+        tenant, base = caller.acting_tenant(), self._base_of(model)
         unknown = NotFound(
             f"The model '{model[:200]}' does not exist, or you do not have access to it. GET /v1/models lists yours.",
             code="model_not_found",
             param="model",
         )
+        if base is not None:
+            if not caller.may_call(base):
+                raise unknown
+            return Target(base, self._engines[base], await self._spec(base))
         try:
             selector = parse_reference(model)
+            if not caller.may_call(selector.name):
+                raise unknown
             version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector))
         except (InvalidName, NotPublished):
             raise unknown from None

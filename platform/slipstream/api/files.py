@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from adapter_registry.errors import NotPublished
 from adapter_registry.jobs import FILE_PREFIX, FileRecord, Page, PageQuery, new_id, no_file
-from adapter_registry.records import utc_now
+from adapter_registry.records import Role, utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file
@@ -52,7 +52,7 @@ _UPLOAD_FORM: dict[str, Any] = {
 @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
 async def upload_file(request: Request, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Upload a data file. Its rows are read when a job uses it."""
-    tenant, services = caller.acting_tenant(), runtime.services
+    tenant, services = caller.acting_tenant(Role.PUBLISHER), runtime.services
     async with receive_upload(request, services.upload_dir, DATA_FORM) as upload:
         if upload.fields["purpose"] != _PURPOSE:
             raise InvalidRequest(
@@ -74,7 +74,7 @@ async def list_files(
     purpose: Annotated[str | None, Query(max_length=100)] = None,
 ) -> Json:
     """The tenant's files."""
-    tenant = caller.acting_tenant()
+    tenant = caller.acting_tenant(Role.PUBLISHER)
     if purpose not in (None, _PURPOSE):
         return page_body(Page([], has_more=False), [])
     query = PageQuery(after, limit, newest_first=order == "desc")
@@ -88,21 +88,21 @@ async def list_files(
 @router.get("/v1/files/{file_id}")
 async def get_file(file_id: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One file's record."""
-    return file_body(await runtime.services.jobs.get_file(caller.acting_tenant(), known_form(file_id)))
+    return file_body(await runtime.services.jobs.get_file(caller.acting_tenant(Role.PUBLISHER), known_form(file_id)))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
 async def get_content(file_id: str, caller: CallerDep, runtime: RuntimeDep) -> StreamingResponse:
     """A file's content, as it was uploaded."""
     services = runtime.services
-    record = await services.jobs.get_file(caller.acting_tenant(), known_form(file_id))
+    record = await services.jobs.get_file(caller.acting_tenant(Role.PUBLISHER), known_form(file_id))
     return await send_file(services, record.tenant, name=record.filename, sha256=record.sha256, size=record.size)
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove a file; 409 while a job that has not ended reads it. Its content is gone after the next sweep."""
-    await runtime.services.jobs.delete_file(caller.acting_tenant(), known_form(file_id))
+    await runtime.services.jobs.delete_file(caller.acting_tenant(Role.PUBLISHER), known_form(file_id))
     return {"id": file_id, "object": "file", "deleted": True}
 
 

@@ -25,8 +25,9 @@ from adapter_registry.jobs import (
     new_id,
     no_job,
 )
-from adapter_registry.records import AdapterVersion, check_name, utc_now
-from slipstream.api.auth import Caller, CallerDep
+from adapter_registry.records import AdapterVersion, Role, check_name, utc_now
+from slipstream.api.auth import CallerDep
+from slipstream.api.caller import Caller
 from slipstream.api.fields import Text, refused
 from slipstream.api.files import After, known_form, page_body
 from slipstream.api.runtime import Runtime, RuntimeDep
@@ -133,7 +134,7 @@ class NewJob(BaseModel):
 @router.post("/v1/fine_tuning/jobs")
 async def create_job(body: NewJob, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Queue a job. Its files are read by the job itself: a bad row ends it as failed, naming the row."""
-    tenant = caller.acting_tenant()
+    tenant = caller.acting_tenant(Role.PUBLISHER)
     job = await _new_job(body, caller, runtime)
     jobs = runtime.services.jobs
     unfinished = sum(each.tenant == tenant for each in await jobs.active())
@@ -154,7 +155,7 @@ async def list_jobs(
     """The tenant's jobs, newest first; `metadata[key]=value` filters, `metadata=null` finds those without any."""
     wanted = _metadata_filter(request.query_params)
     try:
-        page = await _matching(runtime, caller.acting_tenant(), wanted, after, limit)
+        page = await _matching(runtime, caller.acting_tenant(Role.PUBLISHER), wanted, after, limit)
     except NotPublished as error:
         raise InvalidRequest(str(error), param="after") from error
     return page_body(page, [job_body(job) for job in page.items])
@@ -163,13 +164,13 @@ async def list_jobs(
 @router.get("/v1/fine_tuning/jobs/{job_id}")
 async def get_job(job_id: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One job."""
-    return job_body(await runtime.services.jobs.get_job(caller.acting_tenant(), _known_form(job_id)))
+    return job_body(await runtime.services.jobs.get_job(caller.acting_tenant(Role.PUBLISHER), _known_form(job_id)))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Cancel a job: at once while it waits, else as soon as its worker has stopped. 400 when it is too late."""
-    jobs, tenant = runtime.services.jobs, caller.acting_tenant()
+    jobs, tenant = runtime.services.jobs, caller.acting_tenant(Role.PUBLISHER)
     try:
         job = await jobs.update_job(tenant, _known_form(job_id), lambda found: ask_to_cancel(found, utc_now()))
     except IllegalTransition as error:
@@ -183,7 +184,7 @@ async def list_events(
     job_id: str, caller: CallerDep, runtime: RuntimeDep, after: After = None, limit: Limit = 20
 ) -> Json:
     """What the job said, newest first: messages, and metrics by step."""
-    tenant, jobs = caller.acting_tenant(), runtime.services.jobs
+    tenant, jobs = caller.acting_tenant(Role.PUBLISHER), runtime.services.jobs
     await jobs.get_job(tenant, _known_form(job_id))
     try:
         page = await jobs.list_events(tenant, job_id, PageQuery(after, limit))
@@ -197,7 +198,7 @@ async def list_checkpoints(
     job_id: str, caller: CallerDep, runtime: RuntimeDep, after: After = None, limit: Limit = 10
 ) -> Json:
     """What the trainer saved on its way, newest first. A job goes on from there if its worker is lost; none is served."""
-    tenant, jobs = caller.acting_tenant(), runtime.services.jobs
+    tenant, jobs = caller.acting_tenant(Role.PUBLISHER), runtime.services.jobs
     await jobs.get_job(tenant, _known_form(job_id))
     try:
         page = await jobs.list_checkpoints(tenant, job_id, PageQuery(after, limit))
@@ -207,7 +208,7 @@ async def list_checkpoints(
 
 
 async def _new_job(body: NewJob, caller: Caller, runtime: Runtime) -> JobRecord:
-    tenant, options = caller.acting_tenant(), body.slipstream or JobOptions()
+    tenant, options = caller.acting_tenant(Role.PUBLISHER), body.slipstream or JobOptions()
     name = body.adapter_name()
     if runtime.catalog.is_base_name(name):
         raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
@@ -215,7 +216,7 @@ async def _new_job(body: NewJob, caller: Caller, runtime: Runtime) -> JobRecord:
     seed = secrets.randbits(31) if body.seed is None else body.seed
     chosen = options.chosen(hyperparameters, seed)
     base = await runtime.catalog.base_for_training(body.model)
-    over = await _over(runtime, tenant, options.adapter, base.base_id)
+    over = await _over(runtime, caller, options.adapter, base.base_id)
     return JobRecord(
         id=new_id(JOB_PREFIX),
         tenant=tenant,
@@ -235,11 +236,11 @@ async def _new_job(body: NewJob, caller: Caller, runtime: Runtime) -> JobRecord:
     )
 
 
-async def _over(runtime: Runtime, tenant: str, adapter: str | None, base_id: str) -> AdapterVersion | None:
+async def _over(runtime: Runtime, caller: Caller, adapter: str | None, base_id: str) -> AdapterVersion | None:
     """The version that a speculator is asked for, pinned now: a later publish does not change what the job does."""
     if adapter is None:
         return None
-    target = await runtime.catalog.resolve(tenant, adapter)
+    target = await runtime.catalog.resolve(caller, adapter)
     if target.version is None or target.base_id != base_id:
         raise InvalidRequest(
             f"'{adapter}' is not an adapter of the base model '{base_id}'.", param="slipstream.adapter"

@@ -1,20 +1,27 @@
-"""/v1/keys: the admin gives tenants their keys and takes them back."""
+"""/v1/keys: the platform's admin gives tenants their keys and takes them back; a tenant's admin does so for its own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from adapter_registry.errors import NotPublished
 from adapter_registry.keys import new_key
-from adapter_registry.records import KeyRecord, check_name
+from adapter_registry.records import KeyRecord, Role, utc_now
 from slipstream.api.auth import CallerDep
-from slipstream.api.runtime import RuntimeDep
+from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.api.sse import Json
+from slipstream.errors import InvalidRequest
 
 router = APIRouter(tags=["Keys"])
-TenantQuery = Annotated[str, Query(max_length=64, description="Whose keys.")]
+TenantQuery = Annotated[
+    str | None, Query(max_length=64, description="Whose keys; a tenant's admin may leave its own out.")
+]
+MOST_GRACE_S = 30 * 86_400
 
 
 class NewKey(BaseModel):
@@ -22,35 +29,76 @@ class NewKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    tenant: Annotated[str, Field(max_length=64)]
+    tenant: Annotated[str, Field(max_length=64)] | None = None
     label: Annotated[str, Field(max_length=200)] = ""
+    role: Annotated[Role, Field(strict=False)] = Role.PUBLISHER
+    models: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=100)] | None = None
+    expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = None
+
+
+class Rotation(BaseModel):
+    """The body of POST /v1/keys/{id}/rotate."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    grace_s: Annotated[int, Field(ge=0, le=MOST_GRACE_S)] = 3600
 
 
 @router.post("/v1/keys", status_code=201)
 async def create_key(body: NewKey, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Make a key. Its secret is in this answer and nowhere else: only a hash is kept."""
-    caller.require_admin()
-    secret, record = new_key(check_name(body.tenant, "tenant"), body.label)
-    await runtime.services.store.put_key(record)
-    return {**_key_body(record), "secret": secret}
+    tenant = caller.managed_tenant(body.tenant)
+    if body.expires_at is not None and body.expires_at <= utc_now():
+        raise InvalidRequest("'expires_at' is in the past.", code="invalid_value", param="expires_at")
+    models = tuple(body.models) if body.models is not None else None
+    return await _made(runtime, new_key(tenant, body.label, body.role, models, body.expires_at))
 
 
 @router.get("/v1/keys")
-async def list_keys(tenant: TenantQuery, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """A tenant's keys, without their secrets."""
-    caller.require_admin()
-    keys = await runtime.services.store.list_keys(check_name(tenant, "tenant"))
-    return {"object": "list", "data": [_key_body(key) for key in keys]}
+async def list_keys(caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None) -> Json:
+    """A tenant's keys, without their secrets, and when they were last used."""
+    store, owner = runtime.services.store, caller.managed_tenant(tenant)
+    keys, uses = await store.list_keys(owner), await store.key_uses(owner)
+    return {"object": "list", "data": [_key_body(key, uses.get(key.id)) for key in keys]}
+
+
+@router.post("/v1/keys/{key_id}/rotate", status_code=201)
+async def rotate_key(
+    key_id: str, body: Rotation, caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None
+) -> Json:
+    """Make a key that may what this one may; this one goes on working for `grace_s`, so that clients can change over."""
+    store, owner, now = runtime.services.store, caller.managed_tenant(tenant), utc_now()
+    old = _find(await store.list_keys(owner), key_id)
+    if old.is_expired(now):
+        raise InvalidRequest("This key has expired: make a new one.", code="expired_api_key", param="key_id")
+    made = await _made(runtime, new_key(owner, old.label, old.role, old.models, old.expires_at))
+    ends = now + timedelta(seconds=body.grace_s)
+    await store.put_key(old.model_copy(update={"expires_at": min(ends, old.expires_at or ends)}))
+    runtime.keys.forget(lambda record: record.id == key_id)
+    return made
 
 
 @router.delete("/v1/keys/{key_id}", status_code=204)
-async def delete_key(key_id: str, tenant: TenantQuery, caller: CallerDep, runtime: RuntimeDep) -> Response:
+async def delete_key(key_id: str, caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None) -> Response:
     """Revoke a key: at once here, within seconds at other gateways."""
-    caller.require_admin()
-    await runtime.services.store.delete_key(check_name(tenant, "tenant"), key_id)
+    await runtime.services.store.delete_key(caller.managed_tenant(tenant), key_id)
     runtime.keys.forget(lambda record: record.id == key_id)
     return Response(status_code=204)
 
 
-def _key_body(record: KeyRecord) -> Json:
-    return {"object": "key", **record.model_dump(mode="json", exclude={"sha256"})}
+async def _made(runtime: Runtime, made: tuple[str, KeyRecord]) -> Json:
+    secret, record = made
+    await runtime.services.store.put_key(record)
+    return {**_key_body(record, None), "secret": secret}
+
+
+def _find(keys: Sequence[KeyRecord], key_id: str) -> KeyRecord:
+    found = next((key for key in keys if key.id == key_id), None)
+    if found is None:
+        raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
+    return found
+
+
+def _key_body(record: KeyRecord, used_at: datetime | None) -> Json:
+    used = used_at.isoformat() if used_at is not None else None
+    return {"object": "key", **record.model_dump(mode="json", exclude={"sha256"}), "last_used_at": used}

@@ -16,10 +16,11 @@ router = APIRouter(tags=["OpenAI"])
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Everything that may stand in the field `model`."""
-    models = [_base(target, runtime) for target in await runtime.catalog.bases()]
+    bases = await runtime.catalog.bases()
+    models = [_base(target, runtime) for target in bases if caller.may_call(target.base_id)]
     if caller.tenant is not None:
         for summary in await runtime.services.store.list(caller.tenant):
-            if summary.current is not None:
+            if summary.current is not None and caller.may_call(summary.name):
                 models.append(_adapter(summary.name, summary.current))
     return {"object": "list", "data": models}
 
@@ -27,7 +28,7 @@ async def list_models(caller: CallerDep, runtime: RuntimeDep) -> Json:
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One of them; references such as `name@3` and `name@alias` work too."""
-    target = await runtime.catalog.resolve(caller.acting_tenant(), model)
+    target = await runtime.catalog.resolve(caller, model)
     return _base(target, runtime) if target.version is None else _adapter(model, target.version)
 
 

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from adapter_registry.records import AdapterVersion, KeyRecord
 from slipstream.api.catalog import Catalog
+from slipstream.api.key_uses import KeyUses
 from slipstream.api.metering import Meter
 from slipstream.api.metrics import HttpMetrics
 from slipstream.api.recent import RecentAnswers
@@ -27,6 +28,7 @@ class Runtime:
     catalog: Catalog
     keys: RecentAnswers[str, KeyRecord]
     meter: Meter
+    key_uses: KeyUses
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -40,7 +42,7 @@ def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
         fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
     )
     catalog = Catalog(services.engines, services.store, names, clock)
-    return Runtime(services, metrics, catalog, keys, Meter(services.tenants, clock))
+    return Runtime(services, metrics, catalog, keys, Meter(services.tenants, clock), KeyUses(services.store, clock))
 
 
 def _runtime_of(request: Request) -> Runtime:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -167,21 +167,40 @@ class SlipstreamClient:
         """Cancel a job; returns it as it stands."""
         return dict((await self._send("POST", f"/v1/fine_tuning/jobs/{path_part(job_id)}/cancel")).json())
 
-    async def create_key(self, tenant: str, label: str = "") -> Json:
-        """A new key; `secret` is in this answer only. Needs the admin key."""
-        return dict((await self._send("POST", "/v1/keys", json={"tenant": tenant, "label": label})).json())
+    async def create_key(
+        self,
+        tenant: str | None = None,
+        label: str = "",
+        role: str = "publisher",
+        models: Sequence[str] = (),
+        expires_at: str | None = None,
+    ) -> Json:
+        """A new key; `secret` is in this answer only. Needs the admin key, or a key of the tenant's role `admin`.
+
+        models: that it may call, none = all; expires_at: ISO 8601 with a zone.
+        """
+        body: Json = {"label": label, "role": role}
+        for name, value in (("tenant", tenant), ("models", list(models)), ("expires_at", expires_at)):
+            if value:
+                body[name] = value
+        return dict((await self._send("POST", "/v1/keys", json=body)).json())
+
+    async def rotate_key(self, key_id: str, tenant: str | None = None, grace_s: int = 3600) -> Json:
+        """A key that may what this one may; this one goes on for `grace_s` seconds."""
+        path = f"/v1/keys/{path_part(key_id)}/rotate"
+        return dict((await self._send("POST", path, json={"grace_s": grace_s}, params=_whose(tenant))).json())
 
     async def cluster(self) -> Json:
         """Replicas, ranks, queues, residency and scaling decisions. Needs the admin key."""
         return dict((await self._send("GET", "/v1/cluster")).json())
 
-    async def list_keys(self, tenant: str) -> list[Json]:
-        """A tenant's keys. Needs the admin key."""
-        return list((await self._send("GET", "/v1/keys", params={"tenant": tenant})).json()["data"])
+    async def list_keys(self, tenant: str | None = None) -> list[Json]:
+        """A tenant's keys; None = the caller's own."""
+        return list((await self._send("GET", "/v1/keys", params=_whose(tenant))).json()["data"])
 
-    async def revoke_key(self, tenant: str, key_id: str) -> None:
-        """Take a key back. Needs the admin key."""
-        await self._send("DELETE", f"/v1/keys/{path_part(key_id)}", params={"tenant": tenant})
+    async def revoke_key(self, tenant: str | None, key_id: str) -> None:
+        """Take a key back."""
+        await self._send("DELETE", f"/v1/keys/{path_part(key_id)}", params=_whose(tenant))
 
     async def put_tenant(self, tenant: str, quota: Json, weight: float = 1.0) -> Json:
         """Set what a tenant may use, and its share of busy engines. Needs the admin key."""
@@ -255,6 +274,10 @@ class _CountedFile(io.FileIO):
         data = super().read(-1 if size is None else size) or b""
         self._count(len(data))
         return data
+
+
+def _whose(tenant: str | None) -> dict[str, str]:
+    return {"tenant": tenant} if tenant is not None else {}
 
 
 def _days(start: str | None, end: str | None) -> dict[str, str]:

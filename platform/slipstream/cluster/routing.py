@@ -1,11 +1,11 @@
 """Which replica a request goes to: score in [0, 1] → pick, among those that take work. No Ray, clock or torch inside.
 
 An adapter has a *home*: the first `width` replicas of its own rendezvous order. Width is 1 for most, so a cold adapter is
-always loaded in the same place; it grows while every home is busier than the others by a margin (consistent hashing with
+always loaded in the same place; it grows while its replicas are busier than the others by a margin (consistent hashing with
 bounded loads, Mirrokni et al., 2018) and shrinks only after a while in which fewer would have done, so that adapters do not
-flap. Within home and the replicas that already hold the adapter the best score wins; among equals the shorter of two queues
-drawn at random (power of two choices). What replicas report about themselves is a hint: a stale hint costs a load, never a
-request.
+flap. Two of them, drawn for each request, speak for all, so that a wide home grows as fast as requests come. Within home and
+the replicas that already hold the adapter the best score wins; among equals the shorter of two queues drawn at random (power
+of two choices). What replicas report about themselves is a hint: a stale hint costs a load, never a request.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Tier(StrEnum):
 
 
 _HOLDERS = 4
+_SHRINK = 8  # a wide home shrinks by an eighth at a time
 _NEAR = {Tier.ON_DEVICE: 1.0, Tier.COMING: 0.9, Tier.ON_HOST: 0.7, Tier.ABSENT: 0.0}
 
 
@@ -180,10 +181,9 @@ class AdapterRouting:
             home.version = self._version
 
     def _resize(self, home: _Home, queue_of: QueueOf, now: float) -> str | None:
-        """Grow or shrink by one; returns the replica that came."""
+        """Grow by one, or shrink; returns the replica that came."""
         bound = self._bound(queue_of, now)
-        queues = [queue_of(name) for name in home.members]
-        if min(queues) > bound and home.width < len(self._names):
+        if min(map(queue_of, self._draw(home.members, 2))) > bound and home.width < len(self._names):
             if len(home.order) <= home.width:  # the order was cut at twice the width; the next call makes a longer one
                 return None
             home.width += 1
@@ -191,13 +191,13 @@ class AdapterRouting:
             return home.order[home.width - 1]
         if home.width == 1:
             return None
-        # Would it come back without the last one? Not while one of the others is well under the bound.
-        if min(queues[:-1]) > (self._mean[1] + bound) / 2:
+        # Would it come back without the last one? Not while the others are well under the bound.
+        if min(map(queue_of, self._draw(home.members[:-1], 2))) > (self._mean[1] + bound) / 2:
             home.calm_since = None
         elif home.calm_since is None:
             home.calm_since = now
         elif now - home.calm_since >= self.options.settle_s:
-            home.width -= 1
+            home.width -= max(1, home.width // _SHRINK)
             home.calm_since = now
         return None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
@@ -41,6 +42,7 @@ class _Tenant:
     garbage: dict[str, float] = field(default_factory=dict)  # sha256 without refs -> since when
     deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
     keys: dict[str, KeyRecord] = field(default_factory=dict)
+    key_uses: dict[str, datetime] = field(default_factory=dict)
 
 
 class MemoryStore(Store):
@@ -209,9 +211,21 @@ class MemoryStore(Store):
         """A tenant's keys, oldest first."""
         return sorted(self._look(tenant).keys.values(), key=lambda key: (key.created_at, key.id))
 
+    async def note_key_use(self, tenant: str, key_id: str) -> None:
+        """It was used just now; unknown ones are not noted."""
+        mine = self._look(tenant)
+        if key_id in mine.keys:
+            mine.key_uses[key_id] = utc_now().replace(second=0, microsecond=0)
+
+    async def key_uses(self, tenant: str) -> Mapping[str, datetime]:
+        """When each of a tenant's keys was last used, to the minute, for those that were."""
+        return dict(self._look(tenant).key_uses)
+
     async def delete_key(self, tenant: str, key_id: str) -> None:
         """Revoke. Raises `NotPublished` when there is none of this id."""
-        if self._look(tenant).keys.pop(key_id, None) is None:
+        mine = self._look(tenant)
+        mine.key_uses.pop(key_id, None)
+        if mine.keys.pop(key_id, None) is None:
             raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
 
     async def ping(self) -> None:

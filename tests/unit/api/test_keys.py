@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
 import httpx
 import pytest
 from support.api_app import ADMIN_KEY, BASE, ApiWorld
 
 from adapter_registry.errors import StoreUnavailable
+from adapter_registry.records import utc_now
 
 OPEN = ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"]
 LOCKED = [
@@ -43,6 +48,7 @@ LOCKED = [
     ("GET", "/v1/usage"),
     ("POST", "/v1/keys"),
     ("GET", "/v1/keys?tenant=x"),
+    ("POST", "/v1/keys/k/rotate?tenant=x"),
     ("DELETE", "/v1/keys/k?tenant=x"),
 ]
 
@@ -94,7 +100,7 @@ async def test_only_the_admin_manages_keys(http: httpx.AsyncClient) -> None:
         await http.delete("/v1/keys/x", params={"tenant": "demo"}),
     ):
         assert response.status_code == 403
-        assert response.json()["error"]["code"] == "forbidden"
+        assert response.json()["error"]["code"] == "role_required"
 
 
 @pytest.mark.parametrize("tenant", ["", "UPPER", "../x", "a" * 64, "é"])
@@ -166,3 +172,139 @@ async def test_admin_key_is_not_a_tenants(world: ApiWorld) -> None:
         response = await client.post("/v1/completions", json={"model": BASE, "prompt": "x"})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "tenant_required"
+
+
+async def made(world: ApiWorld, **fields: Any) -> tuple[httpx.AsyncClient, dict[str, Any]]:
+    """A client with a new key of `demo`."""
+    async with world.client(ADMIN_KEY) as admin:
+        response = await admin.post("/v1/keys", json={"tenant": "demo", **fields})
+    assert response.status_code == 201, response.text
+    return world.client(response.json()["secret"]), response.json()
+
+
+CALLS = [("GET", "/v1/models"), ("GET", "/v1/adapters"), ("GET", "/v1/adapters/sql"), ("GET", "/v1/usage")]
+PUBLISHES = [
+    ("POST", "/v1/adapters"),
+    ("DELETE", "/v1/adapters/none"),
+    ("DELETE", "/v1/adapters/none/versions/1"),
+    ("PUT", "/v1/adapters/sql/aliases/prod"),
+    ("DELETE", "/v1/adapters/sql/aliases/none"),
+    ("PUT", "/v1/adapters/sql/versions/1/speculation"),
+    ("GET", "/v1/adapters/sql/versions/1/files"),
+    ("GET", "/v1/adapters/sql/versions/1/files/none"),
+    ("GET", "/v1/files"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files/none/content"),
+    ("GET", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/fine_tuning/jobs"),
+]
+MANAGES = [("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/none"), ("POST", "/v1/keys/none/rotate")]
+BODIES = {
+    "/v1/adapters/sql/aliases/prod": {"version": 1},
+    "/v1/adapters/sql/versions/1/speculation": {"enabled": True},
+    "/v1/fine_tuning/jobs": {"model": BASE, "training_file": "file-" + "0" * 24},
+    "/v1/keys": {},
+    "/v1/keys/none/rotate": {},
+}
+
+
+@pytest.mark.parametrize("role", ["caller", "publisher", "admin"])
+@pytest.mark.parametrize(("method", "path"), CALLS + PUBLISHES + MANAGES)
+async def test_a_role_may_what_it_says_and_no_more(world: ApiWorld, role: str, method: str, path: str) -> None:
+    await world.publish("sql")
+    allowed = {"caller": CALLS, "publisher": CALLS + PUBLISHES, "admin": CALLS + PUBLISHES + MANAGES}[role]
+    client, _ = await made(world, role=role)
+    async with client:
+        body = {"json": BODIES[path]} if method in ("POST", "PUT") and path in BODIES else {}
+        response = await client.request(method, path, **body)  # type: ignore[arg-type]
+    forbidden = response.status_code == 403
+    assert forbidden == ((method, path) not in allowed), response.text
+    if forbidden:
+        assert response.json()["error"]["code"] == "role_required"
+
+
+async def test_a_tenants_admin_manages_its_own_keys_and_no_others(world: ApiWorld) -> None:
+    client, key = await made(world, role="admin")
+    async with client:
+        new = await client.post("/v1/keys", json={"role": "caller", "label": "app"})
+        assert (new.status_code, new.json()["tenant"], new.json()["role"]) == (201, "demo", "caller")
+        listed = (await client.get("/v1/keys")).json()["data"]
+        assert {each["id"] for each in listed} == {key["id"], new.json()["id"]}
+        assert (await client.delete(f"/v1/keys/{new.json()['id']}")).status_code == 204
+        assert (await client.post("/v1/keys", json={"tenant": "acme"})).status_code == 403
+        assert (await client.get("/v1/keys?tenant=acme")).status_code == 403
+        assert (await client.put("/v1/tenants/demo", json={})).status_code == 403
+
+
+async def test_a_key_for_some_models_sees_no_others(world: ApiWorld) -> None:
+    await world.publish("sql")
+    await world.publish("mail")
+    client, _ = await made(world, models=["sql"])
+    async with client:
+        assert [each["id"] for each in (await client.get("/v1/models")).json()["data"]] == ["sql"]
+        for model, status in (("sql", 200), ("sql@1", 200), ("mail", 404), (BASE, 404), ("none", 404)):
+            answer = await client.post("/v1/completions", json={"model": model, "prompt": "x"})
+            assert answer.status_code == status
+            if status == 404:
+                assert answer.json()["error"]["code"] == "model_not_found"
+
+
+async def test_an_expired_key_opens_nothing(world: ApiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = utc_now() + timedelta(seconds=30)
+    client, _ = await made(world, expires_at=ends.isoformat())
+    async with client:
+        assert (await client.get("/v1/models")).status_code == 200
+        monkeypatch.setattr("slipstream.api.auth.utc_now", lambda: ends)  # also one that a gateway remembers
+        refused = await client.get("/v1/models")
+    assert refused.status_code == 401
+    assert refused.json()["error"]["code"] == "expired_api_key"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
+        ({"expires_at": "2999-01-01T00:00:00"}, "expires_at"),  # of no zone
+        ({"role": "owner"}, "role"),
+        ({"models": []}, "models"),
+        ({"models": "sql"}, "models"),
+    ],
+)
+async def test_bad_wishes_for_a_key_are_refused_by_name(
+    admin: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
+    response = await admin.post("/v1/keys", json={"tenant": "demo", **fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_a_rotated_key_works_for_its_grace_and_its_heir_may_the_same(
+    world: ApiWorld, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, old = await made(world, role="caller", label="app", models=[BASE])
+    path = f"/v1/keys/{old['id']}/rotate?tenant=demo"
+    new = (await admin.post(path, json={"grace_s": 60})).json()
+    assert {name: new[name] for name in ("role", "label", "models")} == {
+        "role": "caller",
+        "label": "app",
+        "models": [BASE],
+    }
+    assert new["id"] != old["id"]
+    async with client, world.client(new["secret"]) as heir:
+        assert (await client.get("/v1/models")).status_code == 200
+        later = utc_now() + timedelta(seconds=61)
+        monkeypatch.setattr("slipstream.api.auth.utc_now", lambda: later)
+        assert (await client.get("/v1/models")).status_code == 401
+        assert (await heir.get("/v1/models")).status_code == 200
+    assert (await admin.post("/v1/keys/none/rotate?tenant=demo", json={})).status_code == 404
+    assert (await admin.post(path, json={"grace_s": -1})).json()["error"]["param"] == "grace_s"
+
+
+async def test_the_last_use_of_a_key_is_shown(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    client, key = await made(world)
+    assert key["last_used_at"] is None
+    async with client:
+        await client.get("/v1/models")
+        await asyncio.sleep(0.01)
+    (shown,) = (await admin.get("/v1/keys?tenant=demo")).json()["data"]
+    assert utc_now() - datetime.fromisoformat(shown["last_used_at"]) < timedelta(minutes=2)

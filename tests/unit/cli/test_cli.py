@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.api_app import ADMIN_KEY, ApiWorld, write_adapter
+from support.api_app import ADMIN_KEY, BASE, ApiWorld, write_adapter
 from typer.testing import CliRunner, Result
 
 from slipstream.cli import app
@@ -153,7 +153,7 @@ def test_keys(shell: Shell) -> None:
         (("adapters", "speculation", "sql@1", "off", "--reason", "\udcff"), "not text"),
         (("adapters", "pull", "nobody", "/nowhere"), "'nobody'"),
         (("adapters", "pull", "Bad Name", "/nowhere"), "not a valid adapter name"),
-        (("keys", "create", "--tenant", "x"), "admin key"),
+        (("keys", "create", "--tenant", "x"), "role 'publisher', and this needs 'admin'"),
         (("adapters", "list", "--api-key", "wrong"), "unknown or has been revoked"),
         (("adapters", "list", "--api-key", ""), "No key"),
         (("adapters", "list", "--api-key", "sk-slip-…"), "API key holds a character"),
@@ -197,7 +197,14 @@ def test_a_bad_url_is_exit_1(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("adapters", "--help"), ("adapters", "push", "--help"), ("keys", "create", "--help")]
+    "arguments",
+    [
+        ("--help",),
+        ("adapters", "--help"),
+        ("adapters", "push", "--help"),
+        ("keys", "create", "--help"),
+        ("tenants", "set", "--help"),
+    ],
 )
 def test_help_teaches(arguments: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
@@ -218,3 +225,41 @@ def test_version() -> None:
     result = CliRunner().invoke(app, ["version"])
     assert result.exit_code == 0
     assert result.stdout.startswith("slipstream ")
+
+
+def test_keys_of_a_role_rotate_and_end(shell: Shell) -> None:
+    made = shell(
+        "keys", "create", "--tenant", "demo", "--role", "admin", "--expires-at", "2999-01-31T00:00:00Z", key=ADMIN_KEY
+    )
+    own = made.stdout.strip()
+    assert shell("keys", "create", "--role", "caller", "--model", "sql", "--label", "app", key=own).exit_code == 0
+    found = json.loads(shell("keys", "list", "--json", key=own).stdout)
+    app_key = next(key for key in found if key["label"] == "app")
+    assert (app_key["role"], app_key["models"]) == ("caller", ["sql"])
+    rotated = shell("keys", "rotate", app_key["id"], "--grace-s", "0", key=own)
+    assert rotated.stdout.startswith("sk-slip-")
+    table = shell("keys", "list", key=own).stdout
+    assert "LAST USED" in table
+    assert "2999-01-31 00:00" in table
+    assert shell("keys", "list", key=rotated.stdout.strip()).exit_code == 1  # a caller's
+
+
+def test_tenants_limits_and_usage(shell: Shell) -> None:
+    assert "Nothing was used" in shell("usage").stdout
+    shown = shell("tenants", "set", "demo", "--requests-per-minute", "600", "--weight", "2", key=ADMIN_KEY).stdout
+    assert shown.splitlines()[-1].split() == ["demo", "600", "–", "–", "–", "2"]
+    changed = shell("tenants", "set", "demo", "--tokens-per-month", "5000", "--requests-per-minute", "0", key=ADMIN_KEY)
+    assert changed.stdout.splitlines()[-1].split() == ["demo", "–", "–", "–", "5,000", "2"]
+    assert json.loads(shell("tenants", "list", "--json", key=ADMIN_KEY).stdout)[0]["quota"]["tokens_per_month"] == 5000
+    assert shell("tenants", "list").exit_code == 1
+
+    async def ask() -> None:
+        async with shell.world.client(shell.key) as client:
+            await client.post("/v1/completions", json={"model": BASE, "prompt": "one two", "max_tokens": 3})
+        await shell.world.app.state.runtime.meter.flush()
+
+    asyncio.run(ask())
+    assert shell("usage").stdout.splitlines()[-1].split()[:4] == ["total", "1", "2", "3"]
+    assert shell("usage", "--csv").stdout.splitlines()[0].startswith("day,model,requests,prompt_tokens")
+    assert json.loads(shell("usage", "--json").stdout)["total"]["requests"] == 1
+    assert "start" in shell("usage", "--start", "soon").stderr
