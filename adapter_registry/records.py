@@ -129,6 +129,27 @@ class AdapterVersion(AdapterDraft):
         return f"{self.name}@{self.version}"
 
 
+class Access(Frozen):
+    """Who may call an adapter beside its own tenant, as `tenant/name`."""
+
+    public: bool = False
+    tenants: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
+
+    def allows(self, tenant: str) -> bool:
+        """Whether another tenant may call it."""
+        return self.public or tenant in self.tenants
+
+
+class AliasMove(Frozen):
+    """What became of an alias."""
+
+    alias: Name
+    version: int | None = None  # None = it was removed
+    before: int | None = None  # None = it was new
+    by: str = ""  # key id
+    at: datetime
+
+
 class AdapterSummary(Frozen):
     """One line of a listing: an adapter and what its plain name resolves to."""
 
@@ -136,6 +157,7 @@ class AdapterSummary(Frozen):
     name: Name
     versions: tuple[AdapterVersion, ...]  # newest first
     aliases: dict[str, int]
+    access: Access = Access()
 
     @property
     def current(self) -> AdapterVersion | None:

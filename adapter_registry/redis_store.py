@@ -11,9 +11,11 @@ from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
+    Access,
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
+    AliasMove,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
@@ -24,8 +26,8 @@ from adapter_registry.records import (
     utc_now,
 )
 from adapter_registry.redis_connection import RedisConnection, connect
-from adapter_registry.scripts import SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
-from adapter_registry.store import Store
+from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
+from adapter_registry.store import MOVES_KEPT, Store
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
 _LIST_BATCH = 100  # adapters read per script, for the same reason
@@ -98,15 +100,18 @@ class RedisStore(RedisConnection, Store):
         return _version(answer[1], answer[2]), answer[0] == "new"
 
     async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
-        keys = TenantKeys(tenant).adapter(selector.name)
+        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
+        owner = selector.tenant or tenant
+        keys = TenantKeys(owner).adapter(selector.name)
         value = selector.version or selector.alias or selector.digest or ""
-        # Sharing is a later feature; until then another tenant's adapter is answered without looking.
-        if selector.tenant in (None, tenant):
-            found = await self._script("resolve", [keys.versions, keys.aliases, keys.digests], [selector.by, value])
-            if found:
-                return _version(found[0], found[1])
-        raise _not_published(selector.name)
+        found = await self._script(
+            "resolve",
+            [keys.versions, keys.aliases, keys.digests, keys.access],
+            [selector.by, value, "" if owner == tenant else check_name(tenant, "tenant")],
+        )
+        if not found:
+            raise _not_published(selector.name)
+        return _version(found[0], found[1])
 
     async def get(self, tenant: str, name: str) -> AdapterSummary:
         """One adapter with its versions and aliases. Raises `NotPublished`."""
@@ -127,7 +132,16 @@ class RedisStore(RedisConnection, Store):
         adapter = keys.adapter(name)
         answer = await self._script(
             "delete",
-            [keys.names, adapter.versions, adapter.digests, adapter.aliases, keys.refs, keys.garbage],
+            [
+                keys.names,
+                adapter.versions,
+                adapter.digests,
+                adapter.aliases,
+                keys.refs,
+                keys.garbage,
+                adapter.access,
+                adapter.moves,
+            ],
             [name, "" if version is None else version],
         )
         if answer[0] == "missing":
@@ -136,16 +150,60 @@ class RedisStore(RedisConnection, Store):
             raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
         return _versions(answer[1:])
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
-        keys = TenantKeys(tenant).adapter(name)
-        if not await self._script("set_alias", [keys.versions, keys.aliases], [check_alias(alias), version]):
+        await self._move(tenant, name, alias, str(version), by)
+
+    async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
+        """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
+        return await self._move(tenant, name, alias, "back", by)
+
+    async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
+        """Remove an alias. Raises `NotPublished`."""
+        await self._move(tenant, name, alias, "", by)
+
+    async def alias_moves(self, tenant: str, name: str) -> Sequence[AliasMove]:
+        """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
+        found = await self._command("LRANGE", TenantKeys(tenant).adapter(name).moves, "0", "-1")
+        return [AliasMove.model_validate_json(line) for line in found]
+
+    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+        """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
+        keys, label = TenantKeys(tenant).adapter(name), f"{tenant}/{name}"
+        # Others' slots, so no single script. Indexes only say where to look: an entry too many is passed over when it is
+        # read, so they are written before the access that they stand for, and never cleared here.
+        for other in access.tenants:
+            await self._command("SADD", TenantKeys(other).shared, label)
+        if access.public:
+            await self._command("SADD", PUBLIC_KEY, label)
+        if not await self._script("set_access", [keys.versions, keys.access], [access.model_dump_json()]):
             raise _not_published(name)
 
-    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
-        """Remove an alias. Raises `NotPublished`."""
-        if not await self._command("HDEL", TenantKeys(tenant).adapter(name).aliases, check_alias(alias)):
+    async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
+        """Others' adapters that a tenant may call, by owner and name."""
+        found = list[AdapterSummary]()
+        for index in (TenantKeys(tenant).shared, PUBLIC_KEY):
+            for label in await self._command("SMEMBERS", index):
+                owner, _, name = label.partition("/")
+                (summary,) = await self._describe(owner, [name]) or (None,)
+                if summary is None or not summary.access.allows(tenant):
+                    await self._drop_label(index, label, summary)
+                elif owner != tenant and summary not in found:
+                    found.append(summary)
+        return sorted(found, key=lambda summary: (summary.tenant, summary.name))
+
+    async def _drop_label(self, index: str, label: str, summary: AdapterSummary | None) -> None:
+        """An entry that led nowhere; one of an adapter that may be shared in this very moment stays for the next look."""
+        if summary is None or (index == PUBLIC_KEY and not summary.access.public):
+            await self._command("SREM", index, label)
+
+    async def _move(self, tenant: str, name: str, alias: str, to: str, by: str) -> int:
+        keys = TenantKeys(tenant).adapter(name)
+        args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT]
+        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.moves], args)
+        if not answer[0]:
             raise _not_published(name)
+        return int(answer[1])
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
@@ -228,15 +286,17 @@ class RedisStore(RedisConnection, Store):
         """Those of `names` that have versions."""
         tenant_keys = TenantKeys(tenant)
         adapters = [tenant_keys.adapter(name) for name in names]
-        answer = await self._script("describe", [key for a in adapters for key in (a.versions, a.aliases)], [])
+        keys = [key for a in adapters for key in (a.versions, a.aliases, a.access)]
+        answer = await self._script("describe", keys, [])
         return [
             AdapterSummary(
                 tenant=tenant,
                 name=name,
                 versions=tuple(_versions(versions)),
                 aliases={alias: int(number) for alias, number in _pairs(aliases)},
+                access=Access.model_validate_json(access) if access else Access(),
             )
-            for name, (versions, aliases) in zip(names, answer, strict=True)
+            for name, (versions, aliases, access) in zip(names, answer, strict=True)
             if versions
         ]
 

@@ -13,7 +13,10 @@ from adapter_registry.records import check_name
 PREFIX = "slipstream:"
 SCHEMA_KEY = PREFIX + "schema"
 TENANTS_KEY = PREFIX + "tenants"
-SCRIPTS = ("publish", "resolve", "describe", "delete", "set_alias", "replace_version", "claim", "begin_sweep")
+PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
+SCRIPTS = (
+    "publish", "resolve", "describe", "delete", "set_alias", "set_access", "replace_version", "claim", "begin_sweep",
+)  # fmt: skip
 
 
 def load_script(name: str) -> str:
@@ -33,6 +36,8 @@ class AdapterKeys:
     versions: str  # hash: number -> envelope {record, digest, blobs}; the record lacks its number
     digests: str  # hash: digest -> number
     aliases: str  # hash: alias -> number
+    access: str  # JSON: who else may call it
+    moves: str  # list of JSON: what became of its aliases, newest first
 
 
 class TenantKeys:
@@ -47,9 +52,10 @@ class TenantKeys:
         self.garbage = base + "garbage"  # zset: sha256 without refs -> ms since when (claimed or released)
         self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
         self.api_keys = base + "keys"  # hash: key id -> record
+        self.shared = base + "shared"  # set: `tenant/name` of others' adapters that it may call, or might once
         self.key_uses = base + "keys:used"  # hash: key id -> ISO time
 
     def adapter(self, name: str) -> AdapterKeys:
         """The keys of one of this tenant's adapters."""
         base = f"{self._base}adapter:{check_name(name)}:"
-        return AdapterKeys(versions=base + "versions", digests=base + "digests", aliases=base + "aliases")
+        return AdapterKeys(*(base + name for name in ("versions", "digests", "aliases", "access", "moves")))

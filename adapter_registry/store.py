@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Protocol
 
 from adapter_registry.records import (
+    Access,
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
+    AliasMove,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
 )
+
+MOVES_KEPT = 1000
 
 
 class Store(Protocol):
@@ -43,7 +47,7 @@ class Store(Protocol):
         ...
 
     async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
+        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
         ...
 
     async def get(self, tenant: str, name: str) -> AdapterSummary:
@@ -62,12 +66,31 @@ class Store(Protocol):
         """
         ...
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
         ...
 
-    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+    async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
+        """Point an alias at where it pointed before its last move; returns the version. Rolling back twice is where it was.
+
+        Raises `NotPublished` when that version is gone, or there was none.
+        """
+        ...
+
+    async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
         """Remove an alias. Raises `NotPublished`."""
+        ...
+
+    async def alias_moves(self, tenant: str, name: str) -> Sequence[AliasMove]:
+        """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
+        ...
+
+    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+        """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
+        ...
+
+    async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
+        """Others' adapters that a tenant may call, by owner and name."""
         ...
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:

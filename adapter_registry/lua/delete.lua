@@ -1,5 +1,5 @@
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
--- KEYS: names, versions, digests, aliases, refs, garbage. ARGV: name, version or ''.
+-- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases. ARGV: name, version or ''.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
 if ARGV[2] == '' then
@@ -30,6 +30,8 @@ for _, number in ipairs(doomed) do
   answer[#answer + 1] = number
   answer[#answer + 1] = stored
 end
-if ARGV[2] == '' then redis.call('DEL', KEYS[4]) end
-if redis.call('HLEN', KEYS[2]) == 0 then redis.call('SREM', KEYS[1], ARGV[1]) end
+if redis.call('HLEN', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8])  -- a name that is used again is not shared, and has no past
+  redis.call('SREM', KEYS[1], ARGV[1])
+end
 return answer

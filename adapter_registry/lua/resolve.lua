@@ -1,4 +1,5 @@
--- The READY version that a reference means. KEYS: versions, aliases, digests. ARGV: by, value.
+-- The READY version that a reference means, for a tenant that may call it.
+-- KEYS: versions, aliases, digests, access. ARGV: by, value, tenant that asks if it is another, or ''.
 -- Answers {number, envelope}, or nil. Alias and version are read in one script, so a move between them cannot be seen.
 local function ready(number)
   local stored = number and redis.call('HGET', KEYS[1], number)
@@ -6,6 +7,13 @@ local function ready(number)
     return {number, stored}
   end
   return false
+end
+
+if ARGV[3] ~= '' then
+  local access = cjson.decode(redis.call('GET', KEYS[4]) or '{}')
+  local allowed = access.public
+  for _, tenant in ipairs(access.tenants or {}) do allowed = allowed or tenant == ARGV[3] end
+  if not allowed then return false end
 end
 
 local by, value = ARGV[1], ARGV[2]

@@ -11,7 +11,7 @@ from support.drafts import draft, publish, sha
 
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
 from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import Role, SpeculationPolicy, VersionState, parse_reference, utc_now
+from adapter_registry.records import Access, Role, SpeculationPolicy, VersionState, parse_reference, utc_now
 from adapter_registry.store import Store
 
 
@@ -324,6 +324,101 @@ async def test_a_listing_is_sorted_and_complete(store: Store) -> None:
     names = [f"n{i:03}" for i in range(120)]  # more than one batch
     await asyncio.gather(*(publish(store, draft("a", name=name)) for name in reversed(names)))
     assert [summary.name for summary in await store.list("acme")] == names
+
+
+# --- aliases that move, and adapters that are shared ---
+
+
+async def test_moves_of_aliases_are_kept_and_rolled_back(store: Store) -> None:
+    for letter in "abc":
+        await publish(store, draft(letter))
+    for version in (1, 2, 2, 3):
+        await store.set_alias("acme", "sql", "prod", version, "key_1")
+    await store.set_alias("acme", "sql", "canary", 3)
+    moves = await store.alias_moves("acme", "sql")
+    assert [(m.alias, m.before, m.version, m.by) for m in moves] == [
+        ("canary", None, 3, ""), ("prod", 2, 3, "key_1"), ("prod", 1, 2, "key_1"), ("prod", None, 1, "key_1"),
+    ]  # fmt: skip
+    assert await store.roll_back_alias("acme", "sql", "prod", "key_2") == 2
+    assert (await store.resolve("acme", parse_reference("sql"))).version == 2
+    assert await store.roll_back_alias("acme", "sql", "prod") == 3
+    assert (await store.get("acme", "sql")).aliases == {"prod": 3, "canary": 3}
+    await store.delete_alias("acme", "sql", "prod", "key_3")
+    assert [(m.before, m.version, m.by) for m in (await store.alias_moves("acme", "sql"))[:2]] == [
+        (3, None, "key_3"), (2, 3, ""),
+    ]  # fmt: skip
+    assert await store.roll_back_alias("acme", "sql", "prod") == 3
+    assert await store.alias_moves("acme", "none") == []
+
+
+async def test_what_cannot_be_rolled_back_stays_where_it_is(store: Store) -> None:
+    await publish(store, draft("a"))
+    await publish(store, draft("b"))
+    with pytest.raises(NotPublished):
+        await store.roll_back_alias("acme", "sql", "prod")
+    await store.set_alias("acme", "sql", "prod", 1)
+    with pytest.raises(NotPublished):
+        await store.roll_back_alias("acme", "sql", "prod")  # it was new
+    await store.set_alias("acme", "sql", "prod", 2)
+    await store.delete("acme", "sql", 1)
+    with pytest.raises(NotPublished):
+        await store.roll_back_alias("acme", "sql", "prod")  # that version is gone
+    assert (await store.get("acme", "sql")).aliases == {"prod": 2}
+    with pytest.raises(NotPublished):
+        await store.roll_back_alias("globex", "sql", "prod")
+    with pytest.raises(InvalidName):
+        await store.roll_back_alias("acme", "sql", "2")
+
+
+async def test_a_shared_adapter_resolves_for_those_it_is_shared_with(store: Store) -> None:
+    mine = await publish(store, draft("a"))
+    await store.set_alias("acme", "sql", "prod", 1)
+    references = [f"acme/sql{tag}" for tag in ("", "@1", "@prod", f"@{mine.digest}")]
+
+    async def seen(tenant: str) -> set[bool]:
+        found = set()
+        for reference in references:
+            try:
+                found.add(await store.resolve(tenant, parse_reference(reference)) == mine)
+            except NotPublished:
+                found.add(False)
+        return found
+
+    assert [await seen(tenant) for tenant in ("acme", "globex", "initech")] == [{True}, {False}, {False}]
+    await store.set_access("acme", "sql", Access(tenants=("globex",)))
+    assert [await seen(tenant) for tenant in ("acme", "globex", "initech")] == [{True}, {True}, {False}]
+    with pytest.raises(NotPublished):
+        await store.resolve("globex", parse_reference("sql"))  # its own name space stays its own
+    await store.set_access("acme", "sql", Access(public=True))
+    assert [await seen(tenant) for tenant in ("acme", "globex", "initech")] == [{True}, {True}, {True}]
+    await store.set_access("acme", "sql", Access())
+    assert [await seen(tenant) for tenant in ("acme", "globex", "initech")] == [{True}, {False}, {False}]
+    assert (await store.get("acme", "sql")).access == Access()
+    with pytest.raises(NotPublished):
+        await store.set_access("acme", "none", Access(public=True))
+
+
+async def test_what_is_shared_is_listed_for_whom_and_only_as_long(store: Store) -> None:
+    await publish(store, draft("a"))
+    await publish(store, draft("b", name="mail"))
+
+    async def names(tenant: str) -> list[str]:
+        return [f"{found.tenant}/{found.name}" for found in await store.shared_with(tenant)]
+
+    await store.set_access("acme", "sql", Access(tenants=("globex", "acme")))
+    await store.set_access("acme", "mail", Access(public=True, tenants=("globex",)))
+    assert await names("globex") == ["acme/mail", "acme/sql"]
+    assert await names("initech") == ["acme/mail"]
+    assert await names("acme") == []
+    (shared,) = await store.shared_with("initech")
+    assert shared.current is not None
+    await store.set_access("acme", "mail", Access())
+    assert await names("globex") == ["acme/sql"]
+    await store.delete("acme", "sql")
+    await publish(store, draft("c"))  # the name again, by its owner alone
+    assert [await names(tenant) for tenant in ("globex", "initech")] == [[], []]
+    with pytest.raises(NotPublished):
+        await store.resolve("globex", parse_reference("acme/sql"))
 
 
 # --- keys ---

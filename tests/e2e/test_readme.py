@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.serving import ROOT, Running
 
-pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(1800)]
 
 MARK = "<!-- executed by tests/e2e/test_readme.py -->"
 
@@ -48,7 +48,7 @@ def test_the_quick_start_works_word_for_word(server: Running, tmp_path: Path) ->
     for language, code in found:
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800, check=False
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)

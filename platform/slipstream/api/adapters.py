@@ -9,7 +9,15 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import AdapterSummary, AdapterVersion, Role, SpeculationPolicy, check_alias, check_name
+from adapter_registry.records import (
+    Access,
+    AdapterSummary,
+    AdapterVersion,
+    Role,
+    SpeculationPolicy,
+    check_alias,
+    check_name,
+)
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file
@@ -60,6 +68,15 @@ class AliasTarget(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Annotated[int, Field(ge=1, le=10**9)]
+
+
+class NewAccess(BaseModel):
+    """The body of PUT …/access."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    public: bool = False
+    tenants: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=1000)] = []
 
 
 class SpeculationSetting(SpeculationPolicy):
@@ -164,7 +181,7 @@ async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep,
     """Point an alias at a version; `prod` is what the plain name means."""
     tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
     try:
-        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version)
+        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version, caller.key_id)
     except NotPublished:
         raise _no_version(name, body.version) from None
     return {"object": "adapter.alias", "name": name, "alias": alias, "version": body.version}
@@ -173,10 +190,40 @@ async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep,
 @router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)
 async def delete_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Remove an alias."""
-    await runtime.services.store.delete_alias(
-        caller.acting_tenant(Role.PUBLISHER), check_name(name), check_alias(alias)
-    )
+    tenant = caller.acting_tenant(Role.PUBLISHER)
+    await runtime.services.store.delete_alias(tenant, check_name(name), check_alias(alias), caller.key_id)
     return Response(status_code=204)
+
+
+@router.post("/v1/adapters/{name}/aliases/{alias}/rollback")
+async def roll_back_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Point an alias at the version before its last move; once more, and it is where it was."""
+    tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
+    try:
+        version = await store.roll_back_alias(tenant, check_name(name), check_alias(alias), caller.key_id)
+    except NotPublished:
+        raise NotPublished(f"'{name}' has no version that its alias '{alias}' could go back to.") from None
+    return {"object": "adapter.alias", "name": name, "alias": alias, "version": version}
+
+
+@router.get("/v1/adapters/{name}/aliases")
+async def list_alias_moves(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Where an adapter's aliases point, and what became of them: newest first."""
+    tenant, store = caller.acting_tenant(), runtime.services.store
+    summary = await store.get(tenant, check_name(name))
+    moves = await store.alias_moves(tenant, name)
+    data = [{"object": "adapter.alias.move", **move.model_dump(mode="json")} for move in moves]
+    return {"object": "list", "aliases": summary.aliases, "data": data}
+
+
+@router.put("/v1/adapters/{name}/access")
+async def set_access(name: str, body: NewAccess, caller: CallerDep, runtime: RuntimeDep) -> Json:
+    """Say who else may call this adapter, as `tenant/name`; all of it, so what is left out is taken back."""
+    tenant = caller.acting_tenant(Role.PUBLISHER)
+    access = Access(public=body.public, tenants=tuple(sorted({check_name(other, "tenant") for other in body.tenants})))
+    await runtime.services.store.set_access(tenant, check_name(name), access)
+    runtime.catalog.forget(tenant, name)
+    return {"object": "adapter.access", "name": name, **access.model_dump(mode="json")}
 
 
 async def _delete(runtime: RuntimeDep, tenant: str, name: str, version: int | None) -> Json:
@@ -226,5 +273,6 @@ def _summary_body(summary: AdapterSummary) -> Json:
         "name": summary.name,
         "current": current.version if current else None,
         "aliases": summary.aliases,
+        "access": summary.access.model_dump(mode="json"),
         "versions": [_version_body(version) for version in summary.versions],
     }

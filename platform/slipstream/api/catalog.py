@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapter_registry.errors import InvalidName, NotPublished
 from adapter_registry.records import AdapterVersion, PromptFormat, parse_reference
@@ -25,11 +25,14 @@ class Target:
     engine: EngineClient
     spec: BaseModelSpec
     version: AdapterVersion | None = None
+    shared: bool = False  # the adapter is another tenant's
 
     @property
     def served_as(self) -> str:
-        """What the response says answered: the base's id or `name@version`."""
-        return self.version.ref if self.version else self.base_id
+        """What the response says answered: the base's id, `name@version`, or another tenant's `tenant/name@version`."""
+        if self.version is None:
+            return self.base_id
+        return f"{self.version.tenant}/{self.version.ref}" if self.shared else self.version.ref
 
     @property
     def adapter(self) -> AdapterRef | None:
@@ -126,13 +129,14 @@ class Catalog:
             return Target(base, self._engines[base], await self._spec(base))
         try:
             selector = parse_reference(model)
-            if not caller.may_call(selector.name):
+            label = selector.name if selector.tenant in (None, tenant) else f"{selector.tenant}/{selector.name}"
+            if not caller.may_call(label):
                 raise unknown
             version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector))
         except (InvalidName, NotPublished):
             raise unknown from None
         assert version is not None  # `resolve` raises instead
-        return await self._on_its_base(version)
+        return replace(await self._on_its_base(version), shared=version.tenant != tenant)
 
     def forget(self, tenant: str, name: str) -> None:
         """Versions of this adapter were removed: an outage must not bring them back."""

@@ -241,9 +241,9 @@ async def _over(runtime: Runtime, caller: Caller, adapter: str | None, base_id: 
     if adapter is None:
         return None
     target = await runtime.catalog.resolve(caller, adapter)
-    if target.version is None or target.base_id != base_id:
+    if target.version is None or target.base_id != base_id or target.shared:
         raise InvalidRequest(
-            f"'{adapter}' is not an adapter of the base model '{base_id}'.", param="slipstream.adapter"
+            f"'{adapter}' is not an adapter of yours for the base model '{base_id}'.", param="slipstream.adapter"
         )
     return target.version
 

@@ -15,13 +15,17 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Everything that may stand in the field `model`."""
+    """Everything that may stand in the field `model`; others' adapters, where they are shared, as `tenant/name`."""
     bases = await runtime.catalog.bases()
     models = [_base(target, runtime) for target in bases if caller.may_call(target.base_id)]
     if caller.tenant is not None:
         for summary in await runtime.services.store.list(caller.tenant):
             if summary.current is not None and caller.may_call(summary.name):
                 models.append(_adapter(summary.name, summary.current))
+        for summary in await runtime.services.store.shared_with(caller.tenant):
+            label = f"{summary.tenant}/{summary.name}"
+            if summary.current is not None and caller.may_call(label):
+                models.append(_adapter(label, summary.current))
     return {"object": "list", "data": models}
 
 

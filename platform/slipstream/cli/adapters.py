@@ -202,6 +202,28 @@ def speculation(
 
 
 @app.command()
+def share(
+    context: typer.Context,
+    name: NameArgument,
+    *,
+    tenants: Annotated[list[str] | None, typer.Option("--with", help="A tenant; several.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With every tenant.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+) -> None:
+    """Say who else may call an adapter, as `tenant/name`. Who is left out no longer may; with no option nobody may.
+
+    Its weights stay with its own tenant: others can call it, not download it.
+
+    Example: slipstream adapters share sql --with globex --with initech
+    """
+    access = session(context, url, api_key, tenant).run(lambda client: client.set_access(name, tenants or (), public))
+    who = "every tenant" if access["public"] else ", ".join(access["tenants"]) or "nobody else"
+    typer.echo(f"{name} may be called by {who}")
+
+
+@app.command()
 def pull(
     context: typer.Context,
     reference: Annotated[str, typer.Argument(help="`sql`, or one version: `sql@3`, `sql@prod`.", show_default=False)],

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, evaluate, jobs, keys, status, tenants, train
+from slipstream.cli import adapters, aliases, evaluate, jobs, keys, status, tenants, train
 
 app = typer.Typer(
     name="slipstream",
@@ -28,6 +28,7 @@ Exit codes: 0 done; 1 refused, the message says what to change; 2 wrong usage; 3
 away.""",
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(aliases.app, name="aliases")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")

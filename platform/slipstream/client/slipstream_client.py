@@ -135,6 +135,20 @@ class SlipstreamClient:
         """Point an alias at a version."""
         await self._send("PUT", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}", json={"version": version})
 
+    async def roll_back_alias(self, name: str, alias: str) -> Json:
+        """Point an alias at the version before its last move."""
+        path = f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}/rollback"
+        return dict((await self._send("POST", path)).json())
+
+    async def alias_moves(self, name: str) -> list[Json]:
+        """What became of an adapter's aliases, newest first."""
+        return list((await self._send("GET", f"/v1/adapters/{path_part(name)}/aliases")).json()["data"])
+
+    async def set_access(self, name: str, tenants: Sequence[str] = (), public: bool = False) -> Json:
+        """Say who else may call an adapter, as `tenant/name`; who is left out no longer may."""
+        body = {"tenants": list(tenants), "public": public}
+        return dict((await self._send("PUT", f"/v1/adapters/{path_part(name)}/access", json=body)).json())
+
     async def delete_alias(self, name: str, alias: str) -> None:
         """Remove an alias."""
         await self._send("DELETE", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}")

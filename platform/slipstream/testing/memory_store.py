@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
+    Access,
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
+    AliasMove,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
@@ -23,7 +25,7 @@ from adapter_registry.records import (
     check_sha256,
     utc_now,
 )
-from adapter_registry.store import Store
+from adapter_registry.store import MOVES_KEPT, Store
 
 _CLAIM_POLL_S = 0.01
 
@@ -32,6 +34,8 @@ _CLAIM_POLL_S = 0.01
 class _Adapter:
     versions: dict[int, AdapterVersion] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
+    access: Access = field(default_factory=Access)
+    moves: deque[AliasMove] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))  # newest first
 
 
 @dataclass
@@ -96,18 +100,20 @@ class MemoryStore(Store):
         return version, True
 
     async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished` (also for another tenant's)."""
-        adapter = self._look(tenant).adapters.get(selector.name, _Adapter())
+        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
+        owner = selector.tenant or tenant
+        adapter = self._look(owner).adapters.get(selector.name, _Adapter())
         found: AdapterVersion | None = None
         if selector.by == "default":
-            found = _summary(tenant, selector.name, adapter).current
+            found = _summary(owner, selector.name, adapter).current
         elif selector.by == "version":
             found = adapter.versions.get(selector.version or 0)
         elif selector.by == "alias":
             found = adapter.versions.get(adapter.aliases.get(selector.alias or "", 0))
         else:
             found = next((v for v in adapter.versions.values() if v.digest == selector.digest), None)
-        if found is None or found.state is not VersionState.READY or selector.tenant not in (None, tenant):
+        may = owner == tenant or adapter.access.allows(check_name(tenant, "tenant"))
+        if found is None or found.state is not VersionState.READY or not may:
             raise _not_published(selector.name)
         return found
 
@@ -138,19 +144,56 @@ class MemoryStore(Store):
                 mine.garbage[sha] = self._clock()
         return removed
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
+        self._move(tenant, name, alias, version, by)
+
+    async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
+        """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
+        moves = self._adapter(tenant, name).moves
+        last = next((move for move in moves if move.alias == check_alias(alias)), None)
+        if last is None or last.before is None:
+            raise _not_published(name)
+        self._move(tenant, name, alias, last.before, by)
+        return last.before
+
+    async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
+        """Remove an alias. Raises `NotPublished`."""
+        if check_alias(alias) not in self._adapter(tenant, name).aliases:
+            raise _not_published(name)
+        self._move(tenant, name, alias, None, by)
+
+    async def alias_moves(self, tenant: str, name: str) -> Sequence[AliasMove]:
+        """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
+        return list(self._look(tenant).adapters.get(check_name(name), _Adapter()).moves)
+
+    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+        """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
+        self._adapter(tenant, name).access = access
+
+    async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
+        """Others' adapters that a tenant may call, by owner and name."""
+        check_name(tenant, "tenant")
+        return [
+            _summary(owner, name, adapter)
+            for owner, theirs in sorted(self._tenants.items())
+            for name, adapter in sorted(theirs.adapters.items())
+            if owner != tenant and adapter.access.allows(tenant)
+        ]
+
+    def _move(self, tenant: str, name: str, alias: str, version: int | None, by: str) -> None:
         check_alias(alias)
         adapter = self._adapter(tenant, name)
-        target = adapter.versions.get(version)
-        if target is None or target.state is not VersionState.READY:
-            raise _not_published(name)
-        adapter.aliases[alias] = version
-
-    async def delete_alias(self, tenant: str, name: str, alias: str) -> None:
-        """Remove an alias. Raises `NotPublished`."""
-        if self._adapter(tenant, name).aliases.pop(check_alias(alias), None) is None:
-            raise _not_published(name)
+        before = adapter.aliases.get(alias)
+        if version is None:
+            del adapter.aliases[alias]
+        else:
+            target = adapter.versions.get(version)
+            if target is None or target.state is not VersionState.READY:
+                raise _not_published(name)
+            adapter.aliases[alias] = version
+        if version != before:
+            adapter.moves.appendleft(AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now()))
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
@@ -251,7 +294,9 @@ class MemoryStore(Store):
 
 def _summary(tenant: str, name: str, adapter: _Adapter) -> AdapterSummary:
     newest_first = tuple(adapter.versions[number] for number in sorted(adapter.versions, reverse=True))
-    return AdapterSummary(tenant=tenant, name=name, versions=newest_first, aliases=dict(adapter.aliases))
+    return AdapterSummary(
+        tenant=tenant, name=name, versions=newest_first, aliases=dict(adapter.aliases), access=adapter.access
+    )
 
 
 def _not_published(name: str) -> NotPublished:

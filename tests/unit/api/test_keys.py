@@ -28,6 +28,9 @@ LOCKED = [
     ("PUT", "/v1/adapters/x/versions/1/speculation"),
     ("GET", "/v1/adapters/x/versions/1/files"),
     ("GET", "/v1/adapters/x/versions/1/files/f"),
+    ("PUT", "/v1/adapters/x/access"),
+    ("GET", "/v1/adapters/x/aliases"),
+    ("POST", "/v1/adapters/x/aliases/prod/rollback"),
     ("PUT", "/v1/adapters/x/aliases/prod"),
     ("DELETE", "/v1/adapters/x/aliases/prod"),
     ("POST", "/v1/files"),
@@ -182,12 +185,20 @@ async def made(world: ApiWorld, **fields: Any) -> tuple[httpx.AsyncClient, dict[
     return world.client(response.json()["secret"]), response.json()
 
 
-CALLS = [("GET", "/v1/models"), ("GET", "/v1/adapters"), ("GET", "/v1/adapters/sql"), ("GET", "/v1/usage")]
+CALLS = [
+    ("GET", "/v1/models"),
+    ("GET", "/v1/adapters"),
+    ("GET", "/v1/adapters/sql"),
+    ("GET", "/v1/adapters/sql/aliases"),
+    ("GET", "/v1/usage"),
+]
 PUBLISHES = [
     ("POST", "/v1/adapters"),
     ("DELETE", "/v1/adapters/none"),
     ("DELETE", "/v1/adapters/none/versions/1"),
+    ("PUT", "/v1/adapters/sql/access"),
     ("PUT", "/v1/adapters/sql/aliases/prod"),
+    ("POST", "/v1/adapters/sql/aliases/prod/rollback"),
     ("DELETE", "/v1/adapters/sql/aliases/none"),
     ("PUT", "/v1/adapters/sql/versions/1/speculation"),
     ("GET", "/v1/adapters/sql/versions/1/files"),
@@ -200,6 +211,7 @@ PUBLISHES = [
 ]
 MANAGES = [("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/none"), ("POST", "/v1/keys/none/rotate")]
 BODIES = {
+    "/v1/adapters/sql/access": {},
     "/v1/adapters/sql/aliases/prod": {"version": 1},
     "/v1/adapters/sql/versions/1/speculation": {"enabled": True},
     "/v1/fine_tuning/jobs": {"model": BASE, "training_file": "file-" + "0" * 24},

@@ -1,0 +1,110 @@
+"""`slipstream aliases …`: which version a name means, and what it meant before."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slipstream.cli.session import (
+    DEFAULT_URL,
+    JsonOption,
+    KeyOption,
+    TenantOption,
+    UrlOption,
+    session,
+    show_json,
+    show_table,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Move aliases between versions; `prod` is what an adapter's plain name means.",
+    rich_markup_mode="markdown",
+)
+NameArgument = Annotated[str, typer.Argument(help="The adapter.", show_default=False)]
+AliasArgument = Annotated[str, typer.Argument(help="The alias, such as prod or canary.", show_default=False)]
+
+
+@app.command("set")
+def set_alias(
+    context: typer.Context,
+    name: NameArgument,
+    alias: AliasArgument,
+    version: Annotated[int, typer.Argument(help="The version's number.", min=1, show_default=False)],
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+) -> None:
+    """Point an alias at a version; requests from now on go there.
+
+    Example: slipstream aliases set sql prod 3
+    """
+    session(context, url, api_key, tenant).run(lambda client: client.set_alias(name, alias, version))
+    typer.echo(f"{name}@{alias} is {name}@{version}")
+
+
+@app.command()
+def rollback(
+    context: typer.Context,
+    name: NameArgument,
+    alias: AliasArgument,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+) -> None:
+    """Point an alias at the version before its last move; once more, and it is where it was.
+
+    Example: slipstream aliases rollback sql prod
+    """
+    found = session(context, url, api_key, tenant).run(lambda client: client.roll_back_alias(name, alias))
+    typer.echo(f"{name}@{alias} is {name}@{found['version']} again")
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    name: NameArgument,
+    alias: AliasArgument,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+) -> None:
+    """Remove an alias; its version stays.
+
+    Example: slipstream aliases rm sql canary
+    """
+    session(context, url, api_key, tenant).run(lambda client: client.delete_alias(name, alias))
+    typer.echo(f"Removed {name}@{alias}")
+
+
+@app.command()
+def log(
+    context: typer.Context,
+    name: NameArgument,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what became of an adapter's aliases, newest first.
+
+    Example: slipstream aliases log sql
+    """
+    found = session(context, url, api_key, tenant).run(lambda client: client.alias_moves(name))
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        [move["at"][:19], move["alias"], _number(move["before"]), _number(move["version"]), move["by"]]
+        for move in found
+    ]
+    show_table(["WHEN", "ALIAS", "FROM", "TO", "BY KEY"], rows, f"No alias of {name} was ever set.")
+
+
+def _number(version: int | None) -> str:
+    return "–" if version is None else str(version)
