@@ -35,6 +35,7 @@ bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU
 
 soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
 	SLIPSTREAM_FUZZ_EXAMPLES=20000 $(PYTEST) tests/unit/engine/test_scheduler.py --timeout 3600 $(ARGS)
+	SLIPSTREAM_ISOLATION_REQUESTS=50000 $(PYTEST) tests/integration/test_isolation.py --timeout 7200 $(ARGS)
 	$(PYTEST) -s -m soak tests/soak $(ARGS)
 
 clean: ## Remove the virtual environment and all caches; your data folder stays

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from support.adapters import random_peft_adapter
+from support.adapters import random_peft_adapter, rename_base
 from support.api_app import form_files
 from support.load import Load, questions
 from support.processes import descendants
@@ -66,6 +66,7 @@ class Churn:
         seed = self.rng.randrange(10**6)
         folder = self.world.folder / f"churn-{seed}"
         random_peft_adapter(self.model, folder, seed=seed)
+        rename_base(folder, MODEL)
         name = f"churn-{seed}"
         form = {"name": name, "base": MODEL}
         self.world.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))

@@ -47,6 +47,12 @@ def tiny_llama(
     return model.eval()
 
 
+def rename_base(folder: Path, base: str) -> None:
+    """Have an adapter's config name another base model."""
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+
+
 def base_spec_of(model: Any, model_id: str = TINY_ID) -> BaseModelSpec:
     """What `model` is checked against; its digest is derived from the id, not from the weights."""
     config = model.config

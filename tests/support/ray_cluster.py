@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import tempfile
@@ -25,7 +24,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
-from support.adapters import random_peft_adapter, random_streams, write_own_streams
+from support.adapters import random_peft_adapter, random_streams, rename_base, write_own_streams
 from support.api_app import form_files
 from support.load import Answer, Question
 from support.processes import command, descendants, eventually, free_port
@@ -125,8 +124,7 @@ class Platform:
         for i in range(ADAPTERS):
             folder = self.folder / f"adapter-{base}-{i}"
             random_peft_adapter(model, folder, seed=i, r=4, target_modules=ALL_LINEAR)
-            config = folder / "adapter_config.json"
-            config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+            rename_base(folder, base)
             write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=i), base_model=base)
             name = f"{base}-{i}"
             form = {"name": name, "base": base}

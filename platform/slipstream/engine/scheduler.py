@@ -176,9 +176,12 @@ class Scheduler:
                 emissions.append(self._commit_sampled(seq, part, result.results[part.seq_id]))
             else:
                 seq.num_computed = part.start + len(part.tokens)
-            if seq.state is SequenceState.RUNNING and self.prefix_caching:
-                publish(seq, self.pool)
+                self._publish(seq)
         return emissions
+
+    def _publish(self, seq: Sequence) -> None:
+        if self.prefix_caching:
+            publish(seq, self.pool)
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -341,6 +344,7 @@ class Scheduler:
         seq.num_computed = min(
             part.start + len(part.tokens) - part.num_drafts + len(result.tokens) - 1, len(seq.tokens)
         )
+        self._publish(seq)  # also what has just ended: an answer of one token has a prompt, too
         seq.decode_steps += 1
         seq.drafted += part.num_drafts
         accepted = min(len(result.tokens) - 1, emitted)

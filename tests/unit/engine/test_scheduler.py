@@ -298,3 +298,12 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
         assert seq.state is SequenceState.FINISHED
         assert answer == expected[: len(answer)]
         assert seq.finish_reason is FinishReason.ABORTED or answer == expected
+
+
+def test_the_prompt_of_an_answer_of_one_token_is_reused_as_well() -> None:
+    scheduler, runner = make_scheduler(num_blocks=40, budget=64), ScriptedRunner(BLOCK)
+    prompt = list(range(5, 5 + 3 * BLOCK + 1))
+    scheduler.add(make_seq(1, prompt, max_tokens=1))
+    run(scheduler, runner)
+    scheduler.add(make_seq(2, prompt, max_tokens=1))
+    assert [len(part.tokens) for part in scheduler.schedule().sequences] == [1]
