@@ -15,6 +15,7 @@ from benchmarks import (
     prompts,
     quantized,
     ranks,
+    registry,
     replay,
     sweep,
     training,
@@ -31,6 +32,7 @@ app.command("gpu")(gpu.main)
 app.command("http")(http.main)
 app.command("replay")(replay.main)
 app.command("ranks")(ranks.main)
+app.command("registry")(registry.main)
 app.command("routing")(routing.compare)
 app.command("routing-cost")(routing.cost)
 app.command("scaling")(scaling.compare)
