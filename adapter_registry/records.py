@@ -150,6 +150,30 @@ class AliasMove(Frozen):
     at: datetime
 
 
+class AuditAction(StrEnum):
+    """What is written down."""
+
+    VERSION_PUBLISHED = "version.published"
+    VERSION_DELETED = "version.deleted"
+    ALIAS_MOVED = "alias.moved"
+    ACCESS_CHANGED = "access.changed"
+    KEY_CREATED = "key.created"
+    KEY_CHANGED = "key.changed"
+    KEY_REVOKED = "key.revoked"
+    TENANT_CHANGED = "tenant.changed"
+
+
+class AuditEntry(Frozen):
+    """Who did what, in a tenant; written by the step that did it, and never changed."""
+
+    id: str  # in order of time
+    at: datetime
+    by: str  # key id; "admin" = the platform's
+    action: AuditAction
+    subject: str  # `name@version`, `name@alias`, an adapter, a key's id or a tenant
+    detail: str = ""
+
+
 class AdapterSummary(Frozen):
     """One line of a listing: an adapter and what its plain name resolves to."""
 
@@ -250,6 +274,13 @@ def check_sha256(sha256: str) -> str:
     if not re.fullmatch(SHA256_PATTERN, sha256):
         raise InvalidName(f"{sha256[:80]!r} is not a sha256: use 64 lower-case hex digits.")
     return sha256
+
+
+def check_audit_id(text: str) -> str:
+    """Return `text` if it is an entry's id, else raise `InvalidName`."""
+    if not re.fullmatch(r"[0-9]{1,15}-[0-9]{1,15}", text):
+        raise InvalidName(f"{text[:80]!r} is not the id of an entry.")
+    return text
 
 
 def utc_now() -> datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 from redis.asyncio import Redis, RedisCluster
 
@@ -16,18 +16,21 @@ from adapter_registry.records import (
     AdapterSummary,
     AdapterVersion,
     AliasMove,
+    AuditAction,
+    AuditEntry,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
     VersionState,
     check_alias,
+    check_audit_id,
     check_name,
     check_sha256,
     utc_now,
 )
 from adapter_registry.redis_connection import RedisConnection, connect
 from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
-from adapter_registry.store import MOVES_KEPT, Store
+from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
 _LIST_BATCH = 100  # adapters read per script, for the same reason
@@ -92,8 +95,8 @@ class RedisStore(RedisConnection, Store):
         await self._command("SADD", TENANTS_KEY, draft.tenant)  # first, as in claim_blobs
         answer = await self._script(
             "publish",
-            [keys.names, adapter.versions, adapter.digests, keys.numbers, keys.refs, keys.garbage],
-            [draft.name, draft.digest, _envelope(draft, blobs), *blobs],
+            [keys.names, adapter.versions, adapter.digests, keys.numbers, keys.refs, keys.garbage, keys.audit],
+            [draft.name, draft.digest, _envelope(draft, blobs), draft.created_by, AUDIT_KEPT, *blobs],
         )
         if answer[0] == "unclaimed":
             raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
@@ -126,7 +129,9 @@ class RedisStore(RedisConnection, Store):
         batches = [names[i : i + _LIST_BATCH] for i in range(0, len(names), _LIST_BATCH)]
         return [summary for batch in batches for summary in await self._describe(tenant, batch)]
 
-    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+    async def delete(
+        self, tenant: str, name: str, version: int | None = None, by: str = ""
+    ) -> Sequence[AdapterVersion]:
         """Remove one version, or the adapter with all its versions and aliases; newest first."""
         keys = TenantKeys(tenant)
         adapter = keys.adapter(name)
@@ -141,8 +146,9 @@ class RedisStore(RedisConnection, Store):
                 keys.garbage,
                 adapter.access,
                 adapter.moves,
+                keys.audit,
             ],
-            [name, "" if version is None else version],
+            [name, "" if version is None else version, by, AUDIT_KEPT],
         )
         if answer[0] == "missing":
             raise _not_published(name)
@@ -167,7 +173,7 @@ class RedisStore(RedisConnection, Store):
         found = await self._command("LRANGE", TenantKeys(tenant).adapter(name).moves, "0", "-1")
         return [AliasMove.model_validate_json(line) for line in found]
 
-    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+    async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         keys, label = TenantKeys(tenant).adapter(name), f"{tenant}/{name}"
         # Others' slots, so no single script. Indexes only say where to look: an entry too many is passed over when it is
@@ -176,7 +182,9 @@ class RedisStore(RedisConnection, Store):
             await self._command("SADD", TenantKeys(other).shared, label)
         if access.public:
             await self._command("SADD", PUBLIC_KEY, label)
-        if not await self._script("set_access", [keys.versions, keys.access], [access.model_dump_json()]):
+        audit = TenantKeys(tenant).audit
+        args: list[str | int] = [access.model_dump_json(), by, name, AUDIT_KEPT]
+        if not await self._script("set_access", [keys.versions, keys.access, audit], args):
             raise _not_published(name)
 
     async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
@@ -199,8 +207,9 @@ class RedisStore(RedisConnection, Store):
 
     async def _move(self, tenant: str, name: str, alias: str, to: str, by: str) -> int:
         keys = TenantKeys(tenant).adapter(name)
-        args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT]
-        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.moves], args)
+        args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT, name, AUDIT_KEPT]
+        audit = TenantKeys(tenant).audit
+        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.moves, audit], args)
         if not answer[0]:
             raise _not_published(name)
         return int(answer[1])
@@ -237,14 +246,15 @@ class RedisStore(RedisConnection, Store):
         """Every tenant that has ever published, claimed blobs or been given a key, by name."""
         return sorted(await self._command("SMEMBERS", TENANTS_KEY))
 
-    async def put_key(self, key: KeyRecord) -> None:
+    async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
         mine = TenantKeys(key.tenant).api_keys
         await self._command("SADD", TENANTS_KEY, key.tenant)
         before = await self._command("HGET", mine, key.id)
         # Two slots, so no single script. Listed first and usable last: a crash in between leaves a key that people
         # can see and revoke but that opens nothing. The other order could leave one that opens and cannot be seen.
-        await self._command("HSET", mine, key.id, key.model_dump_json())
+        action = AuditAction.KEY_CHANGED if before else AuditAction.KEY_CREATED
+        await self._write_key(key, key.model_dump_json(), by, action)
         if before and (old := KeyRecord.model_validate_json(before)).sha256 != key.sha256:
             await self._command("DEL", lookup_key(old.sha256))
         await self._command("SET", lookup_key(key.sha256), key.model_dump_json())
@@ -271,16 +281,27 @@ class RedisStore(RedisConnection, Store):
         found = await self._command("HGETALL", TenantKeys(tenant).key_uses)
         return {key_id: datetime.fromisoformat(when) for key_id, when in found.items()}
 
-    async def delete_key(self, tenant: str, key_id: str) -> None:
+    async def delete_key(self, tenant: str, key_id: str, by: str = "") -> None:
         """Revoke. Raises `NotPublished` when there is none of this id."""
         mine = TenantKeys(tenant).api_keys
         found = await self._command("HGET", mine, key_id)
         if not found:
             raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
         # Unusable first, unlisted last: after a crash in between, revoking again finishes the work.
-        await self._command("DEL", lookup_key(KeyRecord.model_validate_json(found).sha256))
-        await self._command("HDEL", mine, key_id)
-        await self._command("HDEL", TenantKeys(tenant).key_uses, key_id)
+        key = KeyRecord.model_validate_json(found)
+        await self._command("DEL", lookup_key(key.sha256))
+        await self._write_key(key, "", by, AuditAction.KEY_REVOKED)
+
+    async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
+        """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
+        newest = "+" if before is None else f"({check_audit_id(before)}"
+        found = await self._command("XREVRANGE", TenantKeys(tenant).audit, newest, "-", "COUNT", str(limit))
+        return [AuditEntry(id=id_, at=_time_of(id_), **fields) for id_, fields in found]
+
+    async def _write_key(self, key: KeyRecord, record: str, by: str, action: AuditAction) -> None:
+        keys = TenantKeys(key.tenant)
+        args: list[str | int] = [key.id, record, by, action, f"{key.role} {key.label}".strip(), AUDIT_KEPT]
+        await self._script("write_key", [keys.api_keys, keys.key_uses, keys.audit], args)
 
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
         """Those of `names` that have versions."""
@@ -314,6 +335,10 @@ def _version(number: str, envelope: str) -> AdapterVersion:
 def _versions(flat: Sequence[str]) -> Sequence[AdapterVersion]:
     found = (_version(number, envelope) for number, envelope in _pairs(flat))
     return sorted(found, key=lambda version: version.version, reverse=True)
+
+
+def _time_of(stream_id: str) -> datetime:
+    return datetime.fromtimestamp(int(stream_id.partition("-")[0]) / 1000, UTC)
 
 
 def _pairs(flat: Sequence[str]) -> Sequence[tuple[str, str]]:

@@ -12,7 +12,8 @@ from redis.asyncio import Redis, RedisCluster
 from adapter_registry.limits import Exceeded, Verdict
 from adapter_registry.records import check_name, utc_now
 from adapter_registry.redis_connection import RedisConnection, connect
-from adapter_registry.scripts import PREFIX, TENANTS_KEY
+from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
+from adapter_registry.store import AUDIT_KEPT
 from adapter_registry.tenants import (
     LEASE_S,
     SETTLED_KEPT,
@@ -25,14 +26,15 @@ from adapter_registry.tenants import (
     months,
 )
 
-TENANT_SCRIPTS = ("admit", "settle", "renew")
+TENANT_SCRIPTS = ("put_tenant", "admit", "settle", "renew")
 USAGE_KEPT_S = 400 * 86_400  # a year and a month
 
 
-class _Keys:
-    """The keys of a tenant's settings and counters, in the tenant's own slot."""
+class _Keys(TenantKeys):
+    """A tenant's keys, with those of its settings and counters."""
 
     def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
         base = f"{PREFIX}{{{check_name(tenant, 'tenant')}}}:"
         self.settings = base + "settings"  # JSON
         self.rates = base + "rates"  # hash: requests, tokens = what is left of a minute's; …:at = ms when that was so
@@ -66,10 +68,12 @@ class RedisTenants(RedisConnection, TenantStore):
         client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
         return cls(client, max_connections=max_connections, lease_s=lease_s)
 
-    async def put_tenant(self, record: TenantRecord) -> None:
+    async def put_tenant(self, record: TenantRecord, by: str = "") -> None:
         """Keep a tenant's settings; they hold from its next request on."""
         await self._command("SADD", TENANTS_KEY, record.tenant)
-        await self._command("SET", _Keys(record.tenant).settings, record.model_dump_json(exclude_none=True))
+        keys = _Keys(record.tenant)
+        args: list[str | int] = [record.model_dump_json(exclude_none=True), record.tenant, by, AUDIT_KEPT]
+        await self._script("put_tenant", [keys.settings, keys.audit], args)
 
     async def get_tenant(self, tenant: str) -> TenantRecord:
         """Its settings; the defaults if it has none of its own."""

@@ -15,7 +15,8 @@ SCHEMA_KEY = PREFIX + "schema"
 TENANTS_KEY = PREFIX + "tenants"
 PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
 SCRIPTS = (
-    "publish", "resolve", "describe", "delete", "set_alias", "set_access", "replace_version", "claim", "begin_sweep",
+    "publish", "resolve", "describe", "delete", "set_alias", "set_access", "replace_version", "write_key", "claim",
+    "begin_sweep",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class TenantKeys:
         self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
         self.api_keys = base + "keys"  # hash: key id -> record
         self.shared = base + "shared"  # set: `tenant/name` of others' adapters that it may call, or might once
+        self.audit = base + "audit"  # stream: who did what
         self.key_uses = base + "keys:used"  # hash: key id -> ISO time
 
     def adapter(self, name: str) -> AdapterKeys:

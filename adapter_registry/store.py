@@ -21,12 +21,14 @@ from adapter_registry.records import (
     AdapterSummary,
     AdapterVersion,
     AliasMove,
+    AuditEntry,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
 )
 
 MOVES_KEPT = 1000
+AUDIT_KEPT = 100_000  # entries of a tenant, or a few more
 
 
 class Store(Protocol):
@@ -58,7 +60,9 @@ class Store(Protocol):
         """All of a tenant's adapters, by name."""
         ...
 
-    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+    async def delete(
+        self, tenant: str, name: str, version: int | None = None, by: str = ""
+    ) -> Sequence[AdapterVersion]:
         """Remove one version, or the adapter with all its versions and aliases. Returns what was removed.
 
         Raises `NotPublished`, and `InUse` when one version is asked for and an alias points at it. Blobs that nothing
@@ -85,7 +89,7 @@ class Store(Protocol):
         """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
         ...
 
-    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+    async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         ...
 
@@ -109,7 +113,7 @@ class Store(Protocol):
         """Every tenant that has ever published or been given a key, by name."""
         ...
 
-    async def put_key(self, key: KeyRecord) -> None:
+    async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
         ...
 
@@ -129,8 +133,12 @@ class Store(Protocol):
         """When each of a tenant's keys was last used, to the minute, for those that were."""
         ...
 
-    async def delete_key(self, tenant: str, key_id: str) -> None:
+    async def delete_key(self, tenant: str, key_id: str, by: str = "") -> None:
         """Revoke. Raises `NotPublished` when there is none of this id."""
+        ...
+
+    async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
+        """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
         ...
 
     async def ping(self) -> None:

@@ -82,7 +82,7 @@ class Admission:
 class TenantStore(Protocol):
     """Tenants' records and counters."""
 
-    async def put_tenant(self, record: TenantRecord) -> None:
+    async def put_tenant(self, record: TenantRecord, by: str = "") -> None:
         """Keep a tenant's settings; they hold from its next request on."""
         ...
 

@@ -1,5 +1,6 @@
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
--- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases. ARGV: name, version or ''.
+-- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, audit.
+-- ARGV: name, version or '', who, audit entries to keep.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
 if ARGV[2] == '' then
@@ -27,6 +28,10 @@ for _, number in ipairs(doomed) do
   end
   redis.call('HDEL', KEYS[2], number)
   redis.call('HDEL', KEYS[3], envelope.digest)
+  redis.call(
+    'XADD', KEYS[9], 'MAXLEN', '~', ARGV[4], '*', 'by', ARGV[3], 'action', 'version.deleted',
+    'subject', ARGV[1] .. '@' .. number, 'detail', envelope.digest
+  )
   answer[#answer + 1] = number
   answer[#answer + 1] = stored
 end

@@ -1,5 +1,6 @@
--- Move an alias, and say so in its adapter's log. KEYS: versions, aliases, log.
--- ARGV: alias; version, 'back' to where it was before its last move, or '' to remove it; who; when; entries to keep.
+-- Move an alias, and say so in its adapter's log. KEYS: versions, aliases, log, audit.
+-- ARGV: alias; version, 'back' to where it was before its last move, or '' to remove it; who; when; entries to keep;
+-- the adapter's name; audit entries to keep.
 -- Answers {1, version or 0}, or {0} when there is no such version, or nothing to go back to or remove.
 local before = redis.call('HGET', KEYS[2], ARGV[1])
 local version = ARGV[2]
@@ -26,5 +27,9 @@ if version ~= (before or '') then
   local move = {alias = ARGV[1], version = tonumber(version), before = tonumber(before or ''), by = ARGV[3], at = ARGV[4]}
   redis.call('LPUSH', KEYS[3], cjson.encode(move))
   redis.call('LTRIM', KEYS[3], 0, ARGV[5] - 1)
+  redis.call(
+    'XADD', KEYS[4], 'MAXLEN', '~', ARGV[7], '*', 'by', ARGV[3], 'action', 'alias.moved',
+    'subject', ARGV[6] .. '@' .. ARGV[1], 'detail', (before or 'none') .. ' to ' .. (version ~= '' and version or 'none')
+  )
 end
 return {1, tonumber(version) or 0}

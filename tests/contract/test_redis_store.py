@@ -79,7 +79,7 @@ async def test_every_key_is_ours_and_a_tenant_is_one_slot(store: RedisStore, raw
     shared = {SCHEMA_KEY, "slipstream:tenants", f"slipstream:keys:{{{key.sha256}}}"}
     assert shared < keys
     assert all(name.startswith("slipstream:{acme}:") for name in keys - shared)
-    assert len(keys - shared) == 9
+    assert len(keys - shared) == 11
 
 
 async def test_a_blob_is_in_use_or_garbage_or_being_deleted_and_never_two_of_them(

@@ -13,6 +13,7 @@ from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublishe
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.records import Access, Role, SpeculationPolicy, VersionState, parse_reference, utc_now
 from adapter_registry.store import Store
+from adapter_registry.tenants import TenantRecord, TenantStore
 
 
 async def resolve(store: Store, text: str, tenant: str = "acme") -> int:
@@ -419,6 +420,54 @@ async def test_what_is_shared_is_listed_for_whom_and_only_as_long(store: Store) 
     assert [await names(tenant) for tenant in ("globex", "initech")] == [[], []]
     with pytest.raises(NotPublished):
         await store.resolve("globex", parse_reference("acme/sql"))
+
+
+# --- who did what ---
+
+
+async def test_what_is_done_is_written_down_by_who_did_it(store: Store, tenants: TenantStore) -> None:
+    first = await publish(store, draft("a"))
+    await publish(store, draft("a"))  # nothing new
+    await store.set_alias("acme", "sql", "prod", 1, "key_a")
+    await store.set_alias("acme", "sql", "prod", 1, "key_a")  # nothing moved
+    await store.set_access("acme", "sql", Access(tenants=("globex",)), "key_a")
+    await store.delete_alias("acme", "sql", "prod", "key_b")
+    await store.delete("acme", "sql", 1, "key_b")
+    _, key = new_key("acme", "ci", role=Role.CALLER)
+    await store.put_key(key, "admin")
+    await store.put_key(key.model_copy(update={"expires_at": utc_now()}), "admin")
+    await store.delete_key("acme", key.id, "admin")
+    await tenants.put_tenant(TenantRecord(tenant="acme", weight=2), "admin")
+    entries = await store.audit_log("acme", 100)
+    assert [(e.by, e.action, e.subject) for e in reversed(entries)] == [
+        (first.created_by, "version.published", "sql@1"),
+        ("key_a", "alias.moved", "sql@prod"),
+        ("key_a", "access.changed", "sql"),
+        ("key_b", "alias.moved", "sql@prod"),
+        ("key_b", "version.deleted", "sql@1"),
+        ("admin", "key.created", key.id),
+        ("admin", "key.changed", key.id),
+        ("admin", "key.revoked", key.id),
+        ("admin", "tenant.changed", "acme"),
+    ]
+    details = [e.detail for e in reversed(entries)]
+    assert (details[0], details[1], details[3]) == (first.digest, "none to 1", "1 to none")
+    assert "caller ci" in details[5]
+    assert '"weight":2' in details[8]
+    assert all(utc_now() - e.at < timedelta(minutes=2) for e in entries)
+    assert await store.audit_log("globex", 100) == []
+
+
+async def test_the_audit_log_comes_in_pages(store: Store) -> None:
+    for i in range(7):
+        await store.put_key(new_key("acme", f"{i}")[1])
+    found = list(await store.audit_log("acme", 3))
+    while page := await store.audit_log("acme", 3, found[-1].id):
+        found += page
+    assert [e.detail for e in found] == [f"publisher {i}" for i in reversed(range(7))]
+    for bad in ("x", "(5-0", "5-0 OR"):
+        with pytest.raises(InvalidName):
+            await store.audit_log("acme", 3, bad)
 
 
 # --- keys ---

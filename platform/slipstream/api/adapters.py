@@ -19,6 +19,7 @@ from adapter_registry.records import (
     check_name,
 )
 from slipstream.api.auth import CallerDep
+from slipstream.api.caller import Caller
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file
 from slipstream.api.runtime import RuntimeDep
@@ -128,7 +129,7 @@ async def get_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove an adapter with all its versions and aliases. Requests that run already go on to their end."""
-    return await _delete(runtime, caller.acting_tenant(Role.PUBLISHER), check_name(name), None)
+    return await _delete(runtime, caller, check_name(name), None)
 
 
 @router.get("/v1/adapters/{name}/versions/{version}")
@@ -140,7 +141,7 @@ async def get_version(name: str, version: VersionNumber, caller: CallerDep, runt
 @router.delete("/v1/adapters/{name}/versions/{version}")
 async def delete_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Remove one version; 409 while an alias points at it."""
-    return await _delete(runtime, caller.acting_tenant(Role.PUBLISHER), check_name(name), version)
+    return await _delete(runtime, caller, check_name(name), version)
 
 
 @router.put("/v1/adapters/{name}/versions/{version}/speculation")
@@ -221,13 +222,14 @@ async def set_access(name: str, body: NewAccess, caller: CallerDep, runtime: Run
     """Say who else may call this adapter, as `tenant/name`; all of it, so what is left out is taken back."""
     tenant = caller.acting_tenant(Role.PUBLISHER)
     access = Access(public=body.public, tenants=tuple(sorted({check_name(other, "tenant") for other in body.tenants})))
-    await runtime.services.store.set_access(tenant, check_name(name), access)
+    await runtime.services.store.set_access(tenant, check_name(name), access, caller.key_id)
     runtime.catalog.forget(tenant, name)
     return {"object": "adapter.access", "name": name, **access.model_dump(mode="json")}
 
 
-async def _delete(runtime: RuntimeDep, tenant: str, name: str, version: int | None) -> Json:
-    removed = await runtime.services.store.delete(tenant, name, version)
+async def _delete(runtime: RuntimeDep, caller: Caller, name: str, version: int | None) -> Json:
+    tenant = caller.acting_tenant(Role.PUBLISHER)
+    removed = await runtime.services.store.delete(tenant, name, version, caller.key_id)
     runtime.catalog.forget(tenant, name)
     return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
 

@@ -13,6 +13,7 @@ from adapter_registry.errors import NotPublished
 from adapter_registry.keys import new_key
 from adapter_registry.records import KeyRecord, Role, utc_now
 from slipstream.api.auth import CallerDep
+from slipstream.api.caller import Caller
 from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.api.sse import Json
 from slipstream.errors import InvalidRequest
@@ -51,7 +52,7 @@ async def create_key(body: NewKey, caller: CallerDep, runtime: RuntimeDep) -> Js
     if body.expires_at is not None and body.expires_at <= utc_now():
         raise InvalidRequest("'expires_at' is in the past.", code="invalid_value", param="expires_at")
     models = tuple(body.models) if body.models is not None else None
-    return await _made(runtime, new_key(tenant, body.label, body.role, models, body.expires_at))
+    return await _made(runtime, caller, new_key(tenant, body.label, body.role, models, body.expires_at))
 
 
 @router.get("/v1/keys")
@@ -71,9 +72,9 @@ async def rotate_key(
     old = _find(await store.list_keys(owner), key_id)
     if old.is_expired(now):
         raise InvalidRequest("This key has expired: make a new one.", code="expired_api_key", param="key_id")
-    made = await _made(runtime, new_key(owner, old.label, old.role, old.models, old.expires_at))
+    made = await _made(runtime, caller, new_key(owner, old.label, old.role, old.models, old.expires_at))
     ends = now + timedelta(seconds=body.grace_s)
-    await store.put_key(old.model_copy(update={"expires_at": min(ends, old.expires_at or ends)}))
+    await store.put_key(old.model_copy(update={"expires_at": min(ends, old.expires_at or ends)}), caller.key_id)
     runtime.keys.forget(lambda record: record.id == key_id)
     return made
 
@@ -81,14 +82,14 @@ async def rotate_key(
 @router.delete("/v1/keys/{key_id}", status_code=204)
 async def delete_key(key_id: str, caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None) -> Response:
     """Revoke a key: at once here, within seconds at other gateways."""
-    await runtime.services.store.delete_key(caller.managed_tenant(tenant), key_id)
+    await runtime.services.store.delete_key(caller.managed_tenant(tenant), key_id, caller.key_id)
     runtime.keys.forget(lambda record: record.id == key_id)
     return Response(status_code=204)
 
 
-async def _made(runtime: Runtime, made: tuple[str, KeyRecord]) -> Json:
+async def _made(runtime: Runtime, caller: Caller, made: tuple[str, KeyRecord]) -> Json:
     secret, record = made
-    await runtime.services.store.put_key(record)
+    await runtime.services.store.put_key(record, caller.key_id)
     return {**_key_body(record, None), "secret": secret}
 
 
@@ -102,3 +103,18 @@ def _find(keys: Sequence[KeyRecord], key_id: str) -> KeyRecord:
 def _key_body(record: KeyRecord, used_at: datetime | None) -> Json:
     used = used_at.isoformat() if used_at is not None else None
     return {"object": "key", **record.model_dump(mode="json", exclude={"sha256"}), "last_used_at": used}
+
+
+@router.get("/v1/audit")
+async def audit_log(
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    tenant: TenantQuery = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before: Annotated[str | None, Query(max_length=40, description="An entry's id: only older ones.")] = None,
+) -> Json:
+    """Who published, deleted, moved, shared and made keys: newest first."""
+    owner = caller.managed_tenant(tenant)
+    entries = await runtime.services.store.audit_log(owner, limit, before)
+    data = [{"object": "audit.entry", **entry.model_dump(mode="json")} for entry in entries]
+    return {"object": "list", "data": data, "has_more": len(entries) == limit}

@@ -53,7 +53,7 @@ async def put_tenant(tenant: str, body: TenantSettings, caller: CallerDep, runti
     record = TenantRecord(
         tenant=check_name(tenant, "tenant"), quota=Quota(**body.quota.model_dump()), weight=body.weight
     )
-    await runtime.services.tenants.put_tenant(record)
+    await runtime.services.tenants.put_tenant(record, caller.key_id)
     return _body(record)
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, aliases, evaluate, jobs, keys, status, tenants, train
+from slipstream.cli import adapters, aliases, audit, evaluate, jobs, keys, status, tenants, train
 
 app = typer.Typer(
     name="slipstream",
@@ -35,6 +35,7 @@ app.add_typer(tenants.app, name="tenants")
 app.command("evaluate")(evaluate.evaluate)
 app.command("status")(status.status)
 app.command("usage")(tenants.usage)
+app.command("audit")(audit.audit)
 train.register(app)
 
 

@@ -229,6 +229,11 @@ class SlipstreamClient:
         """Every tenant with its settings. Needs the admin key."""
         return list((await self._send("GET", "/v1/tenants")).json()["data"])
 
+    async def audit_log(self, tenant: str | None = None, limit: int = 100, before: str | None = None) -> list[Json]:
+        """Who did what, newest first; before: an entry's id."""
+        params = {**_whose(tenant), "limit": str(limit)} | ({"before": before} if before else {})
+        return list((await self._send("GET", "/v1/audit", params=params)).json()["data"])
+
     async def usage(self, start: str | None = None, end: str | None = None) -> Json:
         """What the tenant has used, by day (YYYY-MM-DD) and model."""
         return dict((await self._send("GET", "/v1/usage", params=_days(start, end))).json())

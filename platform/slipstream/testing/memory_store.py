@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +17,19 @@ from adapter_registry.records import (
     AdapterSummary,
     AdapterVersion,
     AliasMove,
+    AuditAction,
+    AuditEntry,
     KeyRecord,
     SpeculationPolicy,
     VersionSelector,
     VersionState,
     check_alias,
+    check_audit_id,
     check_name,
     check_sha256,
     utc_now,
 )
-from adapter_registry.store import MOVES_KEPT, Store
+from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store
 
 _CLAIM_POLL_S = 0.01
 
@@ -47,6 +51,7 @@ class _Tenant:
     deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     key_uses: dict[str, datetime] = field(default_factory=dict)
+    audit: deque[AuditEntry] = field(default_factory=lambda: deque(maxlen=AUDIT_KEPT))  # newest first
 
 
 class MemoryStore(Store):
@@ -59,6 +64,7 @@ class MemoryStore(Store):
         self._claim_wait_s = claim_wait_s
         self._sweep_lease_s = sweep_lease_s
         self._tenants: dict[str, _Tenant] = {}
+        self._entries = itertools.count()
 
     async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
         """Protect these blobs from the sweep for the grace period. Call before putting them."""
@@ -92,6 +98,7 @@ class MemoryStore(Store):
                 "created_at": utc_now(),
             }
         )
+        self.write_down(draft.tenant, draft.created_by, AuditAction.VERSION_PUBLISHED, version.ref, version.digest)
         adapter.versions[version.version] = version
         mine.adapters[draft.name] = adapter
         for sha in draft.blob_sha256s:
@@ -125,7 +132,9 @@ class MemoryStore(Store):
         """All of a tenant's adapters, by name."""
         return [_summary(tenant, name, adapter) for name, adapter in sorted(self._look(tenant).adapters.items())]
 
-    async def delete(self, tenant: str, name: str, version: int | None = None) -> Sequence[AdapterVersion]:
+    async def delete(
+        self, tenant: str, name: str, version: int | None = None, by: str = ""
+    ) -> Sequence[AdapterVersion]:
         """Remove one version, or the adapter with all its versions and aliases; newest first."""
         mine, adapter = self._look(tenant), self._adapter(tenant, name)
         doomed = sorted(adapter.versions if version is None else {version} & set(adapter.versions), reverse=True)
@@ -135,6 +144,8 @@ class MemoryStore(Store):
         if alias is not None:
             raise InUse(f"The alias {alias!r} points at {name}@{version}: move or delete the alias first.")
         removed = [adapter.versions.pop(number) for number in doomed]
+        for gone in removed:
+            self.write_down(tenant, by, AuditAction.VERSION_DELETED, gone.ref, gone.digest)
         if not adapter.versions:
             del mine.adapters[name]
         for sha in (sha for gone in removed for sha in gone.blob_sha256s):
@@ -167,9 +178,10 @@ class MemoryStore(Store):
         """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
         return list(self._look(tenant).adapters.get(check_name(name), _Adapter()).moves)
 
-    async def set_access(self, tenant: str, name: str, access: Access) -> None:
+    async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         self._adapter(tenant, name).access = access
+        self.write_down(tenant, by, AuditAction.ACCESS_CHANGED, name, access.model_dump_json())
 
     async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
         """Others' adapters that a tenant may call, by owner and name."""
@@ -194,6 +206,8 @@ class MemoryStore(Store):
             adapter.aliases[alias] = version
         if version != before:
             adapter.moves.appendleft(AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now()))
+            detail = f"{before or 'none'} to {version or 'none'}"
+            self.write_down(tenant, by, AuditAction.ALIAS_MOVED, f"{name}@{alias}", detail)
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
@@ -240,9 +254,12 @@ class MemoryStore(Store):
         """Every tenant that has ever published, claimed blobs or been given a key, by name."""
         return sorted(self._tenants)
 
-    async def put_key(self, key: KeyRecord) -> None:
+    async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
-        self.enter(key.tenant).keys[key.id] = key
+        keys = self.enter(key.tenant).keys
+        action = AuditAction.KEY_CHANGED if key.id in keys else AuditAction.KEY_CREATED
+        keys[key.id] = key
+        self.write_down(key.tenant, by, action, key.id, f"{key.role} {key.label}".strip())
 
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""
@@ -264,12 +281,28 @@ class MemoryStore(Store):
         """When each of a tenant's keys was last used, to the minute, for those that were."""
         return dict(self._look(tenant).key_uses)
 
-    async def delete_key(self, tenant: str, key_id: str) -> None:
+    async def delete_key(self, tenant: str, key_id: str, by: str = "") -> None:
         """Revoke. Raises `NotPublished` when there is none of this id."""
         mine = self._look(tenant)
         mine.key_uses.pop(key_id, None)
-        if mine.keys.pop(key_id, None) is None:
+        key = mine.keys.pop(key_id, None)
+        if key is None:
             raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
+        self.write_down(tenant, by, AuditAction.KEY_REVOKED, key_id, f"{key.role} {key.label}".strip())
+
+    async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
+        """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
+        if before is not None:
+            check_audit_id(before)
+        older = (e for e in self._look(tenant).audit if before is None or _order(e.id) < _order(before))
+        return list(itertools.islice(older, limit))
+
+    def write_down(self, tenant: str, by: str, action: AuditAction, subject: str, detail: str) -> None:
+        """One entry of the audit log."""
+        now = utc_now()
+        id_ = f"{int(now.timestamp() * 1000)}-{next(self._entries)}"
+        entry = AuditEntry(id=id_, at=now, by=by, action=action, subject=subject, detail=detail)
+        self.enter(tenant).audit.appendleft(entry)
 
     async def ping(self) -> None:
         """A dictionary always answers."""
@@ -290,6 +323,10 @@ class MemoryStore(Store):
         if adapter is None:
             raise _not_published(name)
         return adapter
+
+
+def _order(entry_id: str) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split("-")))
 
 
 def _summary(tenant: str, name: str, adapter: _Adapter) -> AdapterSummary:

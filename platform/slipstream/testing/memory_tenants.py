@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date
 
 from adapter_registry.limits import TenantLimits
-from adapter_registry.records import check_name, utc_now
+from adapter_registry.records import AuditAction, check_name, utc_now
 from adapter_registry.tenants import (
     LEASE_S,
     SETTLED_KEPT,
@@ -46,9 +46,10 @@ class MemoryTenants(TenantStore):
         self._lease_s = lease_s
         self._tenants: dict[str, _Tenant] = {}
 
-    async def put_tenant(self, record: TenantRecord) -> None:
+    async def put_tenant(self, record: TenantRecord, by: str = "") -> None:
         """Keep a tenant's settings; they hold from its next request on."""
-        self._store.enter(record.tenant)
+        detail = record.model_dump_json(exclude_none=True)
+        self._store.write_down(record.tenant, by, AuditAction.TENANT_CHANGED, record.tenant, detail)
         self._of(record.tenant).record = record
 
     async def get_tenant(self, tenant: str) -> TenantRecord:

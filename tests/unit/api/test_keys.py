@@ -49,6 +49,7 @@ LOCKED = [
     ("GET", "/v1/tenants/x"),
     ("PUT", "/v1/tenants/x"),
     ("GET", "/v1/usage"),
+    ("GET", "/v1/audit"),
     ("POST", "/v1/keys"),
     ("GET", "/v1/keys?tenant=x"),
     ("POST", "/v1/keys/k/rotate?tenant=x"),
@@ -209,7 +210,13 @@ PUBLISHES = [
     ("GET", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/jobs"),
 ]
-MANAGES = [("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/none"), ("POST", "/v1/keys/none/rotate")]
+MANAGES = [
+    ("GET", "/v1/audit"),
+    ("GET", "/v1/keys"),
+    ("POST", "/v1/keys"),
+    ("DELETE", "/v1/keys/none"),
+    ("POST", "/v1/keys/none/rotate"),
+]
 BODIES = {
     "/v1/adapters/sql/access": {},
     "/v1/adapters/sql/aliases/prod": {"version": 1},
@@ -320,3 +327,27 @@ async def test_the_last_use_of_a_key_is_shown(world: ApiWorld, admin: httpx.Asyn
         await asyncio.sleep(0.01)
     (shown,) = (await admin.get("/v1/keys?tenant=demo")).json()["data"]
     assert utc_now() - datetime.fromisoformat(shown["last_used_at"]) < timedelta(minutes=2)
+
+
+async def test_the_audit_log_says_who(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    client, key = await made(world, role="admin", label="boss")
+    async with client:
+        for content in ("a", "b"):
+            await world.publish("sql", content=content)
+        await client.put("/v1/adapters/sql/aliases/prod", json={"version": 1})
+        await client.put("/v1/adapters/sql/access", json={"public": True})
+        await client.delete("/v1/adapters/sql/versions/2")
+        await client.put("/v1/adapters/sql/aliases/none", json={"version": 9})  # refused: nothing was done
+        page = (await client.get("/v1/audit?limit=3")).json()
+        assert [(e["by"], e["action"], e["subject"]) for e in page["data"]] == [
+            (key["id"], "version.deleted", "sql@2"),
+            (key["id"], "access.changed", "sql"),
+            (key["id"], "alias.moved", "sql@prod"),
+        ]
+        assert page["has_more"]
+        rest = (await client.get(f"/v1/audit?before={page['data'][-1]['id']}")).json()
+        assert [e["action"] for e in rest["data"]] == ["version.published", "version.published", "key.created"]
+        assert rest["data"][-1]["by"] == "admin"
+        assert (await client.get("/v1/audit?tenant=acme")).status_code == 403
+        assert (await client.get("/v1/audit?before=x")).status_code == 400
+    assert (await admin.get("/v1/audit?tenant=demo")).json()["data"] == page["data"] + rest["data"]

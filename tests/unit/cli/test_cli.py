@@ -263,3 +263,21 @@ def test_tenants_limits_and_usage(shell: Shell) -> None:
     assert shell("usage", "--csv").stdout.splitlines()[0].startswith("day,model,requests,prompt_tokens")
     assert json.loads(shell("usage", "--json").stdout)["total"]["requests"] == 1
     assert "start" in shell("usage", "--start", "soon").stderr
+
+
+def test_aliases_sharing_and_who_did_it(shell: Shell, folder: Path, tmp_path: Path) -> None:
+    shell("adapters", "push", str(folder), "--name", "sql")
+    shell("adapters", "push", str(write_adapter(tmp_path / "other", seed=5)), "--name", "sql")
+    assert shell("aliases", "set", "sql", "prod", "1").stdout == "sql@prod is sql@1\n"
+    assert shell("aliases", "set", "sql", "prod", "2").exit_code == 0
+    assert shell("aliases", "rollback", "sql", "prod").stdout == "sql@prod is sql@1 again\n"
+    assert len(json.loads(shell("aliases", "log", "sql", "--json").stdout)) == 3
+    assert "FROM" in shell("aliases", "log", "sql").stdout
+    assert shell("adapters", "share", "sql", "--with", "globex").stdout == "sql may be called by globex\n"
+    assert shell("adapters", "share", "sql", "--public").stdout == "sql may be called by every tenant\n"
+    assert shell("adapters", "share", "sql").stdout == "sql may be called by nobody else\n"
+    assert shell("aliases", "rm", "sql", "prod").exit_code == 0
+    assert shell("audit").exit_code == 1  # a publisher's key
+    shown = shell("audit", "--tenant", "demo", "--limit", "20", key=ADMIN_KEY).stdout
+    assert "version.published" in shown
+    assert json.loads(shell("audit", "--tenant", "demo", "--json", key=ADMIN_KEY).stdout)[0]["detail"] == "1 to none"
