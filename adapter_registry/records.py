@@ -133,7 +133,7 @@ class Access(Frozen):
     """Who may call an adapter beside its own tenant, as `tenant/name`."""
 
     public: bool = False
-    tenants: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
+    tenants: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
 
     def allows(self, tenant: str) -> bool:
         """Whether another tenant may call it."""
@@ -216,6 +216,7 @@ class KeyRecord(Frozen):
     role: Role = Role.PUBLISHER
     models: tuple[str, ...] | None = None  # base models and adapters (without a version) that it may call; None = all
     expires_at: datetime | None = None
+    replaced_by: str | None = None  # id of its heir
 
     def is_expired(self, now: datetime) -> bool:
         """Whether its time is over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -33,6 +34,7 @@ from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKey
 from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
+SHARED_LISTED = 10_000  # of others' adapters, and of public ones: more can be called, but are not listed
 _LIST_BATCH = 100  # adapters read per script, for the same reason
 _CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
 
@@ -146,6 +148,7 @@ class RedisStore(RedisConnection, Store):
                 keys.garbage,
                 adapter.access,
                 adapter.moves,
+                adapter.before,
                 keys.audit,
             ],
             [name, "" if version is None else version, by, AUDIT_KEPT],
@@ -176,40 +179,54 @@ class RedisStore(RedisConnection, Store):
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         keys, label = TenantKeys(tenant).adapter(name), f"{tenant}/{name}"
-        # Others' slots, so no single script. Indexes only say where to look: an entry too many is passed over when it is
-        # read, so they are written before the access that they stand for, and never cleared here.
-        for other in access.tenants:
-            await self._command("SADD", TenantKeys(other).shared, label)
-        if access.public:
-            await self._command("SADD", PUBLIC_KEY, label)
+        if not await self._command("EXISTS", keys.versions):
+            raise _not_published(name)
+        # Others' slots, so no single script. Indexes only serve listings, where an entry too many is passed over and
+        # dropped: they are written before the access that they stand for, and again after it, in case one was dropped.
+        indexes = [TenantKeys(other).shared for other in access.tenants] + [PUBLIC_KEY] * access.public
+        await self._index(indexes, label)
         audit = TenantKeys(tenant).audit
         args: list[str | int] = [access.model_dump_json(), by, name, AUDIT_KEPT]
         if not await self._script("set_access", [keys.versions, keys.access, audit], args):
             raise _not_published(name)
+        await self._index(indexes, label)
+
+    async def _index(self, indexes: Sequence[str], label: str) -> None:
+        for index in indexes:
+            if int(await self._command("SCARD", index)) < SHARED_LISTED:  # others fill it: it must not grow for ever
+                await self._command("SADD", index, label)
 
     async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
         """Others' adapters that a tenant may call, by owner and name."""
-        found = list[AdapterSummary]()
+        found = dict[str, AdapterSummary]()
         for index in (TenantKeys(tenant).shared, PUBLIC_KEY):
-            for label in await self._command("SMEMBERS", index):
-                owner, _, name = label.partition("/")
-                (summary,) = await self._describe(owner, [name]) or (None,)
-                if summary is None or not summary.access.allows(tenant):
-                    await self._drop_label(index, label, summary)
-                elif owner != tenant and summary not in found:
-                    found.append(summary)
-        return sorted(found, key=lambda summary: (summary.tenant, summary.name))
+            labels = set(await self._command("SMEMBERS", index))
+            seen = await self._labelled(labels)
+            allowed = {label for label, summary in seen.items() if summary.access.allows(tenant)}
+            if labels - allowed:
+                await self._command("SREM", index, *(labels - allowed))
+            found |= {label: seen[label] for label in allowed if seen[label].tenant != tenant}
+        return sorted(found.values(), key=lambda summary: (summary.tenant, summary.name))
 
-    async def _drop_label(self, index: str, label: str, summary: AdapterSummary | None) -> None:
-        """An entry that led nowhere; one of an adapter that may be shared in this very moment stays for the next look."""
-        if summary is None or (index == PUBLIC_KEY and not summary.access.public):
-            await self._command("SREM", index, label)
+    async def _labelled(self, labels: Iterable[str]) -> dict[str, AdapterSummary]:
+        """The adapters at `tenant/name` that there are."""
+        names = defaultdict[str, list[str]](list)
+        for label in labels:
+            owner, _, name = label.partition("/")
+            names[owner].append(name)
+        found = [
+            summary
+            for owner, mine in names.items()
+            for i in range(0, len(mine), _LIST_BATCH)
+            for summary in await self._describe(owner, mine[i : i + _LIST_BATCH])
+        ]
+        return {f"{summary.tenant}/{summary.name}": summary for summary in found}
 
     async def _move(self, tenant: str, name: str, alias: str, to: str, by: str) -> int:
         keys = TenantKeys(tenant).adapter(name)
         args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT, name, AUDIT_KEPT]
         audit = TenantKeys(tenant).audit
-        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.moves, audit], args)
+        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.before, keys.moves, audit], args)
         if not answer[0]:
             raise _not_published(name)
         return int(answer[1])
@@ -248,16 +265,18 @@ class RedisStore(RedisConnection, Store):
 
     async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
-        mine = TenantKeys(key.tenant).api_keys
         await self._command("SADD", TENANTS_KEY, key.tenant)
-        before = await self._command("HGET", mine, key.id)
         # Two slots, so no single script. Listed first and usable last: a crash in between leaves a key that people
         # can see and revoke but that opens nothing. The other order could leave one that opens and cannot be seen.
-        action = AuditAction.KEY_CHANGED if before else AuditAction.KEY_CREATED
-        await self._write_key(key, key.model_dump_json(), by, action)
-        if before and (old := KeyRecord.model_validate_json(before)).sha256 != key.sha256:
-            await self._command("DEL", lookup_key(old.sha256))
-        await self._command("SET", lookup_key(key.sha256), key.model_dump_json())
+        await self._write_key(key, "keep", by, AuditAction.KEY_CREATED)
+        await self._command("SET", lookup_key(key.sha256), _key_json(key))
+
+    async def replace_key(self, key: KeyRecord, by: str = "") -> None:
+        """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""
+        if not await self._write_key(key, "replace", by, AuditAction.KEY_CHANGED):
+            raise _no_key(key.id)
+        # Only if it still opens something: whoever revokes it meanwhile takes that away first.
+        await self._command("SET", lookup_key(key.sha256), _key_json(key), "XX")
 
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""
@@ -286,11 +305,11 @@ class RedisStore(RedisConnection, Store):
         mine = TenantKeys(tenant).api_keys
         found = await self._command("HGET", mine, key_id)
         if not found:
-            raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
+            raise _no_key(key_id)
         # Unusable first, unlisted last: after a crash in between, revoking again finishes the work.
         key = KeyRecord.model_validate_json(found)
         await self._command("DEL", lookup_key(key.sha256))
-        await self._write_key(key, "", by, AuditAction.KEY_REVOKED)
+        await self._write_key(key, "remove", by, AuditAction.KEY_REVOKED)
 
     async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
         """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
@@ -298,10 +317,18 @@ class RedisStore(RedisConnection, Store):
         found = await self._command("XREVRANGE", TenantKeys(tenant).audit, newest, "-", "COUNT", str(limit))
         return [AuditEntry(id=id_, at=_time_of(id_), **fields) for id_, fields in found]
 
-    async def _write_key(self, key: KeyRecord, record: str, by: str, action: AuditAction) -> None:
+    async def _write_key(self, key: KeyRecord, mode: str, by: str, action: AuditAction) -> bool:
         keys = TenantKeys(key.tenant)
-        args: list[str | int] = [key.id, record, by, action, f"{key.role} {key.label}".strip(), AUDIT_KEPT]
-        await self._script("write_key", [keys.api_keys, keys.key_uses, keys.audit], args)
+        args: list[str | int] = [
+            key.id,
+            _key_json(key),
+            mode,
+            by,
+            action,
+            f"{key.role} {key.label}".strip(),
+            AUDIT_KEPT,
+        ]
+        return bool(await self._script("write_key", [keys.api_keys, keys.key_uses, keys.audit], args))
 
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
         """Those of `names` that have versions."""
@@ -335,6 +362,15 @@ def _version(number: str, envelope: str) -> AdapterVersion:
 def _versions(flat: Sequence[str]) -> Sequence[AdapterVersion]:
     found = (_version(number, envelope) for number, envelope in _pairs(flat))
     return sorted(found, key=lambda version: version.version, reverse=True)
+
+
+def _key_json(key: KeyRecord) -> str:
+    """Without what is as it was before there was anything else: an older gateway reads such a key, too."""
+    return key.model_dump_json(exclude_defaults=True)
+
+
+def _no_key(key_id: str) -> NotPublished:
+    return NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
 
 
 def _time_of(stream_id: str) -> datetime:

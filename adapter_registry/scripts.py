@@ -39,6 +39,7 @@ class AdapterKeys:
     aliases: str  # hash: alias -> number
     access: str  # JSON: who else may call it
     moves: str  # list of JSON: what became of its aliases, newest first
+    before: str  # hash: alias -> number before its last move
 
 
 class TenantKeys:
@@ -60,4 +61,4 @@ class TenantKeys:
     def adapter(self, name: str) -> AdapterKeys:
         """The keys of one of this tenant's adapters."""
         base = f"{self._base}adapter:{check_name(name)}:"
-        return AdapterKeys(*(base + name for name in ("versions", "digests", "aliases", "access", "moves")))
+        return AdapterKeys(*(base + name for name in ("versions", "digests", "aliases", "access", "moves", "before")))

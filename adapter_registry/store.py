@@ -117,6 +117,10 @@ class Store(Protocol):
         """Keep a key."""
         ...
 
+    async def replace_key(self, key: KeyRecord, by: str = "") -> None:
+        """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""
+        ...
+
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""
         ...

@@ -1,5 +1,5 @@
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
--- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, audit.
+-- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit.
 -- ARGV: name, version or '', who, audit entries to keep.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
@@ -29,14 +29,14 @@ for _, number in ipairs(doomed) do
   redis.call('HDEL', KEYS[2], number)
   redis.call('HDEL', KEYS[3], envelope.digest)
   redis.call(
-    'XADD', KEYS[9], 'MAXLEN', '~', ARGV[4], '*', 'by', ARGV[3], 'action', 'version.deleted',
+    'XADD', KEYS[10], 'MAXLEN', '~', ARGV[4], '*', 'by', ARGV[3], 'action', 'version.deleted',
     'subject', ARGV[1] .. '@' .. number, 'detail', envelope.digest
   )
   answer[#answer + 1] = number
   answer[#answer + 1] = stored
 end
 if redis.call('HLEN', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8])  -- a name that is used again is not shared, and has no past
+  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9])  -- a name that is used again is not shared, and has no past
   redis.call('SREM', KEYS[1], ARGV[1])
 end
 return answer

@@ -1,18 +1,17 @@
--- Move an alias, and say so in its adapter's log. KEYS: versions, aliases, log, audit.
+-- Move an alias, and say so in its adapter's log.
+-- KEYS: versions, aliases, where each alias was before, log, audit.
 -- ARGV: alias; version, 'back' to where it was before its last move, or '' to remove it; who; when; entries to keep;
 -- the adapter's name; audit entries to keep.
 -- Answers {1, version or 0}, or {0} when there is no such version, or nothing to go back to or remove.
 local before = redis.call('HGET', KEYS[2], ARGV[1])
 local version = ARGV[2]
 if version == 'back' then
-  version = nil
-  for _, line in ipairs(redis.call('LRANGE', KEYS[3], 0, -1)) do
+  -- Asked again, because the answer was lost? Then it has gone back already, and must not go forth.
+  for _, line in ipairs(redis.call('LRANGE', KEYS[4], 0, 20)) do
     local move = cjson.decode(line)
-    if move.alias == ARGV[1] then
-      version = move.before and string.format('%d', move.before)
-      break
-    end
+    if move.alias == ARGV[1] and move.by == ARGV[3] and move.at == ARGV[4] then return {1, move.version} end
   end
+  version = redis.call('HGET', KEYS[3], ARGV[1])
   if not version then return {0} end
 end
 if version == '' then
@@ -24,11 +23,12 @@ else
   redis.call('HSET', KEYS[2], ARGV[1], version)
 end
 if version ~= (before or '') then
+  if before then redis.call('HSET', KEYS[3], ARGV[1], before) else redis.call('HDEL', KEYS[3], ARGV[1]) end
   local move = {alias = ARGV[1], version = tonumber(version), before = tonumber(before or ''), by = ARGV[3], at = ARGV[4]}
-  redis.call('LPUSH', KEYS[3], cjson.encode(move))
-  redis.call('LTRIM', KEYS[3], 0, ARGV[5] - 1)
+  redis.call('LPUSH', KEYS[4], cjson.encode(move))
+  redis.call('LTRIM', KEYS[4], 0, ARGV[5] - 1)
   redis.call(
-    'XADD', KEYS[4], 'MAXLEN', '~', ARGV[7], '*', 'by', ARGV[3], 'action', 'alias.moved',
+    'XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', 'by', ARGV[3], 'action', 'alias.moved',
     'subject', ARGV[6] .. '@' .. ARGV[1], 'detail', (before or 'none') .. ' to ' .. (version ~= '' and version or 'none')
   )
 end

@@ -1,12 +1,14 @@
--- Keep an API key's record, or remove it (record ''). KEYS: API keys, their last uses, audit.
--- ARGV: key id, record, who, action, its label and role, audit entries to keep.
-if ARGV[2] ~= '' then
-  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-else
+-- Keep an API key's record, replace one that is there (mode 'replace'), or remove it (mode 'remove').
+-- KEYS: API keys, their last uses, audit. ARGV: key id, record, mode, who, action, label and role, audit entries to keep.
+-- Answers 1, or 0 when there is none to replace.
+if ARGV[3] == 'replace' and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+if ARGV[3] == 'remove' then
   redis.call('HDEL', KEYS[1], ARGV[1])
   redis.call('HDEL', KEYS[2], ARGV[1])
+else
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 end
 redis.call(
-  'XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'by', ARGV[3], 'action', ARGV[4], 'subject', ARGV[1], 'detail', ARGV[5]
+  'XADD', KEYS[3], 'MAXLEN', '~', ARGV[7], '*', 'by', ARGV[4], 'action', ARGV[5], 'subject', ARGV[1], 'detail', ARGV[6]
 )
 return 1

@@ -90,11 +90,11 @@ class GenerateRequest:
     speculation: Speculation = None
     stream: bool = True  # False: the caller only wants the end, so a remote engine may send everything in one batch
     priority: int = 0  # lower ones start first, among those of the same tenant
-    weight: float = 1.0  # of its tenant: twice the weight is twice the share of a busy engine
     max_wait_s: float | None = (
         None  # refused with `Overloaded` rather than begun later than this; None = the engine's own
     )
     progress: tuple[ChoiceProgress, ...] = ()  # of each choice, when another replica has begun this request; else empty
+    weight: float = 1.0  # of its tenant: twice the weight is twice the share of a busy engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from support.redis_server import RedisServer, free_port, running_redis
 
 from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.keys import new_key
-from adapter_registry.records import SpeculationPolicy, parse_reference
+from adapter_registry.records import Access, SpeculationPolicy, parse_reference, utc_now
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.scripts import SCHEMA_KEY
 
@@ -113,7 +113,8 @@ async def test_nothing_of_an_adapter_is_left_but_its_number(store: RedisStore, r
     await store.set_alias("acme", "sql", "prod", 1)
     await store.delete("acme", "sql")
     await store.end_sweep("acme", await store.begin_sweep("acme", 0))
-    assert set(await raw.keys("*")) == {SCHEMA_KEY, "slipstream:tenants", "slipstream:{acme}:numbers"}
+    left = {"slipstream:tenants", "slipstream:{acme}:numbers", "slipstream:{acme}:audit"}
+    assert set(await raw.keys("*")) == {SCHEMA_KEY, *left}
 
 
 async def test_a_version_from_before_there_were_policies_speculates(store: RedisStore, raw: Redis) -> None:
@@ -152,14 +153,15 @@ async def test_a_crash_between_two_slots_leaves_no_usable_key(
     _, key = new_key("acme")
     if order == "delete":
         await store.put_key(key)
-    real = RedisStore._command
+    method = "_command" if order == "put" else "_script"  # the second step of each
+    real = getattr(RedisStore, method)
 
-    async def crashing(self: RedisStore, *words: str) -> object:
-        if words[0] == ("SET" if order == "put" else "HDEL"):
+    async def crashing(self: RedisStore, first: str, *rest: Any) -> object:
+        if first in {"SET", "write_key"}:
             raise StoreUnavailable("crash")
-        return await real(self, *words)
+        return await real(self, first, *rest)
 
-    monkeypatch.setattr(RedisStore, "_command", crashing)
+    monkeypatch.setattr(RedisStore, method, crashing)
     with pytest.raises(StoreUnavailable):
         await (store.put_key(key) if order == "put" else store.delete_key("acme", key.id))
     monkeypatch.undo()
@@ -221,3 +223,39 @@ async def test_a_full_pool_is_waited_for_not_overrun(server: RedisServer) -> Non
     versions = await asyncio.gather(*(publish(store, draft(f"content {i}")) for i in range(30)))
     assert sorted(v.version for v in versions) == list(range(1, 31))
     await store.close()
+
+
+async def test_a_rollback_that_is_sent_again_because_its_answer_was_lost_is_done_once(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client resends the same words; going back twice would be where the trouble was."""
+    for letter in "ab":
+        await publish(store, draft(letter))
+    for version in (1, 2):
+        await store.set_alias("acme", "sql", "prod", version)
+    now = utc_now()
+    monkeypatch.setattr("adapter_registry.redis_store.utc_now", lambda: now)
+    assert await store.roll_back_alias("acme", "sql", "prod", "key_a") == 1
+    await store.set_alias("acme", "sql", "canary", 2, "key_a")
+    assert await store.roll_back_alias("acme", "sql", "prod", "key_a") == 1
+    assert (await store.get("acme", "sql")).aliases["prod"] == 1
+
+
+async def test_sharing_what_is_not_there_leaves_nothing_with_others(store: RedisStore, raw: Redis) -> None:
+    with pytest.raises(NotPublished):
+        await store.set_access("acme", "none", Access(public=True, tenants=("globex",)))
+    assert await raw.keys("*globex*") == []
+    assert not await raw.exists("slipstream:public")
+    await publish(store, draft("a"))
+    await store.set_access("acme", "sql", Access(public=True, tenants=("globex",)))
+    await store.set_access("acme", "sql", Access())
+    assert await store.shared_with("globex") == []
+    assert await raw.keys("*globex*") == []  # a listing drops what leads nowhere
+
+
+async def test_keys_with_nothing_new_are_written_as_they_were_before(store: RedisStore, raw: Redis) -> None:
+    """So that gateways of the version before read them during an update."""
+    _, key = new_key("acme", "ci")
+    await store.put_key(key)
+    written = json.loads(await raw.get(f"slipstream:keys:{{{key.sha256}}}") or "")
+    assert set(written) == {"id", "tenant", "sha256", "prefix", "created_at", "label"}

@@ -12,7 +12,7 @@ from support.drafts import draft, publish, sha
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.records import Access, Role, SpeculationPolicy, VersionState, parse_reference, utc_now
-from adapter_registry.store import Store
+from adapter_registry.store import MOVES_KEPT, Store
 from adapter_registry.tenants import TenantRecord, TenantStore
 
 
@@ -352,6 +352,17 @@ async def test_moves_of_aliases_are_kept_and_rolled_back(store: Store) -> None:
     assert await store.alias_moves("acme", "none") == []
 
 
+async def test_an_alias_goes_back_however_often_others_were_moved(store: Store) -> None:
+    for letter in "ab":
+        await publish(store, draft(letter))
+    for version in (1, 2):
+        await store.set_alias("acme", "sql", "prod", version)
+    for i in range(MOVES_KEPT + 10):
+        await store.set_alias("acme", "sql", "staging", 1 + i % 2)
+    assert len(await store.alias_moves("acme", "sql")) == MOVES_KEPT
+    assert await store.roll_back_alias("acme", "sql", "prod") == 1
+
+
 async def test_what_cannot_be_rolled_back_stays_where_it_is(store: Store) -> None:
     await publish(store, draft("a"))
     await publish(store, draft("b"))
@@ -435,7 +446,7 @@ async def test_what_is_done_is_written_down_by_who_did_it(store: Store, tenants:
     await store.delete("acme", "sql", 1, "key_b")
     _, key = new_key("acme", "ci", role=Role.CALLER)
     await store.put_key(key, "admin")
-    await store.put_key(key.model_copy(update={"expires_at": utc_now()}), "admin")
+    await store.replace_key(key.model_copy(update={"expires_at": utc_now()}), "admin")
     await store.delete_key("acme", key.id, "admin")
     await tenants.put_tenant(TenantRecord(tenant="acme", weight=2), "admin")
     entries = await store.audit_log("acme", 100)
@@ -506,14 +517,19 @@ async def test_keys_are_listed_oldest_first_and_revoked(store: Store) -> None:
         await store.delete_key("acme", keys[1].id)
 
 
-async def test_a_key_put_again_keeps_no_second_secret(store: Store) -> None:
+async def test_a_key_is_changed_only_while_it_is_there(store: Store) -> None:
     _, key = new_key("acme")
-    replaced = key.model_copy(update={"sha256": sha("another secret")})
+    ended = key.model_copy(update={"expires_at": utc_now(), "replaced_by": "key_2"})
+    with pytest.raises(NotPublished):
+        await store.replace_key(ended)
     await store.put_key(key)
-    await store.put_key(replaced)
+    await store.replace_key(ended)
+    assert await store.list_keys("acme") == [ended]
+    assert await store.find_key(key.sha256) == ended
+    await store.delete_key("acme", key.id)
+    with pytest.raises(NotPublished):
+        await store.replace_key(key)
     assert await store.find_key(key.sha256) is None
-    assert await store.find_key(replaced.sha256) == replaced
-    assert await store.list_keys("acme") == [replaced]
 
 
 async def test_ping_answers(store: Store) -> None:

@@ -77,7 +77,7 @@ class NewAccess(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     public: bool = False
-    tenants: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=1000)] = []
+    tenants: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=100)] = []
 
 
 class SpeculationSetting(SpeculationPolicy):
@@ -95,7 +95,7 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
     services = runtime.services
     async with receive_upload(request, services.upload_dir) as upload:
         name = check_name(upload.fields["name"])
-        if runtime.catalog.is_base_name(name):
+        if runtime.catalog.base_of(name) is not None:
             raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
         policy = _initial_policy(upload.fields)
         base = await runtime.catalog.base(upload.fields.get("base"))
@@ -117,13 +117,14 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
 async def list_adapters(caller: CallerDep, runtime: RuntimeDep) -> Json:
     """The tenant's adapters."""
     summaries = await runtime.services.store.list(caller.acting_tenant())
-    return {"object": "list", "data": [_summary_body(summary) for summary in summaries]}
+    data = [_summary_body(summary, caller) for summary in summaries if caller.may_call(summary.name)]
+    return {"object": "list", "data": data}
 
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One adapter, its versions (newest first) and its aliases."""
-    return _summary_body(await runtime.services.store.get(caller.acting_tenant(), check_name(name)))
+    return _summary_body(await _visible(runtime, caller, name), caller)
 
 
 @router.delete("/v1/adapters/{name}")
@@ -135,7 +136,7 @@ async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> J
 @router.get("/v1/adapters/{name}/versions/{version}")
 async def get_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One version."""
-    return _version_body(await _version(runtime, caller.acting_tenant(), name, version))
+    return _version_body(_pick(await _visible(runtime, caller, name), version))
 
 
 @router.delete("/v1/adapters/{name}/versions/{version}")
@@ -211,7 +212,7 @@ async def roll_back_alias(name: str, alias: str, caller: CallerDep, runtime: Run
 async def list_alias_moves(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """Where an adapter's aliases point, and what became of them: newest first."""
     tenant, store = caller.acting_tenant(), runtime.services.store
-    summary = await store.get(tenant, check_name(name))
+    summary = await _visible(runtime, caller, name)
     moves = await store.alias_moves(tenant, name)
     data = [{"object": "adapter.alias.move", **move.model_dump(mode="json")} for move in moves]
     return {"object": "list", "aliases": summary.aliases, "data": data}
@@ -234,12 +235,23 @@ async def _delete(runtime: RuntimeDep, caller: Caller, name: str, version: int |
     return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
 
 
-async def _version(runtime: RuntimeDep, tenant: str, name: str, version: int) -> AdapterVersion:
-    summary = await runtime.services.store.get(tenant, check_name(name))
+async def _visible(runtime: RuntimeDep, caller: Caller, name: str) -> AdapterSummary:
+    """An adapter that the key is for."""
+    tenant = caller.acting_tenant()
+    if not caller.may_call(check_name(name)):
+        raise NotPublished(f"Nothing is published as {name!r} under this name, version or alias.")
+    return await runtime.services.store.get(tenant, name)
+
+
+def _pick(summary: AdapterSummary, version: int) -> AdapterVersion:
     found = next((each for each in summary.versions if each.version == version), None)
     if found is None:
-        raise _no_version(name, version)
+        raise _no_version(summary.name, version)
     return found
+
+
+async def _version(runtime: RuntimeDep, tenant: str, name: str, version: int) -> AdapterVersion:
+    return _pick(await runtime.services.store.get(tenant, check_name(name)), version)
 
 
 def _initial_policy(fields: dict[str, str]) -> SpeculationPolicy:
@@ -267,7 +279,7 @@ def _version_body(version: AdapterVersion) -> Json:
     }
 
 
-def _summary_body(summary: AdapterSummary) -> Json:
+def _summary_body(summary: AdapterSummary, caller: Caller) -> Json:
     current = summary.current
     return {
         "object": "adapter",
@@ -275,6 +287,7 @@ def _summary_body(summary: AdapterSummary) -> Json:
         "name": summary.name,
         "current": current.version if current else None,
         "aliases": summary.aliases,
-        "access": summary.access.model_dump(mode="json"),
+        # Who else may call it is for those who may change that.
+        "access": summary.access.model_dump(mode="json") if caller.role.includes(Role.PUBLISHER) else None,
         "versions": [_version_body(version) for version in summary.versions],
     }

@@ -38,12 +38,14 @@ def create_app(services: ApiServices) -> FastAPI:
         )
         training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
         counting = asyncio.create_task(runtime.meter.keep_counting())
+        renewing = asyncio.create_task(runtime.meter.keep_renewing())
         try:
             yield
         finally:
-            for task in (sweeping, training, counting):
+            tasks = {sweeping, training, counting, renewing}
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({sweeping, training, counting})
+            await asyncio.wait(tasks)
             await runtime.meter.flush()
 
     def body_limit(method: str, path: str) -> int:

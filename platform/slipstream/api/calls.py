@@ -28,7 +28,11 @@ async def begin(
     wanted = [replace(each, weight=ticket.weight) for each in wanted]
     settle = partial(runtime.meter.settle, ticket)
     generation = Generation(target, wanted, runtime.services.request_timeout_s, runtime.metrics, settle)
-    await while_connected(request.receive, generation.start())
+    try:
+        await while_connected(request.receive, generation.start())
+    except BaseException:  # also a cancellation just when it had started: nobody else would end it
+        await generation.aclose()
+        raise
     return generation, ticket.headers
 
 

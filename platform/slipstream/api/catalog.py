@@ -92,7 +92,7 @@ class Catalog:
     async def base(self, name: str | None) -> Target:
         """The base model called `name`, or the only one. Raises `InvalidRequest` with the choices."""
         only = next(iter(self._engines)) if len(self._engines) == 1 else None
-        base = only if name is None else self._base_of(name)
+        base = only if name is None else self.base_of(name)
         if base is None:
             why = "Several base models are served" if name is None else f"No base model '{name}' is served"
             raise InvalidRequest(f"{why}: send 'base' as one of {', '.join(self._engines)}.", param="base")
@@ -100,7 +100,7 @@ class Catalog:
 
     async def base_for_training(self, model: str) -> Target:
         """The base model called `model`. Raises `NotFound` with the choices; adapters are no base."""
-        base = self._base_of(model)
+        base = self.base_of(model)
         if base is None:
             raise NotFound(
                 f"Fine-tuning starts from a base model that is served here, and '{model[:200]}' is none: send 'model' as "
@@ -110,14 +110,10 @@ class Catalog:
             )
         return Target(base, self._engines[base], await self._spec(base))
 
-    def is_base_name(self, name: str) -> bool:
-        """Whether `name` would be answered by a base model, so that no adapter can be reached under it."""
-        return self._base_of(name) is not None
-
     async def resolve(self, caller: Caller, model: str) -> Target:
         """The target of `model`. Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not
         for."""
-        tenant, base = caller.acting_tenant(), self._base_of(model)
+        tenant, base = caller.acting_tenant(), self.base_of(model)
         unknown = NotFound(
             f"The model '{model[:200]}' does not exist, or you do not have access to it. GET /v1/models lists yours.",
             code="model_not_found",
@@ -161,7 +157,8 @@ class Catalog:
             param="model",
         )
 
-    def _base_of(self, model: str) -> str | None:
+    def base_of(self, model: str) -> str | None:
+        """The id of the base model that `model` names, in full or without its owner."""
         if model in self._engines:
             return model
         return next((base for base in self._engines if _basename(base) == model), None)

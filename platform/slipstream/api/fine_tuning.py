@@ -210,7 +210,7 @@ async def list_checkpoints(
 async def _new_job(body: NewJob, caller: Caller, runtime: Runtime) -> JobRecord:
     tenant, options = caller.acting_tenant(Role.PUBLISHER), body.slipstream or JobOptions()
     name = body.adapter_name()
-    if runtime.catalog.is_base_name(name):
+    if runtime.catalog.base_of(name) is not None:
         raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
     hyperparameters = body.chosen_hyperparameters()
     seed = secrets.randbits(31) if body.seed is None else body.seed

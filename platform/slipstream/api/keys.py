@@ -11,12 +11,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
 from adapter_registry.keys import new_key
-from adapter_registry.records import KeyRecord, Role, utc_now
+from adapter_registry.records import KeyRecord, Role, parse_reference, utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.caller import Caller
 from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.api.sse import Json
-from slipstream.errors import InvalidRequest
+from slipstream.errors import Conflict, InvalidRequest
 
 router = APIRouter(tags=["Keys"])
 TenantQuery = Annotated[
@@ -32,7 +32,7 @@ class NewKey(BaseModel):
 
     tenant: Annotated[str, Field(max_length=64)] | None = None
     label: Annotated[str, Field(max_length=200)] = ""
-    role: Annotated[Role, Field(strict=False)] = Role.PUBLISHER
+    role: Annotated[Role, Field(strict=False)] | None = None  # publisher; with `models` caller
     models: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=100)] | None = None
     expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = None
 
@@ -51,8 +51,17 @@ async def create_key(body: NewKey, caller: CallerDep, runtime: RuntimeDep) -> Js
     tenant = caller.managed_tenant(body.tenant)
     if body.expires_at is not None and body.expires_at <= utc_now():
         raise InvalidRequest("'expires_at' is in the past.", code="invalid_value", param="expires_at")
-    models = tuple(body.models) if body.models is not None else None
-    return await _made(runtime, caller, new_key(tenant, body.label, body.role, models, body.expires_at))
+    models = None
+    if body.models is not None:
+        if body.role not in (None, Role.CALLER):
+            raise InvalidRequest(
+                f"A key for some models only calls them: 'models' goes with the role 'caller', not '{body.role}'.",
+                code="invalid_value",
+                param="role",
+            )
+        models = tuple(_label(runtime, tenant, model) for model in body.models)
+    role = body.role or (Role.PUBLISHER if models is None else Role.CALLER)
+    return await _made(runtime, caller, new_key(tenant, body.label, role, models, body.expires_at))
 
 
 @router.get("/v1/keys")
@@ -72,9 +81,14 @@ async def rotate_key(
     old = _find(await store.list_keys(owner), key_id)
     if old.is_expired(now):
         raise InvalidRequest("This key has expired: make a new one.", code="expired_api_key", param="key_id")
+    if old.replaced_by is not None:
+        raise Conflict(
+            f"This key was rotated already: rotate its heir {old.replaced_by}, or revoke that and make a new one."
+        )
     made = await _made(runtime, caller, new_key(owner, old.label, old.role, old.models, old.expires_at))
     ends = now + timedelta(seconds=body.grace_s)
-    await store.put_key(old.model_copy(update={"expires_at": min(ends, old.expires_at or ends)}), caller.key_id)
+    changes = {"expires_at": min(ends, old.expires_at or ends), "replaced_by": made["id"]}
+    await store.replace_key(old.model_copy(update=changes), caller.key_id)
     runtime.keys.forget(lambda record: record.id == key_id)
     return made
 
@@ -85,6 +99,21 @@ async def delete_key(key_id: str, caller: CallerDep, runtime: RuntimeDep, tenant
     await runtime.services.store.delete_key(caller.managed_tenant(tenant), key_id, caller.key_id)
     runtime.keys.forget(lambda record: record.id == key_id)
     return Response(status_code=204)
+
+
+def _label(runtime: Runtime, tenant: str, model: str) -> str:
+    """A model as keys name it: a base by its full id, an adapter without its version, another tenant's with its owner."""
+    base = runtime.catalog.base_of(model)
+    if base is not None:
+        return base
+    selector = parse_reference(model)
+    if selector.by != "default":
+        raise InvalidRequest(
+            f"'{model[:200]}' names a version: a key is for an adapter, so leave out what comes after '@'.",
+            code="invalid_value",
+            param="models",
+        )
+    return selector.name if selector.tenant in (None, tenant) else f"{selector.tenant}/{selector.name}"
 
 
 async def _made(runtime: Runtime, caller: Caller, made: tuple[str, KeyRecord]) -> Json:

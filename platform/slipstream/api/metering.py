@@ -44,6 +44,7 @@ class Ticket:
     reserved: int  # tokens it was charged for
     weight: float
     headers: Mapping[str, str]  # OpenAI's, about what is left
+    since: float  # by the gateway's clock
 
 
 @dataclass(slots=True)
@@ -55,15 +56,23 @@ class _Known:
 
 
 class Meter:
-    """Owned by one application; `keep_counting` runs beside its requests."""
+    """Owned by one application; `keep_counting` and `keep_renewing` run beside its requests."""
 
-    def __init__(self, store: TenantStore, clock: Callable[[], float], max_unsettled: int = MAX_UNSETTLED) -> None:
+    def __init__(
+        self,
+        store: TenantStore,
+        clock: Callable[[], float],
+        max_unsettled: int = MAX_UNSETTLED,
+        longest_s: float = math.inf,
+    ) -> None:
+        """`longest_s`: no request runs longer; one that seems to is not renewed."""
         self._store = store
         self._clock = clock
         self._known: dict[str, _Known] = {}
         self._open: dict[str, Ticket] = {}
         self._unsettled: deque[Settlement] = deque()
         self._max_unsettled = max_unsettled
+        self._longest_s = longest_s
         self._wake = asyncio.Event()
         self._away_until = -math.inf
         self.lost = 0  # requests whose usage could not be kept
@@ -75,21 +84,16 @@ class Meter:
 
     async def admit(self, request_id: str, tenant: str, model: str, tokens: int) -> Ticket:
         """Charge a request for up to `tokens`. Raises `QuotaExceeded`."""
+        admission = await self._ask(request_id, tenant, tokens)
         charged = tokens
-        try:
-            if self._clock() < self._away_until:
-                raise StoreUnavailable("It was away a moment ago.")
-            admission = await self._store.admit(tenant, request_id, tokens)
-            self._remember(admission)
-        except StoreUnavailable:
-            self._note_away()
+        if admission is None:
             admission = self._admit_alone(request_id, tenant, tokens)
             charged = 0  # there
         quota = admission.tenant.quota
         headers = rate_headers(quota, admission.verdict)
         if admission.verdict.exceeded is not None:
             raise _refusal(admission, tokens, headers)
-        ticket = Ticket(request_id, tenant, model, charged, admission.tenant.weight, headers)
+        ticket = Ticket(request_id, tenant, model, charged, admission.tenant.weight, headers, self._clock())
         self._open[request_id] = ticket
         return ticket
 
@@ -114,15 +118,27 @@ class Meter:
         self._wake.set()
 
     async def keep_counting(self) -> None:
-        """Bring usage to the store as it comes, and renew what runs; ends when it is cancelled."""
-        renewed = self._clock()
+        """Bring usage to the store as it comes; ends when it is cancelled."""
         while True:
-            await self._pause()
-            if not await self.flush():
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                done = await self.flush()
+            except Exception:  # a loop's top: whatever it is, usage must go on being counted
+                log.exception("counting usage failed")
+                done = False
+            if not done:
                 await asyncio.sleep(RETRY_S)
-            if self._clock() - renewed >= LEASE_S / 3:
-                renewed = self._clock()
-                await self._renew()
+                self._wake.set()
+
+    async def keep_renewing(self, every_s: float = LEASE_S / 3) -> None:
+        """Renew the leases of what runs; ends when it is cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.renew()
+            except Exception:  # a loop's top, as above
+                log.exception("renewing leases failed")
 
     async def flush(self) -> bool:
         """Bring what has ended to the store, oldest first; whether all of it is there."""
@@ -131,34 +147,38 @@ class Meter:
             try:
                 await self._store.settle(oldest)
             except StoreUnavailable:
-                self._note_away()
+                self._away_until = self._clock() + RETRY_S
                 return False
             if self._unsettled and self._unsettled[0] is oldest:
                 self._unsettled.popleft()
         return True
 
-    async def _pause(self) -> None:
-        """Until something has ended, or something that runs may have to be renewed."""
-        self._wake.clear()
-        if self._unsettled:
-            return
-        try:
-            await asyncio.wait_for(self._wake.wait(), LEASE_S / 6)
-        except TimeoutError:
-            return
-
-    async def _renew(self) -> None:
-        by_tenant: dict[str, list[str]] = {}
+    async def renew(self) -> None:
+        """Once."""
+        now, by_tenant = self._clock(), dict[str, list[str]]()
         for ticket in self._open.values():
-            by_tenant.setdefault(ticket.tenant, []).append(ticket.request_id)
-        try:
-            for tenant, ids in by_tenant.items():
+            if now - ticket.since < self._longest_s:
+                by_tenant.setdefault(ticket.tenant, []).append(ticket.request_id)
+        for tenant, ids in by_tenant.items():
+            if tenant in self._known:
+                for request_id in ids:
+                    self._known[tenant].limits.renew(request_id, now)
+            try:
                 await self._store.renew(tenant, ids)
-        except StoreUnavailable:
-            self._note_away()
+            except StoreUnavailable:
+                continue
 
-    def _note_away(self) -> None:
-        self._away_until = max(self._away_until, self._clock() + RETRY_S)
+    async def _ask(self, request_id: str, tenant: str, tokens: int) -> Admission | None:
+        """The store's answer; None while it is away. It is left alone for a moment after it did not answer."""
+        if self._clock() < self._away_until:
+            return None
+        try:
+            admission = await self._store.admit(tenant, request_id, tokens)
+        except StoreUnavailable:
+            self._away_until = self._clock() + RETRY_S
+            return None
+        self._remember(admission)
+        return admission
 
     def _remember(self, admission: Admission) -> None:
         record = admission.tenant

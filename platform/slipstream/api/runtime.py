@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from adapter_registry.limits import MINUTE_S
 from adapter_registry.records import AdapterVersion, KeyRecord
 from slipstream.api.catalog import Catalog
 from slipstream.api.key_uses import KeyUses
@@ -42,7 +43,8 @@ def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
         fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
     )
     catalog = Catalog(services.engines, services.store, names, clock)
-    return Runtime(services, metrics, catalog, keys, Meter(services.tenants, clock), KeyUses(services.store, clock))
+    meter = Meter(services.tenants, clock, longest_s=services.request_timeout_s + MINUTE_S)
+    return Runtime(services, metrics, catalog, keys, meter, KeyUses(services.store, clock))
 
 
 def _runtime_of(request: Request) -> Runtime:

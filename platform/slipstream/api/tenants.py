@@ -24,6 +24,7 @@ from slipstream.errors import Forbidden, InvalidRequest
 router = APIRouter(tags=["Tenants"])
 DEFAULT_DAYS = 30
 MOST_DAYS = 400  # usage is kept for as long
+FIRST_YEAR = 2000  # dates before are typing errors
 
 
 class NewQuota(BaseModel):
@@ -84,12 +85,15 @@ async def usage(
 ) -> Response:
     """What the tenant has used, by day and model: requests, and tokens of prompts, answers and drafts."""
     last = end or utc_now().date()
+    if last.year < FIRST_YEAR:
+        raise InvalidRequest(f"'end' is before {FIRST_YEAR}.", code="invalid_value", param="end")
     first = start or last - timedelta(days=DEFAULT_DAYS - 1)
     if not timedelta(0) <= last - first < timedelta(days=MOST_DAYS):
         raise InvalidRequest(
             f"'start' must be before 'end', by fewer than {MOST_DAYS} days.", code="invalid_value", param="start"
         )
     rows = await runtime.services.tenants.usage(caller.acting_tenant(), first, last)
+    rows = [row for row in rows if caller.may_call(row.model.partition("@")[0])]
     if format == "csv":
         return PlainTextResponse(_csv(rows), media_type="text/csv")
     total = UsageCounts()

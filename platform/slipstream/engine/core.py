@@ -211,7 +211,8 @@ class EngineCore(Generic[P]):
             adapter_slots=self.residency.num_slots,
             slots_free=self.residency.num_free_slots,
             adapters_wanted=sum(
-                self.residency.state(digest) is not Residency.ON_DEVICE for digest in self.scheduler.waiting_adapters()
+                self.residency.state(digest) is not Residency.ON_DEVICE
+                for digest in {seq.adapter for seq in self.scheduler.waiting if seq.adapter is not None}
             ),
         )
 

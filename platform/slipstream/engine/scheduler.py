@@ -80,7 +80,7 @@ class Scheduler:
         """Queue a sequence. The caller has checked `fits`."""
         assert self.fits(seq.max_total), "sequence can never run"
         self._by_id[seq.seq_id] = seq
-        self._shares.enter(seq.tenant, seq.weight)
+        self._shares.enter(seq.tenant, seq.weight, self._waiting)
         insort(self._waiting, seq, key=_turn)
 
     def abort(self, seq_id: int) -> None:
@@ -91,7 +91,7 @@ class Scheduler:
 
     def waiting_adapters(self) -> Iterable[str]:
         """Digests the queue wants, by who starts next, each once."""
-        return dict.fromkeys(s.adapter for s in self._shares.order(self._waiting) if s.adapter is not None)
+        return dict.fromkeys(s.adapter for s in self._shares.ranked(self._waiting) if s.adapter is not None)
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -317,7 +317,7 @@ class Scheduler:
             self.counters.started += 1
             seq.cached_prompt = min(known, seq.prompt_len)
             self.counters.prefix_hit_tokens += known
-            self._shares.charge(seq.tenant, work(seq.prompt_len - seq.cached_prompt, 0))
+            self._shares.start(seq.tenant, work(seq.prompt_len - seq.cached_prompt, 0))
         seq.state = SequenceState.RUNNING
         self._waiting.remove(seq)
         self._running.append(seq)

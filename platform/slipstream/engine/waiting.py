@@ -107,7 +107,8 @@ class Gate:
         ahead = starts_before(request, count, own, total, stats)
         expected_s, allowed_s = predicted_wait_s(ahead + count, stats.starts_per_s), self.allowed_wait_s(request)
         retry_s = math.ceil(min(LONGEST_RETRY_S, max(1.0, expected_s - allowed_s)))
-        if total + count > self.max_open and own + count > self.max_open // len({*open_, request.tenant}):
+        share = self.max_open // len({*open_, request.tenant})
+        if total + count > self.max_open and (own + count > share or total + count > 2 * self.max_open):
             message = f"{total} sequences are queued or running, which is this replica's limit. Try again."
             raise Overloaded(message, retry_after_s=retry_s)
         if expected_s > allowed_s:

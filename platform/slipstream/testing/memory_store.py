@@ -39,6 +39,7 @@ class _Adapter:
     versions: dict[int, AdapterVersion] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
+    before: dict[str, int] = field(default_factory=dict)  # alias -> version before its last move
     moves: deque[AliasMove] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))  # newest first
 
 
@@ -161,12 +162,11 @@ class MemoryStore(Store):
 
     async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
         """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
-        moves = self._adapter(tenant, name).moves
-        last = next((move for move in moves if move.alias == check_alias(alias)), None)
-        if last is None or last.before is None:
+        before = self._adapter(tenant, name).before.get(check_alias(alias))
+        if before is None:
             raise _not_published(name)
-        self._move(tenant, name, alias, last.before, by)
-        return last.before
+        self._move(tenant, name, alias, before, by)
+        return before
 
     async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
         """Remove an alias. Raises `NotPublished`."""
@@ -205,6 +205,9 @@ class MemoryStore(Store):
                 raise _not_published(name)
             adapter.aliases[alias] = version
         if version != before:
+            adapter.before.pop(alias, None)
+            if before is not None:
+                adapter.before[alias] = before
             adapter.moves.appendleft(AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now()))
             detail = f"{before or 'none'} to {version or 'none'}"
             self.write_down(tenant, by, AuditAction.ALIAS_MOVED, f"{name}@{alias}", detail)
@@ -256,10 +259,15 @@ class MemoryStore(Store):
 
     async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
-        keys = self.enter(key.tenant).keys
-        action = AuditAction.KEY_CHANGED if key.id in keys else AuditAction.KEY_CREATED
-        keys[key.id] = key
-        self.write_down(key.tenant, by, action, key.id, f"{key.role} {key.label}".strip())
+        self.enter(key.tenant).keys[key.id] = key
+        self.write_down(key.tenant, by, AuditAction.KEY_CREATED, key.id, f"{key.role} {key.label}".strip())
+
+    async def replace_key(self, key: KeyRecord, by: str = "") -> None:
+        """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""
+        if key.id not in self._look(key.tenant).keys:
+            raise NotPublished(f"There is no key {key.id[:80]!r}: list the keys to see their ids.")
+        self.enter(key.tenant).keys[key.id] = key
+        self.write_down(key.tenant, by, AuditAction.KEY_CHANGED, key.id, f"{key.role} {key.label}".strip())
 
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""

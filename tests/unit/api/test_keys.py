@@ -266,6 +266,19 @@ async def test_a_key_for_some_models_sees_no_others(world: ApiWorld) -> None:
             assert answer.status_code == status
             if status == 404:
                 assert answer.json()["error"]["code"] == "model_not_found"
+        for name, status in (("sql", 200), ("mail", 404)):
+            for path in ("", "/versions/1", "/aliases"):
+                assert (await client.get(f"/v1/adapters/{name}{path}")).status_code == status
+        listed = (await client.get("/v1/adapters")).json()["data"]
+        assert [(each["name"], each["access"]) for each in listed] == [("sql", None)]
+        assert (await client.delete("/v1/adapters/sql")).status_code == 403
+
+
+async def test_models_of_a_key_are_kept_as_they_are_looked_for(world: ApiWorld) -> None:
+    client, key = await made(world, models=[BASE.rpartition("/")[2], "demo/sql", "acme/mail"])
+    assert (key["models"], key["role"]) == ([BASE, "sql", "acme/mail"], "caller")
+    async with client:
+        assert (await client.post("/v1/completions", json={"model": BASE, "prompt": "x"})).status_code == 200
 
 
 async def test_an_expired_key_opens_nothing(world: ApiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +298,8 @@ async def test_an_expired_key_opens_nothing(world: ApiWorld, monkeypatch: pytest
         ({"expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
         ({"expires_at": "2999-01-01T00:00:00"}, "expires_at"),  # of no zone
         ({"role": "owner"}, "role"),
+        ({"role": "publisher", "models": ["sql"]}, "role"),
+        ({"models": ["sql@3"]}, "models"),
         ({"models": []}, "models"),
         ({"models": "sql"}, "models"),
     ],
@@ -315,6 +330,10 @@ async def test_a_rotated_key_works_for_its_grace_and_its_heir_may_the_same(
         monkeypatch.setattr("slipstream.api.auth.utc_now", lambda: later)
         assert (await client.get("/v1/models")).status_code == 401
         assert (await heir.get("/v1/models")).status_code == 200
+    again = await admin.post(path, json={})
+    assert (again.status_code, new["id"] in again.text) == (409, True)  # or the next heir would end with the old key
+    next_one = await admin.post(f"/v1/keys/{new['id']}/rotate?tenant=demo", json={})
+    assert (next_one.status_code, next_one.json()["expires_at"]) == (201, None)
     assert (await admin.post("/v1/keys/none/rotate?tenant=demo", json={})).status_code == 404
     assert (await admin.post(path, json={"grace_s": -1})).json()["error"]["param"] == "grace_s"
 

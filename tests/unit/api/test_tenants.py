@@ -16,6 +16,7 @@ from adapter_registry.errors import StoreUnavailable
 from adapter_registry.records import utc_now
 from adapter_registry.tenants import UsageCounts
 from slipstream.api.metering import Meter
+from slipstream.errors import QuotaExceeded
 from slipstream.testing import FakeAnswer
 
 PROMPT = {"model": BASE, "prompt": "one two three four", "max_tokens": 8}
@@ -179,7 +180,12 @@ async def test_what_the_engine_refuses_is_not_counted(world: ApiWorld, http: htt
 
 @pytest.mark.parametrize(
     ("query", "param"),
-    [("start=yesterday", "start"), ("start=2026-02-01&end=2026-01-01", "start"), ("format=xml", "format")],
+    [
+        ("start=yesterday", "start"),
+        ("end=0001-01-01", "end"),
+        ("start=2026-02-01&end=2026-01-01", "start"),
+        ("format=xml", "format"),
+    ],
 )
 async def test_bad_questions_about_usage(http: httpx.AsyncClient, query: str, param: str) -> None:
     response = await http.get(f"/v1/usage?{query}")
@@ -247,3 +253,60 @@ async def test_running_requests_are_counted_and_renewed_beside_the_rest(world: A
         assert (await http.get("/v1/usage")).json()["total"]["requests"] == 1
     counting.cancel()
     await asyncio.wait({counting})
+
+
+async def test_a_store_that_is_back_is_asked_again_under_load(
+    world: ApiWorld, admin: httpx.AsyncClient, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that come twice a second must not keep putting off the next question."""
+    await limit(admin, requests_per_minute=1000)
+    asked = 0
+    real = world.tenants.admit
+
+    async def admit(*args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise StoreUnavailable("away")
+        return await real(*args)
+
+    monkeypatch.setattr(world.tenants, "admit", admit)
+    for _ in range(10):
+        assert (await http.post("/v1/completions", json=PROMPT)).status_code == 200
+        world.clock.advance(0.5)
+    assert asked == 9  # all but those of the first second
+
+
+async def test_leases_of_what_runs_are_renewed_and_of_what_cannot_run_any_more_are_not(
+    world: ApiWorld, admin: httpx.AsyncClient
+) -> None:
+    await limit(admin, concurrent_requests=1)
+    meter = Meter(world.tenants, world.clock, longest_s=300)
+    await meter.admit("r1", "demo", BASE, 1)
+    for _ in range(14):
+        world.clock.advance(20)
+        await meter.renew()
+        with pytest.raises(QuotaExceeded):
+            await meter.admit("r2", "demo", BASE, 1)
+    for _ in range(5):
+        world.clock.advance(20)
+        await meter.renew()
+    await meter.admit("r2", "demo", BASE, 1)
+
+
+async def test_a_handler_that_is_cancelled_when_it_has_just_begun_gives_everything_back(
+    world: ApiWorld, admin: httpx.AsyncClient, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await limit(admin, concurrent_requests=1)
+
+    async def started_and_cancelled(receive: Any, work: Any) -> None:
+        await work
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as cancelling:
+        cancelling.setattr("slipstream.api.calls.while_connected", started_and_cancelled)
+        with pytest.raises(asyncio.CancelledError):
+            await http.post("/v1/completions", json=PROMPT)
+    assert world.engine.running == set()
+    assert await meter_of(world).flush()
+    assert (await http.post("/v1/completions", json=PROMPT)).status_code == 200

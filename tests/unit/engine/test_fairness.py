@@ -87,44 +87,74 @@ def test_a_burst_does_not_hold_up_another_tenants_request() -> None:
     assert steps <= 11  # an answer has ten tokens
 
 
+def next_tenant(shares: FairShare, *waiting: Sequence) -> str:
+    found = next(shares.order(waiting)).tenant
+    assert shares.ranked(waiting)[0].tenant == found
+    return found
+
+
 def test_who_comes_back_has_not_saved_up_turns_and_has_lost_none() -> None:
     shares = FairShare()
-    shares.enter("busy", 1.0)
-    shares.charge("busy", 1000.0)
-    shares.enter("late", 1.0)  # was idle for all of it
+    busy, late = sequence(2, "busy"), sequence(1, "late")
+    shares.enter("busy", 1.0, [])
+    shares.start("busy", 1000.0)
+    shares.enter("busy", 1.0, [])  # one more, that waits
+    shares.enter("late", 1.0, [busy])  # was idle for all of it
     shares.charge("late", 10.0)
-    first = next(shares.order([sequence(1, "late"), sequence(2, "busy")]))
-    assert first.tenant == "busy"
+    assert next_tenant(shares, late, busy) == "busy"
     shares.leave("late")
-    shares.enter("late", 1.0)
-    assert next(shares.order([sequence(1, "late"), sequence(2, "busy")])).tenant == "busy"
-    shares.leave("busy")
-    shares.leave("late")
-    shares.enter("new", 1.0)
-    shares.enter("busy", 1.0)
-    assert next(shares.order([sequence(1, "busy"), sequence(2, "new")])).tenant == "busy"  # equal again: the first
+    shares.enter("late", 1.0, [busy])
+    assert next_tenant(shares, late, busy) == "busy"
+
+
+def test_a_stream_that_goes_on_all_day_saves_up_no_turns() -> None:
+    """Only who waits is owed anything: a tenant with something running has had what it asked for."""
+    shares = FairShare()
+    shares.enter("quiet", 1.0, [])
+    shares.start("quiet", 10.0)
+    for _ in range(100):
+        shares.enter("busy", 1.0, [])
+        shares.start("busy", 10.0)
+        shares.charge("busy", 1000.0)
+        shares.leave("busy")
+    shares.enter("busy", 1.0, [])
+    waiting = [sequence(1, "busy")]
+    turns = Counter[str]()
+    for i in range(20):
+        shares.enter("quiet", 1.0, waiting)
+        waiting.append(sequence(10 + i, "quiet"))
+    for i in range(20):
+        shares.enter("busy", 1.0, waiting)
+        waiting.append(sequence(40 + i, "busy"))
+    for seq in shares.order(waiting):
+        turns[seq.tenant] += 1
+        shares.start(seq.tenant, 100.0)
+        if sum(turns.values()) == 20:
+            break
+    assert min(turns["busy"], turns["quiet"]) >= 5, turns
 
 
 def test_begun_answers_come_first_and_priorities_count_within_a_tenant() -> None:
     """Else a tenant that calls all of its requests urgent would take everybody's turns."""
     shares = FairShare()
     for tenant in ("a", "b"):
-        shares.enter(tenant, 1.0)
+        shares.enter(tenant, 1.0, [])
     shares.charge("a", 100.0)
     plain, usual, urgent, begun = sequence(1, "b"), sequence(2, "a"), sequence(3, "a"), sequence(4, "a")
     urgent.priority, begun.preemptions = -100, 1
     waiting = sorted([plain, usual, urgent, begun], key=lambda seq: seq.turn)
     assert [seq.seq_id for seq in shares.order(waiting)] == [4, 1, 3, 2]
+    assert [seq.seq_id for seq in shares.ranked(waiting)] == [4, 1, 3, 2]
 
 
 def test_counters_of_tenants_that_left_are_bounded() -> None:
     shares = FairShare()
-    shares.enter("here", 1.0)
+    shares.enter("here", 1.0, [])
     for i in range(2 * REMEMBERED):
-        shares.enter(f"t{i}", 1.0)
+        shares.enter(f"t{i}", 1.0, [])
         shares.leave(f"t{i}")
-    assert len(shares._used) <= REMEMBERED + 1
-    assert next(shares.order([sequence(1, "here")])).tenant == "here"
+    assert len(shares._used) <= REMEMBERED + 2
+    assert next_tenant(shares, sequence(1, "here")) == "here"
 
 
 def request(tenant: str, **fields: object) -> GenerateRequest:
@@ -142,6 +172,18 @@ def test_a_full_queue_has_room_for_who_has_less_than_a_share() -> None:
         gate.check(request("quiet"), 7, {"burst": 12}, IDLE)
     with pytest.raises(Overloaded):
         gate.check(request("quiet"), 5, {"burst": 12, "quiet": 2}, IDLE)
+
+
+def test_however_many_tenants_come_there_are_never_twice_as_many_as_the_limit() -> None:
+    gate, open_ = Gate(max_open=320, max_wait_s=10), {"burst": 320}
+    for i in range(200):
+        try:
+            while True:
+                gate.check(request(f"t{i}"), 1, open_, IDLE)
+                open_[f"t{i}"] = open_.get(f"t{i}", 0) + 1
+        except Overloaded:
+            continue
+    assert sum(open_.values()) == 640
 
 
 @pytest.mark.parametrize(
