@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisClusterException, RedisError
 
@@ -20,9 +22,11 @@ _QUEUE_WAIT_S = 5.0  # for a free connection
 
 
 def connect(url: str, *, timeout_s: float, retries: int, max_connections: int) -> Redis | RedisCluster:
-    """A client of `redis://`, `rediss://`, `unix://`, or of a cluster at `redis+cluster://` or `rediss+cluster://`.
+    """A client of `redis://`, `rediss://` or `unix://`; of a cluster at `redis+cluster://` or `rediss+cluster://`; or of the
+    master that sentinels name, at `redis+sentinel://user:password@sentinel:26379,other:26379/service/0`.
 
-    Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them.
+    The password is the master's; the sentinels' own, if they have one, is `?sentinel_password=`. Nothing is connected yet.
+    Each attempt takes at most `timeout_s`, and there are `retries` more of them. Raises `ValueError` for what is no such URL.
     """
     options: dict[str, Any] = {
         "decode_responses": True,
@@ -35,7 +39,45 @@ def connect(url: str, *, timeout_s: float, retries: int, max_connections: int) -
     scheme, _, rest = url.partition("://")
     if scheme.endswith("+cluster"):
         return RedisCluster.from_url(f"{scheme.removesuffix('+cluster')}://{rest}", **options)
+    if scheme.endswith("+sentinel"):
+        return _behind_sentinels(url, options)
     return Redis.from_url(url, **options)
+
+
+class _SentinelRedis(Redis):
+    """A client that closes its sentinels' connections as well."""
+
+    sentinels: Sequence[Redis] = ()
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Give all connections back."""
+        await super().aclose(close_connection_pool)
+        for sentinel in self.sentinels:
+            await sentinel.aclose()
+
+
+def _behind_sentinels(url: str, options: dict[str, Any]) -> Redis:
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = credentials.partition(":")
+    service, _, database = parts.path.strip("/").partition("/")
+    pairs = [(host, port) for host, _, port in (each.rpartition(":") for each in hosts.split(","))]
+    if not service or not all(host and port.isdigit() for host, port in pairs) or not (database or "0").isdigit():
+        raise ValueError("Sentinels are named as redis+sentinel://:password@host:26379,other:26379/service/0.")
+    tls: dict[str, Any] = {"ssl": True} if parts.scheme.startswith("rediss") else {}
+    same = ("socket_timeout", "socket_connect_timeout", "decode_responses", "protocol")
+    query = dict(parse_qsl(parts.query))
+    sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]  # redis-py's own gap
+        [(host.strip("[]"), int(port)) for host, port in pairs],
+        sentinel_kwargs={**tls, **{name: options[name] for name in same}, "password": query.get("sentinel_password")},
+    )
+    client = sentinel.master_for(
+        service, redis_class=_SentinelRedis, **options, **tls, db=int(database or 0),
+        username=unquote(user) or None, password=unquote(password) or None,
+    )  # fmt: skip
+    assert isinstance(client, _SentinelRedis)
+    client.sentinels = sentinel.sentinels
+    return client
 
 
 class RedisConnection:

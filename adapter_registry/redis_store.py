@@ -66,7 +66,7 @@ class RedisStore(RedisConnection, Store):
         claim_wait_s: float = 10.0,
         sweep_lease_s: float = 900.0,
     ) -> RedisStore:
-        """A store at `redis://`, `rediss://`, `unix://`, or a cluster at `redis+cluster://` or `rediss+cluster://`.
+        """A store at any URL that `connect` takes: one server, a cluster, or behind sentinels.
 
         Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them. Every
         write may safely run twice, which is what a retry after a lost answer does; but a delete whose first try went

@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from adapter_registry.keys import hash_key
+from deployments.embedded_redis import check_redis_url
 from deployments.engine_replica import EngineReplica
 from deployments.gateway import APP_NAME, Gateway, GatewayPlan
 from deployments.replica_plan import REAL_ENGINE, ReplicaPlan, on_its_cores
@@ -56,6 +57,7 @@ def build(args: AppArgs) -> Application:
             "On a cluster SLIPSTREAM_REDIS_URL and SLIPSTREAM_ADMIN_KEY must be set: "
             "replicas share one registry and one admin key."
         )
+    check_redis_url(settings.redis_url)
     return build_application(settings.model_copy(update={"models": tuple(map(on_its_cores, settings.models))}))
 
 

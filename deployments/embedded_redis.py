@@ -22,9 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import redis
+from pydantic import SecretStr
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from adapter_registry.redis_connection import connect
 from deployments.home import kept_secret
 from slipstream.errors import ConfigError, Unavailable
 
@@ -212,3 +215,14 @@ def _stop_orphan(state: Path, password: str) -> None:
 def _listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
+
+
+def check_redis_url(url: SecretStr) -> None:
+    """Raise `ConfigError` for what is no address of a registry; nothing is connected, and the password is not shown."""
+    try:
+        connect(url.get_secret_value(), timeout_s=1, retries=0, max_connections=1)
+    except (ValueError, RedisError) as error:
+        raise ConfigError(
+            "SLIPSTREAM_REDIS_URL, or 'redis_url', is not an address of Redis: use redis://:password@host:6379/0, rediss:// "
+            "for TLS, redis+cluster://… or redis+sentinel://:password@sentinel:26379,other:26379/service/0."
+        ) from error

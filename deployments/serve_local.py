@@ -24,7 +24,7 @@ from adapter_registry.errors import StoreUnavailable
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.redis_store import RedisStore
 from deployments.demos import PublishedDemo, demo_folder, publish_demos
-from deployments.embedded_redis import embedded_redis
+from deployments.embedded_redis import check_redis_url, embedded_redis
 from deployments.home import Home, kept_secret, open_home, write_secret
 from deployments.local_ray import local_ray, prepare_ray_environment, sweep_leftovers
 from deployments.terminal import TerminalProgress
@@ -74,6 +74,8 @@ def start(settings: Settings, console: Console, stack: ExitStack, engine: str | 
     settings = for_this_machine(settings)
     progress = TerminalProgress(console)
     check_port(settings.host, settings.port)
+    if settings.redis_url is not None:
+        check_redis_url(settings.redis_url)
     home = stack.enter_context(open_home(settings.home))
     sweep_leftovers(home)
     models = tuple(_ready_model(model, home, progress) for model in settings.models)

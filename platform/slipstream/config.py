@@ -190,7 +190,9 @@ class Settings(ModelDefaults, BaseSettings):
         None, description="Admin key; empty = generated once and kept in the data folder."
     )
     redis_url: SecretStr | None = Field(
-        None, description="`redis://` address of the registry; empty = an embedded server."
+        None,
+        description="Address of the registry: `redis://:password@host:6379/0` (`rediss://` with TLS), `redis+cluster://…` or "
+        "`redis+sentinel://:password@sentinel:26379,other:26379/service/0`; empty = an embedded server.",
     )
     blob_url: str | None = Field(
         None,

@@ -16,9 +16,12 @@ from support.redis_server import RedisServer, free_port, running_redis
 
 from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.keys import new_key
+from adapter_registry.limits import Quota
 from adapter_registry.records import Access, SpeculationPolicy, parse_reference, utc_now
 from adapter_registry.redis_store import RedisStore
+from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.scripts import SCHEMA_KEY
+from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts
 
 pytestmark = pytest.mark.redis
 
@@ -259,3 +262,35 @@ async def test_keys_with_nothing_new_are_written_as_they_were_before(store: Redi
     await store.put_key(key)
     written = json.loads(await raw.get(f"slipstream:keys:{{{key.sha256}}}") or "")
     assert set(written) == {"id", "tenant", "sha256", "prefix", "created_at", "label"}
+
+
+async def test_a_user_who_may_only_touch_our_keys_is_enough(server: RedisServer, raw: Redis) -> None:
+    """The rights that the README names: no administration, no other keys."""
+    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "-@admin", "-@dangerous"]
+    await raw.execute_command("ACL", "SETUSER", "slipstream", "on", ">pw", *rights)
+    url = f"redis://slipstream:pw@127.0.0.1:{server.port}/0"
+    store, tenants = RedisStore.from_url(url), RedisTenants.from_url(url)
+    try:
+        await publish(store, draft("a"))
+        await store.set_alias("acme", "sql", "prod", 1)
+        await store.set_access("acme", "sql", Access(public=True))
+        assert len(await store.shared_with("globex")) == 1
+        _, key = new_key("acme")
+        await store.put_key(key)
+        await store.note_key_use("acme", key.id)
+        assert await store.find_key(key.sha256) == key
+        assert len(await store.audit_log("acme", 10)) == 4
+        await tenants.put_tenant(TenantRecord(tenant="acme", quota=Quota(concurrent_requests=1)))
+        assert (await tenants.admit("acme", "r", 1)).verdict.exceeded is None
+        await tenants.renew("acme", ["r"])
+        used = UsageCounts(requests=1)
+        day = utc_now().date()
+        await tenants.settle(Settlement(request_id="r", tenant="acme", day=day, model="sql@1", reserved=1, counts=used))
+        assert [row.counts for row in await tenants.usage("acme", day, day)] == [used]
+        await store.delete("acme", "sql")
+        await store.end_sweep("acme", await store.begin_sweep("acme", 0))
+        with pytest.raises(StoreUnavailable):
+            await store._command("SET", "others", "x")
+    finally:
+        await store.close()
+        await tenants.close()

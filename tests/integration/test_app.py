@@ -121,3 +121,11 @@ def test_without_secrets_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("SLIPSTREAM_REDIS_URL")
     with pytest.raises(ConfigError, match="SLIPSTREAM_REDIS_URL"):
         app.build(app.AppArgs())
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://redis", "redis+sentinel://:secret@host/x", "redis://h:port"])
+def test_what_is_no_address_of_redis_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("SLIPSTREAM_REDIS_URL", url)
+    with pytest.raises(ConfigError, match="SLIPSTREAM_REDIS_URL") as refused:
+        app.build(app.AppArgs())
+    assert "secret" not in str(refused.value)

