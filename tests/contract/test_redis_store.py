@@ -266,8 +266,8 @@ async def test_keys_with_nothing_new_are_written_as_they_were_before(store: Redi
 
 async def test_a_user_who_may_only_touch_our_keys_is_enough(server: RedisServer, raw: Redis) -> None:
     """The rights that the README names: no administration, no other keys."""
-    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "-@admin", "-@dangerous"]
-    await raw.execute_command("ACL", "SETUSER", "slipstream", "on", ">pw", *rights)
+    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "+time", "-@admin", "-@dangerous"]
+    await raw.execute_command("ACL", "SETUSER", "slipstream", "on", ">pw", *rights)  # type: ignore[no-untyped-call]
     url = f"redis://slipstream:pw@127.0.0.1:{server.port}/0"
     store, tenants = RedisStore.from_url(url), RedisTenants.from_url(url)
     try:
