@@ -140,12 +140,20 @@ class Access(Frozen):
         return self.public or tenant in self.tenants
 
 
+class Split(Frozen):
+    """A part of an alias's requests that another version answers."""
+
+    version: Annotated[int, Field(ge=1)]
+    weight: Annotated[float, Field(gt=0, lt=1)]  # of all its requests
+
+
 class AliasMove(Frozen):
     """What became of an alias."""
 
     alias: Name
     version: int | None = None  # None = it was removed
     before: int | None = None  # None = it was new
+    split: Split | None = None  # from then on
     by: str = ""  # key id
     at: datetime
 
@@ -181,6 +189,7 @@ class AdapterSummary(Frozen):
     name: Name
     versions: tuple[AdapterVersion, ...]  # newest first
     aliases: dict[str, int]
+    splits: dict[str, Split] = Field(default_factory=dict)  # of aliases that have one
     access: Access = Access()
 
     @property

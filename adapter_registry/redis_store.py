@@ -21,6 +21,7 @@ from adapter_registry.records import (
     AuditEntry,
     KeyRecord,
     SpeculationPolicy,
+    Split,
     VersionSelector,
     VersionState,
     check_alias,
@@ -104,15 +105,20 @@ class RedisStore(RedisConnection, Store):
             raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
         return _version(answer[1], answer[2]), answer[0] == "new"
 
-    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
+    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
+        """The READY version a reference means, on this side of an alias's split. Raises `NotPublished`."""
         owner = selector.tenant or tenant
         keys = TenantKeys(owner).adapter(selector.name)
         value = selector.version or selector.alias or selector.digest or ""
         found = await self._script(
             "resolve",
-            [keys.versions, keys.aliases, keys.digests, keys.access],
-            [selector.by, value, "" if owner == tenant else check_name(tenant, "tenant")],
+            [keys.versions, keys.aliases, keys.digests, keys.access, keys.splits],
+            [
+                selector.by,
+                value,
+                "" if owner == tenant else check_name(tenant, "tenant"),
+                "" if point is None else repr(point),
+            ],
         )
         if not found:
             raise _not_published(selector.name)
@@ -150,6 +156,7 @@ class RedisStore(RedisConnection, Store):
                 adapter.moves,
                 adapter.before,
                 keys.audit,
+                adapter.splits,
             ],
             [name, "" if version is None else version, by, AUDIT_KEPT],
         )
@@ -159,9 +166,11 @@ class RedisStore(RedisConnection, Store):
             raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
         return _versions(answer[1:])
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
-        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
-        await self._move(tenant, name, alias, str(version), by)
+    async def set_alias(
+        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
+    ) -> None:
+        """Point an alias at a READY version, and a part of its requests at another."""
+        await self._move(tenant, name, alias, str(version), by, split)
 
     async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
         """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
@@ -222,11 +231,13 @@ class RedisStore(RedisConnection, Store):
         ]
         return {f"{summary.tenant}/{summary.name}": summary for summary in found}
 
-    async def _move(self, tenant: str, name: str, alias: str, to: str, by: str) -> int:
+    async def _move(self, tenant: str, name: str, alias: str, to: str, by: str, split: Split | None = None) -> int:
         keys = TenantKeys(tenant).adapter(name)
         args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT, name, AUDIT_KEPT]
+        args.append(split.model_dump_json() if split is not None else "")
         audit = TenantKeys(tenant).audit
-        answer = await self._script("set_alias", [keys.versions, keys.aliases, keys.before, keys.moves, audit], args)
+        places = [keys.versions, keys.aliases, keys.before, keys.moves, audit, keys.splits]
+        answer = await self._script("set_alias", places, args)
         if not answer[0]:
             raise _not_published(name)
         return int(answer[1])
@@ -334,7 +345,7 @@ class RedisStore(RedisConnection, Store):
         """Those of `names` that have versions."""
         tenant_keys = TenantKeys(tenant)
         adapters = [tenant_keys.adapter(name) for name in names]
-        keys = [key for a in adapters for key in (a.versions, a.aliases, a.access)]
+        keys = [key for a in adapters for key in (a.versions, a.aliases, a.access, a.splits)]
         answer = await self._script("describe", keys, [])
         return [
             AdapterSummary(
@@ -342,9 +353,10 @@ class RedisStore(RedisConnection, Store):
                 name=name,
                 versions=tuple(_versions(versions)),
                 aliases={alias: int(number) for alias, number in _pairs(aliases)},
+                splits={alias: Split.model_validate_json(split) for alias, split in _pairs(splits)},
                 access=Access.model_validate_json(access) if access else Access(),
             )
-            for name, (versions, aliases, access) in zip(names, answer, strict=True)
+            for name, (versions, aliases, access, splits) in zip(names, answer, strict=True)
             if versions
         ]
 

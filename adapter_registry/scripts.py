@@ -40,6 +40,7 @@ class AdapterKeys:
     access: str  # JSON: who else may call it
     moves: str  # list of JSON: what became of its aliases, newest first
     before: str  # hash: alias -> number before its last move
+    splits: str  # hash: alias -> JSON: what part of its requests goes where
 
 
 class TenantKeys:
@@ -61,4 +62,6 @@ class TenantKeys:
     def adapter(self, name: str) -> AdapterKeys:
         """The keys of one of this tenant's adapters."""
         base = f"{self._base}adapter:{check_name(name)}:"
-        return AdapterKeys(*(base + name for name in ("versions", "digests", "aliases", "access", "moves", "before")))
+        return AdapterKeys(
+            *(base + name for name in ("versions", "digests", "aliases", "access", "moves", "before", "splits"))
+        )

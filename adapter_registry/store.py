@@ -24,6 +24,7 @@ from adapter_registry.records import (
     AuditEntry,
     KeyRecord,
     SpeculationPolicy,
+    Split,
     VersionSelector,
 )
 
@@ -48,8 +49,11 @@ class Store(Protocol):
         """
         ...
 
-    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
+    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
+        """The READY version a reference means; `point` in [0, 1) says on which side of an alias's split.
+
+        Raises `NotPublished`, the same for another tenant's that is not shared.
+        """
         ...
 
     async def get(self, tenant: str, name: str) -> AdapterSummary:
@@ -65,17 +69,21 @@ class Store(Protocol):
     ) -> Sequence[AdapterVersion]:
         """Remove one version, or the adapter with all its versions and aliases. Returns what was removed.
 
-        Raises `NotPublished`, and `InUse` when one version is asked for and an alias points at it. Blobs that nothing
-        refers to any more become garbage; `sweep` frees them after the grace period.
+        Raises `NotPublished`, and `InUse` when one version is asked for and an alias or its split points at it. Blobs that
+        nothing refers to any more become garbage; `sweep` frees them after the grace period.
         """
         ...
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
-        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
+    async def set_alias(
+        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
+    ) -> None:
+        """Point an alias at a READY version, and a part of its requests at another; without `split` all go to `version`.
+        Raises `NotPublished` or `InvalidName`."""
         ...
 
     async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
-        """Point an alias at where it pointed before its last move; returns the version. Rolling back twice is where it was.
+        """Take an alias's split away, or if it has none point it at where it pointed before its last move; returns its
+        version. Without a split, rolling back twice is where it was.
 
         Raises `NotPublished` when that version is gone, or there was none.
         """

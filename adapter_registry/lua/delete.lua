@@ -1,5 +1,6 @@
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
--- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit.
+-- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit,
+-- splits.
 -- ARGV: name, version or '', who, audit entries to keep.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
@@ -9,6 +10,10 @@ elseif redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
   local aliases = redis.call('HGETALL', KEYS[4])
   for i = 1, #aliases, 2 do
     if aliases[i + 1] == ARGV[2] then return {'in_use', aliases[i]} end
+  end
+  local splits = redis.call('HGETALL', KEYS[11])
+  for i = 1, #splits, 2 do
+    if tostring(cjson.decode(splits[i + 1]).version) == ARGV[2] then return {'in_use', splits[i]} end
   end
   doomed = {ARGV[2]}
 end
@@ -36,7 +41,7 @@ for _, number in ipairs(doomed) do
   answer[#answer + 1] = stored
 end
 if redis.call('HLEN', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9])  -- a name that is used again is not shared, and has no past
+  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9], KEYS[11])  -- a name that is used again is not shared, and has no past
   redis.call('SREM', KEYS[1], ARGV[1])
 end
 return answer

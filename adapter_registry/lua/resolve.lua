@@ -1,5 +1,6 @@
 -- The READY version that a reference means, for a tenant that may call it.
--- KEYS: versions, aliases, digests, access. ARGV: by, value, tenant that asks if it is another, or ''.
+-- KEYS: versions, aliases, digests, access, splits.
+-- ARGV: by, value, tenant that asks if it is another, or '', point in [0, 1) or '' for none.
 -- Answers {number, envelope}, or nil. Alias and version are read in one script, so a move between them cannot be seen.
 local function ready(number)
   local stored = number and redis.call('HGET', KEYS[1], number)
@@ -19,10 +20,15 @@ end
 local by, value = ARGV[1], ARGV[2]
 if by == 'version' then return ready(value) end
 if by == 'digest' then return ready(redis.call('HGET', KEYS[3], value)) end
-if by == 'alias' then return ready(redis.call('HGET', KEYS[2], value)) end
-
-local pinned = redis.call('HGET', KEYS[2], 'prod')
-if pinned then return ready(pinned) end
+local alias = by == 'alias' and value or 'prod'
+local split = ARGV[4] ~= '' and redis.call('HGET', KEYS[5], alias)
+if split then
+  local part = cjson.decode(split)
+  local found = tonumber(ARGV[4]) < part.weight and ready(part.version)
+  if found then return found end
+end
+local pinned = redis.call('HGET', KEYS[2], alias)
+if pinned or by == 'alias' then return ready(pinned) end
 local numbers = redis.call('HKEYS', KEYS[1])
 table.sort(numbers, function(a, b) return tonumber(a) > tonumber(b) end)
 for _, number in ipairs(numbers) do

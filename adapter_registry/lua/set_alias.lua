@@ -1,9 +1,9 @@
 -- Move an alias, and say so in its adapter's log.
--- KEYS: versions, aliases, where each alias was before, log, audit.
+-- KEYS: versions, aliases, where each alias was before, log, audit, splits.
 -- ARGV: alias; version, 'back' to where it was before its last move, or '' to remove it; who; when; entries to keep;
--- the adapter's name; audit entries to keep.
+-- the adapter's name; audit entries to keep; split as JSON, or ''.
 -- Answers {1, version or 0}, or {0} when there is no such version, or nothing to go back to or remove.
-local before = redis.call('HGET', KEYS[2], ARGV[1])
+local before, split_before = redis.call('HGET', KEYS[2], ARGV[1]), redis.call('HGET', KEYS[6], ARGV[1])
 local version = ARGV[2]
 if version == 'back' then
   -- Asked again, because the answer was lost? Then it has gone back already, and must not go forth.
@@ -11,25 +11,38 @@ if version == 'back' then
     local move = cjson.decode(line)
     if move.alias == ARGV[1] and move.by == ARGV[3] and move.at == ARGV[4] then return {1, move.version} end
   end
-  version = redis.call('HGET', KEYS[3], ARGV[1])
+  version = split_before and before or redis.call('HGET', KEYS[3], ARGV[1])
   if not version then return {0} end
 end
+
+local function is_ready(number)
+  local stored = redis.call('HGET', KEYS[1], number)
+  return stored and cjson.decode(stored).record.state == 'ready'
+end
+local split = ARGV[8] ~= '' and cjson.decode(ARGV[8]) or nil
 if version == '' then
   if not before then return {0} end
   redis.call('HDEL', KEYS[2], ARGV[1])
 else
-  local stored = redis.call('HGET', KEYS[1], version)
-  if not stored or cjson.decode(stored).record.state ~= 'ready' then return {0} end
+  if not is_ready(version) or (split and not is_ready(split.version)) then return {0} end
   redis.call('HSET', KEYS[2], ARGV[1], version)
 end
+if split then redis.call('HSET', KEYS[6], ARGV[1], ARGV[8]) else redis.call('HDEL', KEYS[6], ARGV[1]) end
+
 if version ~= (before or '') then
   if before then redis.call('HSET', KEYS[3], ARGV[1], before) else redis.call('HDEL', KEYS[3], ARGV[1]) end
-  local move = {alias = ARGV[1], version = tonumber(version), before = tonumber(before or ''), by = ARGV[3], at = ARGV[4]}
+end
+if version ~= (before or '') or ARGV[8] ~= (split_before or '') then
+  local move = {
+    alias = ARGV[1], version = tonumber(version), before = tonumber(before or ''), by = ARGV[3], at = ARGV[4], split = split,
+  }
   redis.call('LPUSH', KEYS[4], cjson.encode(move))
   redis.call('LTRIM', KEYS[4], 0, ARGV[5] - 1)
+  local detail = (before or 'none') .. ' to ' .. (version ~= '' and version or 'none')
+  if split then detail = detail .. ', ' .. split.weight .. ' of it to ' .. split.version end
   redis.call(
     'XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', 'by', ARGV[3], 'action', 'alias.moved',
-    'subject', ARGV[6] .. '@' .. ARGV[1], 'detail', (before or 'none') .. ' to ' .. (version ~= '' and version or 'none')
+    'subject', ARGV[6] .. '@' .. ARGV[1], 'detail', detail
   )
 end
 return {1, tonumber(version) or 0}

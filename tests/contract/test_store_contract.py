@@ -11,7 +11,7 @@ from support.drafts import draft, publish, sha
 
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
 from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import Access, Role, SpeculationPolicy, VersionState, parse_reference, utc_now
+from adapter_registry.records import Access, Role, SpeculationPolicy, Split, VersionState, parse_reference, utc_now
 from adapter_registry.store import MOVES_KEPT, Store
 from adapter_registry.tenants import TenantRecord, TenantStore
 
@@ -380,6 +380,44 @@ async def test_what_cannot_be_rolled_back_stays_where_it_is(store: Store) -> Non
         await store.roll_back_alias("globex", "sql", "prod")
     with pytest.raises(InvalidName):
         await store.roll_back_alias("acme", "sql", "2")
+
+
+async def test_a_part_of_an_aliass_requests_goes_to_another_version(store: Store) -> None:
+    for letter in "abc":
+        await publish(store, draft(letter))
+
+    async def at(reference: str, *points: float | None) -> list[int]:
+        return [(await store.resolve("acme", parse_reference(reference), point)).version for point in points]
+
+    await store.set_alias("acme", "sql", "prod", 1, split=Split(version=2, weight=0.25))
+    for reference in ("sql", "sql@prod"):
+        assert await at(reference, 0.0, 0.2499, 0.25, 0.99, None) == [2, 2, 1, 1, 1]
+    assert await at("sql@1", 0.0) == [1]
+    assert (await store.get("acme", "sql")).splits == {"prod": Split(version=2, weight=0.25)}
+    with pytest.raises(InUse):
+        await store.delete("acme", "sql", 2)
+    with pytest.raises(NotPublished):
+        await store.set_alias("acme", "sql", "prod", 1, split=Split(version=9, weight=0.5))
+    assert await at("sql", 0.0) == [2]  # refused: as it was
+    await store.set_alias("acme", "sql", "prod", 1, split=Split(version=2, weight=0.5))
+    assert await at("sql", 0.3) == [2]
+    assert await store.roll_back_alias("acme", "sql", "prod", "key_a") == 1  # first the split goes
+    assert await at("sql", 0.0) == [1]
+    assert (await store.get("acme", "sql")).splits == {}
+    await store.set_alias("acme", "sql", "prod", 2)
+    await store.set_alias("acme", "sql", "prod", 2, split=Split(version=3, weight=0.1))
+    await store.set_alias("acme", "sql", "prod", 3)  # it did well
+    assert await at("sql", 0.0, 0.9) == [3, 3]
+    assert await store.roll_back_alias("acme", "sql", "prod") == 2
+    moves = await store.alias_moves("acme", "sql")
+    assert [(m.before, m.version, m.split and (m.split.version, m.split.weight)) for m in moves[:4]] == [
+        (3, 2, None), (2, 3, None), (2, 2, (3, 0.1)), (1, 2, None),
+    ]  # fmt: skip
+    assert "0.1 of it to 3" in {e.detail.partition(", ")[2] for e in await store.audit_log("acme", 20)}
+    await store.set_alias("acme", "sql", "prod", 2, split=Split(version=3, weight=0.1))
+    await store.delete_alias("acme", "sql", "prod")
+    assert (await store.get("acme", "sql")).splits == {}
+    await store.delete("acme", "sql", 3)
 
 
 async def test_a_shared_adapter_resolves_for_those_it_is_shared_with(store: Store) -> None:

@@ -41,10 +41,10 @@ class FlakyStore(MemoryStore):
         self._fail()
         return await super().find_key(sha256)
 
-    async def resolve(self, tenant: str, selector: Any) -> AdapterVersion:
+    async def resolve(self, tenant: str, selector: Any, point: float | None = None) -> AdapterVersion:
         """As the store, unless it is away."""
         self._fail()
-        return await super().resolve(tenant, selector)
+        return await super().resolve(tenant, selector, point)
 
     async def list(self, tenant: str) -> Any:
         """As the store, unless it is away."""

@@ -15,6 +15,7 @@ from adapter_registry.records import (
     AdapterVersion,
     Role,
     SpeculationPolicy,
+    Split,
     check_alias,
     check_name,
 )
@@ -63,12 +64,22 @@ _UPLOAD_FORM: dict[str, Any] = {
 }
 
 
+class NewSplit(BaseModel):
+    """A part of an alias's requests that another version answers; the same `user` stays on one side."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[int, Field(ge=1, le=10**9)]
+    weight: Annotated[float, Field(gt=0, lt=1, strict=False)]
+
+
 class AliasTarget(BaseModel):
     """The body of PUT …/aliases/{alias}."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Annotated[int, Field(ge=1, le=10**9)]
+    split: NewSplit | None = None
 
 
 class NewAccess(BaseModel):
@@ -180,13 +191,18 @@ async def get_file(name: str, version: VersionNumber, path: str, caller: CallerD
 
 @router.put("/v1/adapters/{name}/aliases/{alias}")
 async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Point an alias at a version; `prod` is what the plain name means."""
+    """Point an alias at a version, and a part of its requests at another; `prod` is what the plain name means."""
     tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
+    split = Split(**body.split.model_dump()) if body.split is not None else None
+    if split is not None and split.version == body.version:
+        raise InvalidRequest("'split' names the alias's own version.", code="invalid_value", param="split.version")
     try:
-        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version, caller.key_id)
+        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version, caller.key_id, split)
     except NotPublished:
-        raise _no_version(name, body.version) from None
-    return {"object": "adapter.alias", "name": name, "alias": alias, "version": body.version}
+        if split is None:
+            raise _no_version(name, body.version) from None
+        raise NotPublished(f"'{name}' has not both versions, {body.version} and {split.version}.") from None
+    return {"object": "adapter.alias", "name": name, "alias": alias, **body.model_dump()}
 
 
 @router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)
@@ -199,7 +215,8 @@ async def delete_alias(name: str, alias: str, caller: CallerDep, runtime: Runtim
 
 @router.post("/v1/adapters/{name}/aliases/{alias}/rollback")
 async def roll_back_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Point an alias at the version before its last move; once more, and it is where it was."""
+    """Take an alias's split away; without one, point it at the version before its last move. Once more, and it is where it
+    was."""
     tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
     try:
         version = await store.roll_back_alias(tenant, check_name(name), check_alias(alias), caller.key_id)
@@ -215,7 +232,8 @@ async def list_alias_moves(name: str, caller: CallerDep, runtime: RuntimeDep) ->
     summary = await _visible(runtime, caller, name)
     moves = await store.alias_moves(tenant, name)
     data = [{"object": "adapter.alias.move", **move.model_dump(mode="json")} for move in moves]
-    return {"object": "list", "aliases": summary.aliases, "data": data}
+    splits = {alias: split.model_dump() for alias, split in summary.splits.items()}
+    return {"object": "list", "aliases": summary.aliases, "splits": splits, "data": data}
 
 
 @router.put("/v1/adapters/{name}/access")
@@ -287,6 +305,7 @@ def _summary_body(summary: AdapterSummary, caller: Caller) -> Json:
         "name": summary.name,
         "current": current.version if current else None,
         "aliases": summary.aliases,
+        "splits": {alias: split.model_dump() for alias, split in summary.splits.items()},
         # Who else may call it is for those who may change that.
         "access": summary.access.model_dump(mode="json") if caller.role.includes(Role.PUBLISHER) else None,
         "versions": [_version_body(version) for version in summary.versions],

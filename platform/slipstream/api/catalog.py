@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -110,9 +112,11 @@ class Catalog:
             )
         return Target(base, self._engines[base], await self._spec(base))
 
-    async def resolve(self, caller: Caller, model: str) -> Target:
-        """The target of `model`. Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not
-        for."""
+    async def resolve(self, caller: Caller, model: str, user: str | None = None) -> Target:
+        """The target of `model`; of an alias whose requests are split, the same for the same `user`.
+
+        Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not for.
+        """
         tenant, base = caller.acting_tenant(), self.base_of(model)
         unknown = NotFound(
             f"The model '{model[:200]}' does not exist, or you do not have access to it. GET /v1/models lists yours.",
@@ -128,7 +132,8 @@ class Catalog:
             label = selector.name if selector.tenant in (None, tenant) else f"{selector.tenant}/{selector.name}"
             if not caller.may_call(label):
                 raise unknown
-            version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector))
+            point = _point(tenant, label, selector.alias or "", user)
+            version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector, point))
         except (InvalidName, NotPublished):
             raise unknown from None
         assert version is not None  # `resolve` raises instead
@@ -180,6 +185,14 @@ class Catalog:
             spec = kept[1]
         self._specs[base] = (self._clock(), spec)
         return spec
+
+
+def _point(tenant: str, label: str, alias: str, user: str | None) -> float:
+    """Where a request lies in [0, 1): of a user always in the same place, for an alias; else anywhere."""
+    if user is None:
+        return random.random()  # noqa: S311 - it spreads load, it guards nothing
+    digest = hashlib.sha256(f"{tenant}\0{label}\0{alias}\0{user}".encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
 
 
 def _basename(model: str) -> str:

@@ -19,7 +19,6 @@ _MAX_INT = 2**31 - 1
 # Neither changes the answer: sent by many clients, ignored on purpose.
 _IGNORED = frozenset(
     {
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -129,6 +128,7 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: Annotated[Text, Field(max_length=512)] | None = None  # stays on its side of a split
     priority: Annotated[int, Field(ge=-100, le=100)] | None = (
         None  # as vLLM's: lower ones start first; within the tenant
     )

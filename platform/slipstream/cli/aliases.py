@@ -12,10 +12,12 @@ from slipstream.cli.session import (
     KeyOption,
     TenantOption,
     UrlOption,
+    end,
     session,
     show_json,
     show_table,
 )
+from slipstream.errors import InvalidRequest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,16 +35,22 @@ def set_alias(
     alias: AliasArgument,
     version: Annotated[int, typer.Argument(help="The version's number.", min=1, show_default=False)],
     *,
+    split: Annotated[
+        str | None, typer.Option("--split", help="VERSION=PART: where a part of its requests goes.", show_default=False)
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     tenant: TenantOption = None,
 ) -> None:
-    """Point an alias at a version; requests from now on go there.
+    """Point an alias at a version; requests from now on go there. With --split a part of them goes to another version; the
+    same `user` always goes to the same one.
 
-    Example: slipstream aliases set sql prod 3
+    Example: slipstream aliases set sql prod 3 --split 4=0.1
     """
-    session(context, url, api_key, tenant).run(lambda client: client.set_alias(name, alias, version))
-    typer.echo(f"{name}@{alias} is {name}@{version}")
+    part = _split(split) if split is not None else None
+    session(context, url, api_key, tenant).run(lambda client: client.set_alias(name, alias, version, part))
+    rest = f", {part[1]:.0%} of it {name}@{part[0]}" if part is not None else ""
+    typer.echo(f"{name}@{alias} is {name}@{version}{rest}")
 
 
 @app.command()
@@ -55,7 +63,7 @@ def rollback(
     api_key: KeyOption = "",
     tenant: TenantOption = None,
 ) -> None:
-    """Point an alias at the version before its last move; once more, and it is where it was.
+    """Take a split away; without one, go to the version before the last move. Once more, and it is where it was.
 
     Example: slipstream aliases rollback sql prod
     """
@@ -104,6 +112,14 @@ def log(
         for move in found
     ]
     show_table(["WHEN", "ALIAS", "FROM", "TO", "BY KEY"], rows, f"No alias of {name} was ever set.")
+
+
+def _split(text: str) -> tuple[int, float]:
+    version, _, part = text.partition("=")
+    try:
+        return int(version), float(part)
+    except ValueError:
+        end(InvalidRequest("--split is VERSION=PART, as in 4=0.1: version 4 answers a tenth."))
 
 
 def _number(version: int | None) -> str:

@@ -131,9 +131,12 @@ class SlipstreamClient:
                 await save(response.aiter_bytes(), entry, folder, count)
         return version
 
-    async def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias at a version."""
-        await self._send("PUT", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}", json={"version": version})
+    async def set_alias(self, name: str, alias: str, version: int, split: tuple[int, float] | None = None) -> None:
+        """Point an alias at a version; split: another version, and its part of the requests in (0, 1)."""
+        body: Json = {"version": version}
+        if split is not None:
+            body["split"] = {"version": split[0], "weight": split[1]}
+        await self._send("PUT", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}", json=body)
 
     async def roll_back_alias(self, name: str, alias: str) -> Json:
         """Point an alias at the version before its last move."""

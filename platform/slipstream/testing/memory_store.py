@@ -21,6 +21,7 @@ from adapter_registry.records import (
     AuditEntry,
     KeyRecord,
     SpeculationPolicy,
+    Split,
     VersionSelector,
     VersionState,
     check_alias,
@@ -39,6 +40,7 @@ class _Adapter:
     versions: dict[int, AdapterVersion] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     access: Access = field(default_factory=Access)
+    splits: dict[str, Split] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)  # alias -> version before its last move
     moves: deque[AliasMove] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))  # newest first
 
@@ -107,12 +109,16 @@ class MemoryStore(Store):
             mine.garbage.pop(sha, None)
         return version, True
 
-    async def resolve(self, tenant: str, selector: VersionSelector) -> AdapterVersion:
-        """The READY version a reference means. Raises `NotPublished`, the same for another tenant's that is not shared."""
+    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
+        """The READY version a reference means, on this side of an alias's split. Raises `NotPublished`."""
         owner = selector.tenant or tenant
         adapter = self._look(owner).adapters.get(selector.name, _Adapter())
         found: AdapterVersion | None = None
-        if selector.by == "default":
+        alias = {"default": "prod", "alias": selector.alias or ""}.get(selector.by, "")
+        split = adapter.splits.get(alias)
+        if split is not None and point is not None and point < split.weight:
+            found = adapter.versions.get(split.version)
+        elif selector.by == "default":
             found = _summary(owner, selector.name, adapter).current
         elif selector.by == "version":
             found = adapter.versions.get(selector.version or 0)
@@ -142,6 +148,7 @@ class MemoryStore(Store):
         if not doomed:
             raise _not_published(name)
         alias = next((alias for alias, number in adapter.aliases.items() if number == version), None)
+        alias = alias or next((alias for alias, split in adapter.splits.items() if split.version == version), None)
         if alias is not None:
             raise InUse(f"The alias {alias!r} points at {name}@{version}: move or delete the alias first.")
         removed = [adapter.versions.pop(number) for number in doomed]
@@ -156,17 +163,20 @@ class MemoryStore(Store):
                 mine.garbage[sha] = self._clock()
         return removed
 
-    async def set_alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
-        """Point an alias at a READY version. Raises `NotPublished` or `InvalidName`."""
-        self._move(tenant, name, alias, version, by)
+    async def set_alias(
+        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
+    ) -> None:
+        """Point an alias at a READY version, and a part of its requests at another."""
+        self._move(tenant, name, alias, version, by, split)
 
     async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
-        """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
-        before = self._adapter(tenant, name).before.get(check_alias(alias))
-        if before is None:
+        """Take an alias's split away, or point it at where it pointed before its last move. Raises `NotPublished`."""
+        adapter = self._adapter(tenant, name)
+        to = adapter.aliases.get(alias) if check_alias(alias) in adapter.splits else adapter.before.get(alias)
+        if to is None:
             raise _not_published(name)
-        self._move(tenant, name, alias, before, by)
-        return before
+        self._move(tenant, name, alias, to, by)
+        return to
 
     async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
         """Remove an alias. Raises `NotPublished`."""
@@ -193,23 +203,34 @@ class MemoryStore(Store):
             if owner != tenant and adapter.access.allows(tenant)
         ]
 
-    def _move(self, tenant: str, name: str, alias: str, version: int | None, by: str) -> None:
+    def _move(
+        self, tenant: str, name: str, alias: str, version: int | None, by: str, split: Split | None = None
+    ) -> None:
         check_alias(alias)
         adapter = self._adapter(tenant, name)
-        before = adapter.aliases.get(alias)
+        before, split_before = adapter.aliases.get(alias), adapter.splits.pop(alias, None)
+        for number in [n for n in (version, split.version if split is not None else None) if n is not None]:
+            target = adapter.versions.get(number)
+            if target is None or target.state is not VersionState.READY:
+                if split_before is not None:
+                    adapter.splits[alias] = split_before
+                raise _not_published(name)
         if version is None:
             del adapter.aliases[alias]
         else:
-            target = adapter.versions.get(version)
-            if target is None or target.state is not VersionState.READY:
-                raise _not_published(name)
             adapter.aliases[alias] = version
+        if split is not None:
+            adapter.splits[alias] = split
         if version != before:
             adapter.before.pop(alias, None)
             if before is not None:
                 adapter.before[alias] = before
-            adapter.moves.appendleft(AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now()))
+        if version != before or split != split_before:
+            move = AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now(), split=split)
+            adapter.moves.appendleft(move)
             detail = f"{before or 'none'} to {version or 'none'}"
+            if split is not None:
+                detail += f", {split.weight:g} of it to {split.version}"
             self.write_down(tenant, by, AuditAction.ALIAS_MOVED, f"{name}@{alias}", detail)
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
@@ -340,7 +361,12 @@ def _order(entry_id: str) -> tuple[int, ...]:
 def _summary(tenant: str, name: str, adapter: _Adapter) -> AdapterSummary:
     newest_first = tuple(adapter.versions[number] for number in sorted(adapter.versions, reverse=True))
     return AdapterSummary(
-        tenant=tenant, name=name, versions=newest_first, aliases=dict(adapter.aliases), access=adapter.access
+        tenant=tenant,
+        name=name,
+        versions=newest_first,
+        aliases=dict(adapter.aliases),
+        splits=dict(adapter.splits),
+        access=adapter.access,
     )
 
 

@@ -140,3 +140,46 @@ async def test_aliases_are_moved_logged_and_rolled_back(world: ApiWorld, http: h
     refused = await http.post("/v1/adapters/sql/aliases/canary/rollback")
     assert refused.status_code == 404
     assert "could go back to" in refused.json()["error"]["message"]
+
+
+async def test_an_aliass_requests_are_split_and_a_user_stays_on_its_side(
+    world: ApiWorld, http: httpx.AsyncClient
+) -> None:
+    for content in ("a", "b"):
+        await world.publish("sql", content=content)
+    body = {"version": 1, "split": {"version": 2, "weight": 0.4}}
+    assert (await http.put("/v1/adapters/sql/aliases/prod", json=body)).json()["split"] == body["split"]
+    assert (await http.get("/v1/adapters/sql")).json()["splits"] == {"prod": body["split"]}
+    chosen: dict[str, set[str]] = {}
+    for i in range(120):
+        user = f"user-{i % 40}"
+        answer = await http.post("/v1/completions", json={**PROMPT, "model": "sql", "user": user})
+        chosen.setdefault(user, set()).add(answer.json()["model"])
+    assert all(len(models) == 1 for models in chosen.values())
+    canary = sum(models == {"sql@2"} for models in chosen.values())
+    assert 8 <= canary <= 24
+    anybody = {(await ask(http, "sql")).json()["model"] for _ in range(60)}
+    assert anybody == {"sql@1", "sql@2"}
+    assert (await http.delete("/v1/adapters/sql/versions/2")).status_code == 409
+    assert (await http.post("/v1/adapters/sql/aliases/prod/rollback")).json()["version"] == 1
+    assert {(await ask(http, "sql")).json()["model"] for _ in range(30)} == {"sql@1"}
+
+
+@pytest.mark.parametrize(
+    ("split", "status", "param"),
+    [
+        ({"version": 1, "weight": 0.5}, 400, "split.version"),
+        ({"version": 2, "weight": 0}, 400, "split.weight"),
+        ({"version": 2, "weight": 1}, 400, "split.weight"),
+        ({"version": 2}, 400, "split.weight"),
+        ({"version": 9, "weight": 0.5}, 404, None),
+    ],
+)
+async def test_splits_that_make_no_sense_are_refused(
+    world: ApiWorld, http: httpx.AsyncClient, split: dict[str, Any], status: int, param: str | None
+) -> None:
+    for content in ("a", "b"):
+        await world.publish("sql", content=content)
+    response = await http.put("/v1/adapters/sql/aliases/prod", json={"version": 1, "split": split})
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+    assert (await http.get("/v1/adapters/sql")).json()["aliases"] == {}

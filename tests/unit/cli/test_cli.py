@@ -273,6 +273,10 @@ def test_aliases_sharing_and_who_did_it(shell: Shell, folder: Path, tmp_path: Pa
     assert shell("aliases", "rollback", "sql", "prod").stdout == "sql@prod is sql@1 again\n"
     assert len(json.loads(shell("aliases", "log", "sql", "--json").stdout)) == 3
     assert "FROM" in shell("aliases", "log", "sql").stdout
+    split = shell("aliases", "set", "sql", "prod", "1", "--split", "2=0.1")
+    assert split.stdout == "sql@prod is sql@1, 10% of it sql@2\n"
+    assert "VERSION=PART" in shell("aliases", "set", "sql", "prod", "1", "--split", "half").stderr
+    assert shell("aliases", "rollback", "sql", "prod").stdout == "sql@prod is sql@1 again\n"
     assert shell("adapters", "share", "sql", "--with", "globex").stdout == "sql may be called by globex\n"
     assert shell("adapters", "share", "sql", "--public").stdout == "sql may be called by every tenant\n"
     assert shell("adapters", "share", "sql").stdout == "sql may be called by nobody else\n"
