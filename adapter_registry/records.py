@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from adapter_registry.errors import InvalidName
 
@@ -144,7 +144,9 @@ class Split(Frozen):
     """A part of an alias's requests that another version answers."""
 
     version: Annotated[int, Field(ge=1)]
-    weight: Annotated[float, Field(gt=0, lt=1)]  # of all its requests
+    weight: Annotated[
+        float, Field(ge=0.0001, le=0.9999), AfterValidator(lambda part: round(part, 6))
+    ]  # of its requests
 
 
 class AliasMove(Frozen):

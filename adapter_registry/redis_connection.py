@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import RedisClusterException, RedisError
 
 from adapter_registry.errors import StoreUnavailable
@@ -69,7 +69,12 @@ def _behind_sentinels(url: str, options: dict[str, Any]) -> Redis:
     query = dict(parse_qsl(parts.query))
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]  # redis-py's own gap
         [(host.strip("[]"), int(port)) for host, port in pairs],
-        sentinel_kwargs={**tls, **{name: options[name] for name in same}, "password": query.get("sentinel_password")},
+        sentinel_kwargs={
+            **tls,
+            **{name: options[name] for name in same},
+            "password": query.get("sentinel_password"),
+            "retry": Retry(NoBackoff(), 0),  # the next one is asked at once
+        },
     )
     client = sentinel.master_for(
         service, redis_class=_SentinelRedis, **options, **tls, db=int(database or 0),

@@ -200,10 +200,10 @@ class RedisStore(RedisConnection, Store):
             raise _not_published(name)
         await self._index(indexes, label)
 
-    async def _index(self, indexes: Sequence[str], label: str) -> None:
+    async def _index(self, indexes: Sequence[str], *labels: str) -> None:
         for index in indexes:
             if int(await self._command("SCARD", index)) < SHARED_LISTED:  # others fill it: it must not grow for ever
-                await self._command("SADD", index, label)
+                await self._command("SADD", index, *labels)
 
     async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
         """Others' adapters that a tenant may call, by owner and name."""
@@ -212,8 +212,11 @@ class RedisStore(RedisConnection, Store):
             labels = set(await self._command("SMEMBERS", index))
             seen = await self._labelled(labels)
             allowed = {label for label, summary in seen.items() if summary.access.allows(tenant)}
-            if labels - allowed:
-                await self._command("SREM", index, *(labels - allowed))
+            if dropped := labels - allowed:
+                await self._command("SREM", index, *dropped)
+                # One that was shared while this looked at the others was dropped with its second entry.
+                again = [s for s in (await self._labelled(dropped)).values() if s.access.allows(tenant)]
+                await self._index([index] * bool(again), *(f"{s.tenant}/{s.name}" for s in again))
             found |= {label: seen[label] for label in allowed if seen[label].tenant != tenant}
         return sorted(found.values(), key=lambda summary: (summary.tenant, summary.name))
 
@@ -284,10 +287,11 @@ class RedisStore(RedisConnection, Store):
 
     async def replace_key(self, key: KeyRecord, by: str = "") -> None:
         """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""
-        if not await self._write_key(key, "replace", by, AuditAction.KEY_CHANGED):
+        # What it opens first, and only if it still opens something: whoever revokes it takes that away first. A crash in
+        # between leaves a key that ends as it was told, and that can be changed again.
+        opens = await self._command("SET", lookup_key(key.sha256), _key_json(key), "XX")
+        if not opens or not await self._write_key(key, "replace", by, AuditAction.KEY_CHANGED):
             raise _no_key(key.id)
-        # Only if it still opens something: whoever revokes it meanwhile takes that away first.
-        await self._command("SET", lookup_key(key.sha256), _key_json(key), "XX")
 
     async def find_key(self, sha256: str) -> KeyRecord | None:
         """The key whose secret has this hash."""

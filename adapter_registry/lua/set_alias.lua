@@ -6,12 +6,16 @@
 local before, split_before = redis.call('HGET', KEYS[2], ARGV[1]), redis.call('HGET', KEYS[6], ARGV[1])
 local version = ARGV[2]
 if version == 'back' then
+  local last  -- for aliases that were moved before there was KEYS[3]
   -- Asked again, because the answer was lost? Then it has gone back already, and must not go forth.
   for _, line in ipairs(redis.call('LRANGE', KEYS[4], 0, 20)) do
     local move = cjson.decode(line)
-    if move.alias == ARGV[1] and move.by == ARGV[3] and move.at == ARGV[4] then return {1, move.version} end
+    if move.alias == ARGV[1] then
+      if move.by == ARGV[3] and move.at == ARGV[4] then return {1, move.version} end
+      if not last and move.before and move.before ~= move.version then last = string.format('%d', move.before) end
+    end
   end
-  version = split_before and before or redis.call('HGET', KEYS[3], ARGV[1])
+  version = split_before and before or redis.call('HGET', KEYS[3], ARGV[1]) or last
   if not version then return {0} end
 end
 

@@ -2,8 +2,9 @@
 -- KEYS: API keys, their last uses, audit. ARGV: key id, record, mode, who, action, label and role, audit entries to keep.
 -- Answers 1, or 0 when there is none to replace.
 if ARGV[3] == 'replace' and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+if ARGV[3] ~= 'remove' and redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return 1 end
 if ARGV[3] == 'remove' then
-  redis.call('HDEL', KEYS[1], ARGV[1])
+  if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
   redis.call('HDEL', KEYS[2], ARGV[1])
 else
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])

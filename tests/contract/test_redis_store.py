@@ -244,6 +244,17 @@ async def test_a_rollback_that_is_sent_again_because_its_answer_was_lost_is_done
     assert (await store.get("acme", "sql")).aliases["prod"] == 1
 
 
+async def test_an_alias_that_was_moved_before_this_was_remembered_goes_back_as_well(
+    store: RedisStore, raw: Redis
+) -> None:
+    for letter in "ab":
+        await publish(store, draft(letter))
+    for version in (1, 2):
+        await store.set_alias("acme", "sql", "prod", version)
+    await raw.delete("slipstream:{acme}:adapter:sql:before")
+    assert await store.roll_back_alias("acme", "sql", "prod") == 1
+
+
 async def test_sharing_what_is_not_there_leaves_nothing_with_others(store: RedisStore, raw: Redis) -> None:
     with pytest.raises(NotPublished):
         await store.set_access("acme", "none", Access(public=True, tenants=("globex",)))
@@ -266,9 +277,10 @@ async def test_keys_with_nothing_new_are_written_as_they_were_before(store: Redi
 
 async def test_a_user_who_may_only_touch_our_keys_is_enough(server: RedisServer, raw: Redis) -> None:
     """The rights that the README names: no administration, no other keys."""
-    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "+time", "-@admin", "-@dangerous"]
+    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "+time", "+select"]
+    rights += ["-@admin", "-@dangerous", "+cluster|slots"]
     await raw.execute_command("ACL", "SETUSER", "slipstream", "on", ">pw", *rights)  # type: ignore[no-untyped-call]
-    url = f"redis://slipstream:pw@127.0.0.1:{server.port}/0"
+    url = f"redis://slipstream:pw@127.0.0.1:{server.port}/1"
     store, tenants = RedisStore.from_url(url), RedisTenants.from_url(url)
     try:
         await publish(store, draft("a"))

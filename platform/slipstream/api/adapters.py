@@ -70,7 +70,7 @@ class NewSplit(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Annotated[int, Field(ge=1, le=10**9)]
-    weight: Annotated[float, Field(gt=0, lt=1, strict=False)]
+    weight: Annotated[float, Field(ge=0.0001, le=0.9999, strict=False)]
 
 
 class AliasTarget(BaseModel):

@@ -112,8 +112,8 @@ class Catalog:
             )
         return Target(base, self._engines[base], await self._spec(base))
 
-    async def resolve(self, caller: Caller, model: str, user: str | None = None) -> Target:
-        """The target of `model`; of an alias whose requests are split, the same for the same `user`.
+    async def resolve(self, caller: Caller, model: str, user: str | None = None, split: bool = False) -> Target:
+        """The target of `model`; with `split`, of an alias whose requests are split, on the side of this `user`.
 
         Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not for.
         """
@@ -132,7 +132,7 @@ class Catalog:
             label = selector.name if selector.tenant in (None, tenant) else f"{selector.tenant}/{selector.name}"
             if not caller.may_call(label):
                 raise unknown
-            point = _point(tenant, label, selector.alias or "", user)
+            point = _point(tenant, label, selector.alias or "prod", user) if split else None
             version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector, point))
         except (InvalidName, NotPublished):
             raise unknown from None

@@ -111,7 +111,7 @@ class ChatRequest(SamplingFields):
 async def chat_completions(request: Request, body: ChatRequest, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Answer a conversation; the same fields as OpenAI's, and `speculation`, `top_k`, `min_p` and friends."""
     tenant = caller.acting_tenant()
-    target = await runtime.catalog.resolve(caller, body.model, body.user)
+    target = await runtime.catalog.resolve(caller, body.model, body.user, split=True)
     target.check_chat()
     reply = Reply("chatcmpl-" + secrets.token_hex(12), int(time.time()), target)
     wanted = GenerateRequest(

@@ -108,7 +108,7 @@ class _Shown:
 async def completions(request: Request, body: CompletionRequest, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Continue one or several prompts; the same fields as OpenAI's, and `speculation`, `top_k`, `min_p` and friends."""
     tenant = caller.acting_tenant()
-    target = await runtime.catalog.resolve(caller, body.model, body.user)
+    target = await runtime.catalog.resolve(caller, body.model, body.user, split=True)
     reply = Reply("cmpl-" + secrets.token_hex(12), int(time.time()), target)
     params = body.sampling(body.logprobs)
     requests = [

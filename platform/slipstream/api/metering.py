@@ -41,7 +41,8 @@ class Ticket:
     request_id: str
     tenant: str
     model: str
-    reserved: int  # tokens it was charged for
+    reserved: int  # tokens it was charged for in the store
+    estimated: int  # tokens it may need at most
     weight: float
     headers: Mapping[str, str]  # OpenAI's, about what is left
     since: float  # by the gateway's clock
@@ -88,12 +89,12 @@ class Meter:
         charged = tokens
         if admission is None:
             admission = self._admit_alone(request_id, tenant, tokens)
-            charged = 0  # there
+            charged = 0  # there; here it is all of them
         quota = admission.tenant.quota
         headers = rate_headers(quota, admission.verdict)
         if admission.verdict.exceeded is not None:
             raise _refusal(admission, tokens, headers)
-        ticket = Ticket(request_id, tenant, model, charged, admission.tenant.weight, headers, self._clock())
+        ticket = Ticket(request_id, tenant, model, charged, tokens, admission.tenant.weight, headers, self._clock())
         self._open[request_id] = ticket
         return ticket
 
@@ -103,8 +104,8 @@ class Meter:
             return
         known = self._known.get(ticket.tenant)
         if known is not None:
-            reserved = ticket.reserved or counts.tokens
-            known.limits.release(known.record.quota, ticket.request_id, reserved, counts.tokens, self._clock())
+            # Of what the store admitted, the bucket here is what the store said was left: charged there, and so here.
+            known.limits.release(known.record.quota, ticket.request_id, ticket.estimated, counts.tokens, self._clock())
         if len(self._unsettled) >= self._max_unsettled:
             dropped = self._unsettled.popleft()
             self.lost += 1

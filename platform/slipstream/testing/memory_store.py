@@ -190,7 +190,10 @@ class MemoryStore(Store):
 
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
-        self._adapter(tenant, name).access = access
+        adapter = self._adapter(tenant, name)
+        if access == adapter.access:
+            return
+        adapter.access = access
         self.write_down(tenant, by, AuditAction.ACCESS_CHANGED, name, access.model_dump_json())
 
     async def shared_with(self, tenant: str) -> Sequence[AdapterSummary]:
@@ -280,8 +283,10 @@ class MemoryStore(Store):
 
     async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
-        self.enter(key.tenant).keys[key.id] = key
-        self.write_down(key.tenant, by, AuditAction.KEY_CREATED, key.id, f"{key.role} {key.label}".strip())
+        keys = self.enter(key.tenant).keys
+        if keys.get(key.id) != key:
+            keys[key.id] = key
+            self.write_down(key.tenant, by, AuditAction.KEY_CREATED, key.id, f"{key.role} {key.label}".strip())
 
     async def replace_key(self, key: KeyRecord, by: str = "") -> None:
         """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""

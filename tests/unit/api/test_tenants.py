@@ -310,3 +310,18 @@ async def test_a_handler_that_is_cancelled_when_it_has_just_begun_gives_everythi
     assert world.engine.running == set()
     assert await meter_of(world).flush()
     assert (await http.post("/v1/completions", json=PROMPT)).status_code == 200
+
+
+async def test_without_the_store_tokens_are_corrected_as_well(
+    world: ApiWorld, admin: httpx.AsyncClient, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a few requests' estimates would use up a quota that their answers did not."""
+    await limit(admin, tokens_per_minute=200)
+    assert (await http.post("/v1/completions", json={**PROMPT, "max_tokens": 100})).status_code == 200
+
+    async def fail(*_: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(world.tenants, "admit", fail)
+    codes = [(await http.post("/v1/completions", json={**PROMPT, "max_tokens": 100})).status_code for _ in range(5)]
+    assert codes == [200] * 5
