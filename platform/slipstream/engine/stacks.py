@@ -188,8 +188,8 @@ class RankStack:
         if module is not None and expand is not None:
             rank, shares, first = module.a.shape[1], group.lora.shares, m * group.lora.width(self.rank)
             part.shrink[place, :, first : first + rank] = module.a
-            out = expand.shape[2]
-            expand[place].view(shares, -1, out)[:, :rank] = module.b.view(shares, -1, out)
+            rows, out = expand.shape[1:]  # a rank may have no outputs at all
+            expand[place].view(shares, rows // shares, out)[:, :rank] = module.b.view(shares, rank, out)
 
 
 def norms(square: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,8 @@ def shrink(x: torch.Tensor, weights: torch.Tensor, tiles: torch.Tensor) -> torch
 def expand_(y: torch.Tensor, partial: torch.Tensor, column: int, weights: torch.Tensor, tiles: torch.Tensor) -> None:
     """y [n, out] += partial's [S, n, …] columns column … column + R (summed over S) times weights [P, R, out], in place."""
     outputs, rank = y.shape[1], weights.shape[1]
+    if outputs == 0:  # this rank has none of them
+        return
     _expand[(len(tiles), triton.cdiv(outputs, OUTPUTS))](
         y, partial, weights, tiles, outputs, rank, column,
         y.stride(0), partial.stride(0), partial.stride(1), weights.stride(0),

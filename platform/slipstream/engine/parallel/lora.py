@@ -63,7 +63,8 @@ class LoraSplit:
         if self.by_inputs:
             self.group.all_reduce_(shrunk)
             return shrunk
-        parts = [part.view(*part.shape[:-1], siblings, -1) for part in self.group.all_gather(shrunk)]
+        width = shrunk.shape[-1] // siblings
+        parts = [part.view(*part.shape[:-1], siblings, width) for part in self.group.all_gather(shrunk)]
         return torch.cat(parts, dim=-1).flatten(-2)
 
 
