@@ -6,6 +6,7 @@ import itertools
 import operator
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -194,5 +195,5 @@ def test_costs_never_fall_however_disturbed_the_measurement(measured: list[tuple
     decoder, head = zip(*measured, strict=True)
     costs = RowCosts(tuple(2**i for i in range(len(measured))), decoder, head)
     steps = [costs.step_s(n, 0, 1) for n in range(1, 2 ** len(measured) + 5)]
-    assert steps == sorted(steps)
+    assert all(after >= before * (1 - 1e-12) for before, after in pairwise(steps))  # but for the last bit
     assert all(a <= b for a, b in zip(costs.decoder_s, decoder, strict=True))
