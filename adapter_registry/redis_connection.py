@@ -12,7 +12,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisClusterException, RedisError
 
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.scripts import SCHEMA_KEY, load_script
@@ -125,6 +125,10 @@ class RedisConnection:
                 yield
             finally:
                 self._connections.release()
+        except (NoPermissionError, AuthenticationError) as error:
+            raise StoreUnavailable(
+                "Redis refuses this user a command, or the user itself: check SLIPSTREAM_REDIS_URL and the user's rights."
+            ) from error
         except (RedisError, RedisClusterException, OSError) as error:
             raise StoreUnavailable("The registry cannot be reached or did not answer in time; try again.") from error
 

@@ -334,15 +334,8 @@ class RedisStore(RedisConnection, Store):
 
     async def _write_key(self, key: KeyRecord, mode: str, by: str, action: AuditAction) -> bool:
         keys = TenantKeys(key.tenant)
-        args: list[str | int] = [
-            key.id,
-            _key_json(key),
-            mode,
-            by,
-            action,
-            f"{key.role} {key.label}".strip(),
-            AUDIT_KEPT,
-        ]
+        about = f"{key.role} {key.label}".strip()
+        args: list[str | int] = [key.id, _key_json(key), mode, by, action, about, AUDIT_KEPT]
         return bool(await self._script("write_key", [keys.api_keys, keys.key_uses, keys.audit], args))
 
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:

@@ -18,7 +18,7 @@ import typer
 
 from adapter_registry.keys import new_key
 from adapter_registry.limits import Quota
-from adapter_registry.records import AdapterDraft, AdapterKind, FileEntry, parse_reference, utc_now
+from adapter_registry.records import AdapterDraft, AdapterKind, FileEntry, KeyRecord, parse_reference, utc_now
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts
@@ -63,27 +63,35 @@ def line(name: str, times: list[float]) -> list[str]:
     return [name, f"{statistics.median(ordered):.2f}", f"{ordered[int(0.99 * len(ordered))]:.2f}", f"{ordered[-1]:.1f}"]
 
 
-async def measure(url: str, tenants: int, each: int, requests: int) -> None:
-    """Fill the registry, then ask it."""
-    store, quotas = RedisStore.from_url(url), RedisTenants.from_url(url)
-    rng = random.Random(0)
-    before = await memory(store)
-    names = [f"tenant-{i}" for i in range(tenants)]
+async def fill(
+    store: RedisStore, quotas: RedisTenants, names: list[str], each: int
+) -> tuple[list[KeyRecord], list[float]]:
+    """Quotas, a key and adapters for every tenant; returns the keys, and ms of each publish."""
     for name in names:
         limits = Quota(requests_per_minute=10**9, tokens_per_minute=10**12, concurrent_requests=10**6)
         await quotas.put_tenant(TenantRecord(tenant=name, quota=limits))
     keys = [new_key(name)[1] for name in names]
     for key in keys:
         await store.put_key(key)
-    base = await memory(store)
+    empty = await memory(store)
 
     async def publish(i: int) -> None:
-        version = draft(names[i % tenants], f"adapter-{i // tenants}", i)
+        version = draft(names[i % len(names)], f"adapter-{i // len(names)}", i)
         await store.claim_blobs(version.tenant, version.blob_sha256s)
         await store.publish(version)
 
-    published = await timed(tenants * each, publish)
-    full = await memory(store)
+    published = await timed(len(names) * each, publish)
+    print(f"Redis memory: {(await memory(store) - empty) / len(published):.0f} bytes an adapter.\n")
+    return keys, published
+
+
+async def measure(url: str, tenants: int, each: int, requests: int) -> None:
+    """Fill the registry, then ask it."""
+    store, quotas = RedisStore.from_url(url), RedisTenants.from_url(url)
+    rng = random.Random(0)
+    names = [f"tenant-{i}" for i in range(tenants)]
+    print(f"{tenants} tenants, {each} adapters each; one client process, Redis on the same machine.")
+    keys, published = await fill(store, quotas, names, each)
 
     async def resolve(_: int) -> None:
         reference = f"adapter-{rng.randrange(each)}"
@@ -121,11 +129,7 @@ async def measure(url: str, tenants: int, each: int, requests: int) -> None:
         line(f"list {each} adapters of a tenant", await timed(50, lambda i: store.list(names[i % tenants]))),
         line("publish (claim and publish)", published),
     ]
-    print(f"{tenants} tenants, {each} adapters each; one client process, Redis on the same machine.\n")
     print(table(["ms", "p50", "p99", "most"], rows))
-    print(
-        f"\nRedis memory: {(full - base) / (tenants * each):.0f} bytes an adapter, {(full - before) / 1e6:.1f} MB in all."
-    )
     await store.close()
     await quotas.close()
 

@@ -301,7 +301,7 @@ async def test_a_user_who_may_only_touch_our_keys_is_enough(server: RedisServer,
         assert [row.counts for row in await tenants.usage("acme", day, day)] == [used]
         await store.delete("acme", "sql")
         await store.end_sweep("acme", await store.begin_sweep("acme", 0))
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailable, match="user's rights"):
             await store._command("SET", "others", "x")
     finally:
         await store.close()

@@ -336,7 +336,7 @@ class Scheduler:
         reason: FinishReason | None = None
         for token in result.tokens:
             seq.tokens.append(token)
-            reason = self._stop_reason(seq, token)
+            reason = seq.stop_reason(token)
             if reason is not None:
                 break  # the accepted tail after a stop is dropped
         emitted = len(seq.tokens) - before
@@ -363,15 +363,6 @@ class Scheduler:
             judged=judged,
             accepted=accepted,
         )
-
-    @staticmethod
-    def _stop_reason(seq: Sequence, token: int) -> FinishReason | None:
-        p = seq.params
-        stopped_by_text = seq.on_token(token) if seq.on_token is not None else False
-        enough = seq.num_answer >= p.min_tokens
-        if enough and ((token in seq.eos_ids and not p.ignore_eos) or token in p.stop_token_ids or stopped_by_text):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if seq.remaining <= 0 else None
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.state is SequenceState.RUNNING:

@@ -72,3 +72,12 @@ class Sequence:
     def remaining(self) -> int:
         """Answer tokens still allowed."""
         return self.max_total - len(self.tokens)
+
+    def stop_reason(self, token: int) -> FinishReason | None:
+        """Why it ends with this token, its last; asked once for each token, in order."""
+        p = self.params
+        stopped_by_text = self.on_token(token) if self.on_token is not None else False
+        enough = self.num_answer >= p.min_tokens
+        if enough and ((token in self.eos_ids and not p.ignore_eos) or token in p.stop_token_ids or stopped_by_text):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.remaining <= 0 else None

@@ -185,18 +185,13 @@ class EngineService:
                     raise item
                 done = sum(event.finish_reason is not None for event in item)
                 unfinished -= done
-                self._leave(request.tenant, done)
+                self._open -= Counter({request.tenant: done})
                 yield item
         finally:
             if unfinished:
-                self._leave(request.tenant, unfinished)
+                self._open -= Counter({request.tenant: unfinished})
                 with suppress(EngineFailed):
                     self._post(lambda: self._cancel(call))
-
-    def _leave(self, tenant: str, count: int) -> None:
-        self._open[tenant] -= count
-        if not self._open[tenant]:
-            del self._open[tenant]
 
     async def _admit(self, request: GenerateRequest) -> Admitted:
         """Tokenising a long prompt takes a while: not on the loop that carries everybody's streams."""
