@@ -46,7 +46,6 @@ async def test_test_rows_to_every_adapter_and_the_base_at_once(published: Runnin
         calls += [(MODEL, prompt) for prompt in rows("snips", 4)]
         together = await asyncio.gather(*(complete(client, model, prompt) for model, prompt in calls))
         plain = await asyncio.gather(*(complete(client, model, prompt, speculation=False) for model, prompt in calls))
-        # Twenty at once leave drafts little room on two cores; alone, they get all they can use.
         alone = {task: [await complete(client, task, prompt) for prompt in rows(task, 4)] for task in DATA}
     differing = sum(a.choices[0].text != b.choices[0].text for a, b in zip(together, plain, strict=True))
     assert differing <= 1  # bf16: rare, not promised

@@ -53,7 +53,7 @@ def test_three_lives_of_one_data_folder(home: Path) -> None:
         "Extract the intent and the slots of the command as a JSON object.\nCommand: Rate this book 3 stars.\nJSON:"
     )
 
-    with serving(home, port) as first:
+    with serving(home, port, SLIPSTREAM_DISABLE="") as first:  # as a user has it
         key = first.key
         answered = subprocess.run(
             ["bash", "-c", f"{first.curl} -s"], capture_output=True, text=True, timeout=60, check=True

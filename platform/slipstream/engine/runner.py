@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
 COST_ADAPTERS = 8  # among which its rows are divided …
 COST_RANK = 16  # … and the rank of each, on every linear
 COST_ROWS = 128  # beyond, costs go on as they did
-COST_RUNS = 2
+COST_RUNS = 4
 _NO_PARAMS = SamplingParams(temperature=0.0)
 
 
@@ -292,7 +293,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def row_costs(self, most: int) -> RowCosts:
-        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few runs each.
+        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few turns each.
 
         Rows are measured in sequences of four (three drafts each) and of one; contexts are short, a few blank adapters take
         turns. Uses slots and the cache: for an engine that holds nothing yet.
@@ -303,17 +304,17 @@ class ModelRunner:
         counts = [1]
         while counts[-1] < min(most, COST_ROWS) or len(counts) < 2:
             counts.append(2 * counts[-1])
-        decoder_s, head_s, alone_s = [], [], []
+        alone, together, head = [], [], []
         for count in counts:
-            batch = self._batch(self._cost_parts(count, 1))
-            alone_s.append(self._best_time(partial(self._forward, batch)))
+            alone.append(partial(self._forward, self._batch(self._cost_parts(count, 1))))
             batch = self._batch(self._cost_parts(count, COST_GROUP))
-            decoder_s.append(self._best_time(partial(self._forward, batch)))
-            hidden = self._forward(batch)
-            head_s.append(self._best_time(partial(self._cost_head, hidden[:count], batch.slots[:count])))
+            together.append(partial(self._forward, batch))
+            head.append(partial(self._cost_head, self._forward(batch)[:count], batch.slots[:count]))
+        best = self._best_times([*alone, *together, *head])
+        alone_s, decoder_s, head_s = (tuple(best[i * len(counts) :][: len(counts)]) for i in range(3))
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
-        return RowCosts(tuple(counts), tuple(decoder_s), tuple(head_s), tuple(alone_s))
+        return RowCosts(tuple(counts), decoder_s, head_s, alone_s)
 
     def _cost_parts(self, rows: int, group: int) -> list[PlannedSequence]:
         """Sequences of `group` rows (or one of fewer), the same adapter's together."""
@@ -331,15 +332,17 @@ class ModelRunner:
         logits = self._head(hidden, slots)
         self._sampler.pick(logits, [RowRequest(_NO_PARAMS, 0)] * len(slots), None)
 
-    def _best_time(self, work: Callable[[], object]) -> float:
-        times = []
+    def _best_times(self, works: Sequence[Callable[[], object]]) -> list[float]:
+        """Seconds of each, in turns: a busy neighbour then disturbs one turn of many rather than all of one."""
+        best = [math.inf] * len(works)
         for _ in range(COST_RUNS):
-            began = time.perf_counter()
-            work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+            for i, work in enumerate(works):
+                began = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                best[i] = min(best[i], time.perf_counter() - began)
+        return best
 
     # -- self-check -----------------------------------------------------------------------------------------------
 
