@@ -19,6 +19,10 @@ class InUse(RegistryError):
     """It cannot go: an alias still points at it."""
 
 
+class StorageFull(RegistryError):
+    """The tenant's quota of stored bytes does not hold this as well."""
+
+
 class BlobMissing(RegistryError):
     """A blob that a version names is not in the blob store."""
 

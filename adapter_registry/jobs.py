@@ -190,7 +190,7 @@ class JobStore(Protocol):
     """Files and jobs. Other tenants' look like unknown ones: `NotPublished`."""
 
     async def add_file(self, file: FileRecord) -> None:
-        """Make an uploaded file visible. Raises `BlobMissing` unless its content was claimed and put."""
+        """Make an uploaded file visible. Raises `BlobMissing` unless its content was claimed and put, and `StorageFull`."""
         ...
 
     async def get_file(self, tenant: str, file_id: str) -> FileRecord:

@@ -25,6 +25,7 @@ class Quota(Frozen):
     tokens_per_minute: Limit | None = None
     concurrent_requests: Limit | None = None
     tokens_per_month: Limit | None = None  # by the calendar, in UTC
+    storage_bytes: Limit | None = None  # of adapters and training files; equal content counts once
 
 
 class Exceeded(StrEnum):

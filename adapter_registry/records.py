@@ -81,7 +81,30 @@ def manifest_digest(files: Iterable[FileEntry]) -> str:
     return "sha256:" + hashlib.sha256(canonical_manifest(files)).hexdigest()
 
 
-class AdapterDraft(Frozen):
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, StringConstraints(max_length=256)]
+Labels = Annotated[dict[Label, LabelValue], Field(max_length=32)]
+
+
+class Lineage(Frozen):
+    """Where a version comes from, as far as it is known. Immutable, and no part of its digest."""
+
+    training_job: Annotated[str, Field(max_length=100)] = ""  # id
+    parent: Annotated[str, Field(max_length=200)] = ""  # adapter it was trained on from: `name@3`, or a digest
+    data_sha256: Sha256 | None = None  # of its training rows
+    source: Annotated[str, Field(max_length=500)] = ""  # URL that it was pulled from
+    evaluation: Annotated[dict[Label, float], Field(max_length=64)] = Field(default_factory=dict)  # held-out measures
+
+
+class VersionWish(Frozen):
+    """What a publisher says of a new version beside its files."""
+
+    speculation: SpeculationPolicy = SpeculationPolicy()  # `Store.set_speculation` changes it later
+    labels: Labels = Field(default_factory=dict)  # `Store.set_labels` likewise
+    lineage: Lineage = Lineage()
+
+
+class AdapterDraft(VersionWish):
     """What a publisher hands over: a version before the registry has numbered it."""
 
     tenant: Name
@@ -97,7 +120,6 @@ class AdapterDraft(Frozen):
     attachments: tuple[FileEntry, ...] = ()  # cards, curves, pictures: these do not
     warnings: tuple[str, ...] = ()
     created_by: str = ""  # key id
-    speculation: SpeculationPolicy = SpeculationPolicy()  # of a new version; `Store.set_speculation` changes it
 
     @property
     def digest(self) -> str:
@@ -110,14 +132,19 @@ class AdapterDraft(Frozen):
         return sum(f.size for f in self.files)
 
     @property
+    def blob_sizes(self) -> dict[str, int]:
+        """Bytes of every blob that the version refers to, by sha256: its files, its attachments and the manifest itself."""
+        named = {f.sha256: f.size for f in (*self.files, *self.attachments)}
+        return named | {self.digest.removeprefix("sha256:"): len(canonical_manifest(self.files))}
+
+    @property
     def blob_sha256s(self) -> tuple[str, ...]:
-        """Every blob that the version refers to: its files, its attachments and the manifest itself."""
-        named = {f.sha256 for f in (*self.files, *self.attachments)}
-        return tuple(sorted(named | {self.digest.removeprefix("sha256:")}))
+        """Every blob that the version refers to."""
+        return tuple(sorted(self.blob_sizes))
 
 
 class AdapterVersion(AdapterDraft):
-    """One version as the registry keeps it: immutable, all but its speculation policy."""
+    """One version as the registry keeps it: immutable, all but its speculation policy and its labels."""
 
     version: Annotated[int, Field(ge=1)]
     state: VersionState

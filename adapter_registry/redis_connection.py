@@ -15,9 +15,9 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisClusterException, RedisError
 
 from adapter_registry.errors import StoreUnavailable
+from adapter_registry.migrations import SCHEMA, STEPS
 from adapter_registry.scripts import SCHEMA_KEY, load_script
 
-SCHEMA = "1"
 _QUEUE_WAIT_S = 5.0  # for a free connection
 
 
@@ -94,6 +94,7 @@ class RedisConnection:
         self._connections = asyncio.Semaphore(max_connections)
         self._scripts = {name: client.register_script(load_script(name)) for name in scripts}
         self._schema_checked = False
+        self._migrating = asyncio.Lock()
 
     async def ping(self) -> None:
         """Raises `StoreUnavailable` when the store does not answer."""
@@ -133,12 +134,20 @@ class RedisConnection:
             raise StoreUnavailable("The registry cannot be reached or did not answer in time; try again.") from error
 
     async def _check_schema(self) -> None:
-        """Refuse data that another schema wrote, before a single record of it is read or changed."""
-        await self._client.execute_command("SET", SCHEMA_KEY, SCHEMA, "NX")
-        found = str(await self._client.execute_command("GET", SCHEMA_KEY))
-        if found != SCHEMA:
-            raise StoreUnavailable(
-                f"The registry's data has schema {found[:20]!r} and this Slipstream reads schema {SCHEMA}: "
-                "upgrade Slipstream to the version that wrote it."
-            )
-        self._schema_checked = True
+        """Bring older data to our schema and refuse newer, before a single record of it is read or changed."""
+        async with self._migrating:
+            if self._schema_checked:
+                return
+            execute = self._client.execute_command
+            await execute("SET", SCHEMA_KEY, str(SCHEMA), "NX")
+            found = str(await execute("GET", SCHEMA_KEY))
+            if not found.isdigit() or int(found) > SCHEMA:
+                raise StoreUnavailable(
+                    f"The registry's data has schema {found[:20]!r} and this Slipstream reads schema {SCHEMA}: "
+                    "upgrade Slipstream to the version that wrote it."
+                )
+            for schema in range(int(found), SCHEMA):
+                await STEPS[schema](execute)
+                # Others may do the same at this moment, or have gone further already.
+                await execute("EVAL", load_script("advance"), 1, SCHEMA_KEY, str(schema), str(schema + 1))
+            self._schema_checked = True

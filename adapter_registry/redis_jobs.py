@@ -29,6 +29,7 @@ from adapter_registry.jobs import (
 from adapter_registry.records import Frozen, check_name
 from adapter_registry.redis_connection import RedisConnection, connect
 from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
+from adapter_registry.store import storage_full
 
 JOB_SCRIPTS = ("list_add", "list_page", "file_add", "file_delete", "job_add", "job_replace", "slot_take")
 _TRIES = 100  # of a compare-and-set: each failure means that somebody else got on
@@ -46,8 +47,8 @@ class _Keys(TenantKeys):
     def __init__(self, tenant: str) -> None:
         super().__init__(tenant)
         base = f"{PREFIX}{{{check_name(tenant, 'tenant')}}}:"
-        self.files = (base + "files", base + "files:order")  # hash: id -> record; zset: id -> number
-        self.jobs = (base + "jobs", base + "jobs:order")  # likewise
+        self.file_list = (self.files, base + "files:order")  # zset: id -> number
+        self.jobs = (base + "jobs", base + "jobs:order")  # hash: id -> record; zset: id -> number
         self.file_uses = base + "files:uses"  # hash: id -> jobs that have not ended and read it; never 0
         self._job_base = base + "job:"
 
@@ -71,25 +72,30 @@ class RedisJobs(RedisConnection, JobStore):
     async def add_file(self, file: FileRecord) -> None:
         """Make an uploaded file visible. Raises `BlobMissing` unless its content was claimed and put."""
         keys = _Keys(file.tenant)
-        args = [file.id, file.model_dump_json(), file.sha256]
-        if not await self._script("file_add", [*keys.files, keys.refs, keys.garbage], args):
+        args: list[str | int] = [file.id, file.model_dump_json(), file.sha256, file.size]
+        places = [*keys.file_list, keys.refs, keys.garbage, keys.sizes, keys.settings]
+        answer = await self._script("file_add", places, args)
+        if answer[0] == "unclaimed":
             raise BlobMissing("The file's content is not held for it any more: upload it again.")
+        if answer[0] == "full":
+            raise storage_full(*map(int, answer[1:]))
 
     async def get_file(self, tenant: str, file_id: str) -> FileRecord:
         """Raises `NotPublished`."""
-        found = await self._command("HGET", _Keys(tenant).files[0], file_id)
+        found = await self._command("HGET", _Keys(tenant).files, file_id)
         if not found:
             raise no_file(file_id)
         return FileRecord.model_validate_json(found)
 
     async def list_files(self, tenant: str, query: PageQuery) -> Page[FileRecord]:
         """In order of arrival. Raises `NotPublished` when `after` is not in the list."""
-        return await self._page(_Keys(tenant).files, query, FileRecord.model_validate_json)
+        return await self._page(_Keys(tenant).file_list, query, FileRecord.model_validate_json)
 
     async def delete_file(self, tenant: str, file_id: str) -> None:
         """Raises `NotPublished`, and `InUse` while a job that has not ended reads it."""
         keys = _Keys(tenant)
-        answer = await self._script("file_delete", [*keys.files, keys.file_uses, keys.refs, keys.garbage], [file_id])
+        places = [*keys.file_list, keys.file_uses, keys.refs, keys.garbage, keys.sizes]
+        answer = await self._script("file_delete", places, [file_id])
         if answer == "missing":
             raise no_file(file_id)
         if answer == "in_use":
@@ -102,7 +108,7 @@ class RedisJobs(RedisConnection, JobStore):
         await self._command("SADD", TENANTS_KEY, job.tenant)
         await self._command("ZADD", _ACTIVE_KEY, "NX", str(_now_ms()), _member(job))
         args = [job.id, _stored(job), *job.files]
-        if missing := await self._script("job_add", [*keys.jobs, keys.files[0], keys.file_uses], args):
+        if missing := await self._script("job_add", [*keys.jobs, keys.files, keys.file_uses], args):
             raise no_file(missing)
 
     async def get_job(self, tenant: str, job_id: str) -> JobRecord:

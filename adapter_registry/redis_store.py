@@ -32,7 +32,7 @@ from adapter_registry.records import (
 )
 from adapter_registry.redis_connection import RedisConnection, connect
 from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
-from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store
+from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store, storage_full
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
 SHARED_LISTED = 10_000  # of others' adapters, and of public ones: more can be called, but are not listed
@@ -94,13 +94,25 @@ class RedisStore(RedisConnection, Store):
         """Make a version visible, atomically; returns it and whether it is new."""
         keys = TenantKeys(draft.tenant)
         adapter = keys.adapter(draft.name)
-        blobs = draft.blob_sha256s
+        sizes = [word for sha, size in sorted(draft.blob_sizes.items()) for word in (sha, size)]
         await self._command("SADD", TENANTS_KEY, draft.tenant)  # first, as in claim_blobs
         answer = await self._script(
             "publish",
-            [keys.names, adapter.versions, adapter.digests, keys.numbers, keys.refs, keys.garbage, keys.audit],
-            [draft.name, draft.digest, _envelope(draft, blobs), draft.created_by, AUDIT_KEPT, *blobs],
+            [
+                keys.names,
+                adapter.versions,
+                adapter.digests,
+                keys.numbers,
+                keys.refs,
+                keys.garbage,
+                keys.audit,
+                keys.sizes,
+                keys.settings,
+            ],
+            [draft.name, draft.digest, _envelope(draft), draft.created_by, AUDIT_KEPT, *sizes],
         )
+        if answer[0] == "full":
+            raise storage_full(*map(int, answer[1:]))
         if answer[0] == "unclaimed":
             raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
         return _version(answer[1], answer[2]), answer[0] == "new"
@@ -157,6 +169,7 @@ class RedisStore(RedisConnection, Store):
                 adapter.before,
                 keys.audit,
                 adapter.splits,
+                keys.sizes,
             ],
             [name, "" if version is None else version, by, AUDIT_KEPT],
         )
@@ -247,6 +260,17 @@ class RedisStore(RedisConnection, Store):
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
+        return await self._change(tenant, name, version, "speculation", policy.model_dump(mode="json"))
+
+    async def set_labels(self, tenant: str, name: str, version: int, labels: Mapping[str, str]) -> AdapterVersion:
+        """Replace a READY version's labels; returns the version as it is now. Raises `NotPublished`."""
+        return await self._change(tenant, name, version, "labels", dict(labels))
+
+    async def stored_bytes(self, tenant: str) -> int:
+        """What counts against the tenant's quota of `storage_bytes`."""
+        return int(await self._command("HGET", TenantKeys(tenant).sizes, "total") or 0)
+
+    async def _change(self, tenant: str, name: str, version: int, field: str, value: object) -> AdapterVersion:
         key, number = TenantKeys(tenant).adapter(name).versions, str(version)
         # The new envelope is made here and only swapped in by a script: Lua's JSON would round floats and lose empty
         # lists. Whoever finds another value than it has read lost against a write that went through, and reads again.
@@ -254,7 +278,7 @@ class RedisStore(RedisConnection, Store):
             envelope = json.loads(stored)
             if envelope["record"]["state"] != VersionState.READY:
                 break
-            envelope["record"]["speculation"] = policy.model_dump(mode="json")
+            envelope["record"][field] = value
             changed = json.dumps(envelope, allow_nan=False)
             if await self._script("replace_version", [key], [number, stored, changed]):
                 return _version(number, changed)
@@ -358,10 +382,10 @@ class RedisStore(RedisConnection, Store):
         ]
 
 
-def _envelope(draft: AdapterDraft, blobs: Sequence[str]) -> str:
+def _envelope(draft: AdapterDraft) -> str:
     """What is stored for a version. Its number is the hash field, since only the script knows it."""
     ready = {**draft.model_dump(mode="json"), "state": VersionState.READY, "created_at": utc_now().isoformat()}
-    return json.dumps({"record": ready, "digest": draft.digest, "blobs": blobs}, allow_nan=False)
+    return json.dumps({"record": ready, "digest": draft.digest, "blobs": draft.blob_sha256s}, allow_nan=False)
 
 
 def _version(number: str, envelope: str) -> AdapterVersion:

@@ -36,7 +36,6 @@ class _Keys(TenantKeys):
     def __init__(self, tenant: str) -> None:
         super().__init__(tenant)
         base = f"{PREFIX}{{{check_name(tenant, 'tenant')}}}:"
-        self.settings = base + "settings"  # JSON
         self.rates = base + "rates"  # hash: requests, tokens = what is left of a minute's; …:at = ms when that was so
         self.active = base + "active"  # zset: running request -> ms when its lease ends
         self.settled = base + "settled"  # zset: request -> ms

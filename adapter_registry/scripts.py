@@ -53,6 +53,9 @@ class TenantKeys:
         self.numbers = base + "numbers"  # hash: name -> last version number given, kept after deletes
         self.refs = base + "refs"  # hash: sha256 -> versions that name it; never 0
         self.garbage = base + "garbage"  # zset: sha256 without refs -> ms since when (claimed or released)
+        self.sizes = base + "sizes"  # hash: sha256 in refs -> bytes; `total` -> bytes of all
+        self.settings = base + "settings"  # JSON: quota and weight
+        self.files = base + "files"  # hash: id -> record of a training file
         self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
         self.api_keys = base + "keys"  # hash: key id -> record
         self.shared = base + "shared"  # set: `tenant/name` of others' adapters that it may call, or might once

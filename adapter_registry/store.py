@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from adapter_registry.errors import StorageFull
 from adapter_registry.records import (
     Access,
     AdapterDraft,
@@ -45,7 +46,7 @@ class Store(Protocol):
         An identical digest under the same name returns the existing version, whose speculation policy stays as it is.
         Versions count 1, 2, 3… per name and are never reused, not even after a delete. Raises `BlobMissing` when one of
         `draft.blob_sha256s` is neither claimed nor in use (never claimed, or the grace period ended and it was swept):
-        claim, put and publish again.
+        claim, put and publish again. Raises `StorageFull` when the tenant's quota does not hold it.
         """
         ...
 
@@ -109,6 +110,14 @@ class Store(Protocol):
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
         ...
 
+    async def set_labels(self, tenant: str, name: str, version: int, labels: Mapping[str, str]) -> AdapterVersion:
+        """Replace a READY version's labels; returns the version as it is now. Raises `NotPublished`."""
+        ...
+
+    async def stored_bytes(self, tenant: str) -> int:
+        """What counts against the tenant's quota of `storage_bytes`."""
+        ...
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
         ...
@@ -160,6 +169,14 @@ class Store(Protocol):
     async def close(self) -> None:
         """Give connections back."""
         ...
+
+
+def storage_full(quota: int, stored: int, more: int) -> StorageFull:
+    """The refusal of a version that would be too much."""
+    return StorageFull(
+        f"The tenant's quota is {quota} bytes of storage; {stored} are in use and this needs {more} more. Delete versions "
+        "or files that are no longer needed, or ask for a larger quota."
+    )
 
 
 class BlobStore(Protocol):

@@ -1,6 +1,6 @@
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
 -- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit,
--- splits.
+-- splits, sizes.
 -- ARGV: name, version or '', who, audit entries to keep.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
@@ -28,6 +28,11 @@ for _, number in ipairs(doomed) do
   for _, sha in ipairs(envelope.blobs) do
     if redis.call('HINCRBY', KEYS[5], sha, -1) <= 0 then
       redis.call('HDEL', KEYS[5], sha)
+      local bytes = redis.call('HGET', KEYS[12], sha)
+      if bytes then
+        redis.call('HDEL', KEYS[12], sha)
+        if redis.call('HINCRBY', KEYS[12], 'total', -bytes) <= 0 then redis.call('HDEL', KEYS[12], 'total') end
+      end
       redis.call('ZADD', KEYS[6], now_ms, sha)
     end
   end

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from adapter_registry.records import AdapterDraft, AdapterVersion, SpeculationPolicy, canonical_manifest, check_name
+from adapter_registry.records import AdapterDraft, AdapterVersion, VersionWish, canonical_manifest, check_name
 from adapter_registry.store import BlobStore, Store
 from slipstream.adapters.validate import InspectedAdapter, inspect_adapter
 from slipstream.protocol import BaseModelSpec
@@ -37,9 +37,9 @@ async def publish_folder(
     store: Store,
     blobs: BlobStore,
     created_by: str,
-    speculation: SpeculationPolicy | None = None,
+    wish: VersionWish | None = None,
 ) -> tuple[AdapterVersion, bool]:
-    """Publish the adapter in `folder`; returns its version and whether it is new. Only a new one takes `speculation`.
+    """Publish the adapter in `folder`; returns its version and whether it is new. Only a new one takes what `wish` says.
 
     Raises `AdapterRejected` with the rule that its files break. Nothing is visible before the last line; blobs that a
     failure or cancellation leaves behind are garbage of the registry's sweep.
@@ -47,7 +47,7 @@ async def publish_folder(
     check_name(name)
     check_name(tenant, "tenant")
     found = await run_to_end(lambda: inspect_adapter(folder, base))
-    draft = _draft(found, name, tenant, created_by, speculation or SpeculationPolicy())
+    draft = _draft(found, name, tenant, created_by, wish or VersionWish())
     await store.claim_blobs(tenant, draft.blob_sha256s)
     for entry in (*draft.files, *draft.attachments):
         await blobs.put_file(tenant, entry.sha256, folder / entry.path)
@@ -81,9 +81,7 @@ async def keep_sweeping(store: Store, blobs: BlobStore, *, every_s: float, older
         await asyncio.sleep(every_s)
 
 
-def _draft(
-    found: InspectedAdapter, name: str, tenant: str, created_by: str, speculation: SpeculationPolicy
-) -> AdapterDraft:
+def _draft(found: InspectedAdapter, name: str, tenant: str, created_by: str, wish: VersionWish) -> AdapterDraft:
     return AdapterDraft(
         tenant=tenant,
         name=name,
@@ -98,5 +96,5 @@ def _draft(
         attachments=found.attachments,
         warnings=tuple(found.warnings),
         created_by=created_by,
-        speculation=speculation,
+        **wish.model_dump(),
     )

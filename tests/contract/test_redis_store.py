@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
-from support.drafts import draft, publish
+from support.drafts import draft, publish, rows, sha
 from support.redis_server import RedisServer, free_port, running_redis
 
 from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.keys import new_key
 from adapter_registry.limits import Quota
+from adapter_registry.migrations import SCHEMA
 from adapter_registry.records import Access, SpeculationPolicy, parse_reference, utc_now
+from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.scripts import SCHEMA_KEY
@@ -82,7 +84,7 @@ async def test_every_key_is_ours_and_a_tenant_is_one_slot(store: RedisStore, raw
     shared = {SCHEMA_KEY, "slipstream:tenants", f"slipstream:keys:{{{key.sha256}}}"}
     assert shared < keys
     assert all(name.startswith("slipstream:{acme}:") for name in keys - shared)
-    assert len(keys - shared) == 11
+    assert len(keys - shared) == 12
 
 
 async def test_a_blob_is_in_use_or_garbage_or_being_deleted_and_never_two_of_them(
@@ -175,13 +177,32 @@ async def test_a_crash_between_two_slots_leaves_no_usable_key(
 
 
 async def test_data_of_a_newer_schema_is_not_touched(server: RedisServer, raw: Redis) -> None:
-    await raw.set(SCHEMA_KEY, "2")
+    newer = str(SCHEMA + 1)
+    await raw.set(SCHEMA_KEY, newer)
     store = RedisStore.from_url(server.url)
     for _ in range(2):  # a refusal is not forgotten by the second call
-        with pytest.raises(StoreUnavailable, match="schema '2'"):
+        with pytest.raises(StoreUnavailable, match=f"schema '{newer}'"):
             await store.claim_blobs("acme", [])
     await store.close()
     assert await raw.keys("*") == [SCHEMA_KEY]
+
+
+async def test_data_of_schema_1_learns_what_it_weighs(server: RedisServer, raw: Redis, store: RedisStore) -> None:
+    made = [await publish(store, draft("a", attachment="card")), await publish(store, draft("b"))]
+    jobs = RedisJobs.from_url(server.url)
+    await store.claim_blobs("acme", [sha("rows")])
+    await jobs.add_file(rows("rows"))
+    weight = sum((made[0].blob_sizes | made[1].blob_sizes).values()) + 4
+    assert await store.stored_bytes("acme") == weight
+    await raw.delete("slipstream:{acme}:sizes")
+    await raw.set(SCHEMA_KEY, "1")
+    new = [RedisStore.from_url(server.url) for _ in range(3)]
+    assert await asyncio.gather(*(each.stored_bytes("acme") for each in new)) == [weight] * 3
+    assert await raw.get(SCHEMA_KEY) == str(SCHEMA)
+    await new[0].delete("acme", "sql")
+    assert await store.stored_bytes("acme") == 4
+    for each in (*new, jobs):
+        await each.close()
 
 
 async def test_a_wrong_password_is_told_without_telling_any(server: RedisServer) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry
+from adapter_registry.jobs import FILE_PREFIX, FileRecord, new_id
+from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, utc_now
 from adapter_registry.store import Store
 
 
@@ -33,6 +34,14 @@ def draft(
         attachments=() if attachment is None else (entry("card.md", attachment),),
         warnings=("ünïcode ✓",),
     )
+
+
+def rows(content: str, tenant: str = "acme") -> FileRecord:
+    """A training file."""
+    return FileRecord(
+        id=new_id(FILE_PREFIX), tenant=tenant, filename="rows.jsonl", purpose="fine-tune", size=len(content),
+        sha256=sha(content), created_at=utc_now(),
+    )  # fmt: skip
 
 
 async def publish(store: Store, made: AdapterDraft) -> AdapterVersion:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,9 +15,11 @@ from adapter_registry.records import (
     Access,
     AdapterSummary,
     AdapterVersion,
+    Labels,
     Role,
     SpeculationPolicy,
     Split,
+    VersionWish,
     check_alias,
     check_name,
 )
@@ -56,6 +60,12 @@ _UPLOAD_FORM: dict[str, Any] = {
                             "description": "Whether requests with speculation `auto` draft. A new version's only.",
                         },
                         "speculation_reason": {"type": "string", "maxLength": 500, "description": "Why."},
+                        "labels": {"type": "string", "description": 'A JSON object: {"team": "search"}.'},
+                        "lineage": {
+                            "type": "string",
+                            "description": "A JSON object of what is known of: training_job, parent, data_sha256, source, "
+                            "evaluation.",
+                        },
                     },
                 }
             }
@@ -99,6 +109,14 @@ class SpeculationSetting(SpeculationPolicy):
     enabled: bool
 
 
+class NewLabels(BaseModel):
+    """The body of PUT …/labels."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    labels: Labels
+
+
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
 async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """Publish an adapter: 201 with its new version, or 200 with the one that has the same content already."""
@@ -108,7 +126,7 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
         name = check_name(upload.fields["name"])
         if runtime.catalog.base_of(name) is not None:
             raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
-        policy = _initial_policy(upload.fields)
+        wish = wish_of(upload.fields)
         base = await runtime.catalog.base(upload.fields.get("base"))
         publishing = publish_folder(
             upload.folder,
@@ -118,17 +136,29 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
             store=services.store,
             blobs=services.blobs,
             created_by=caller.key_id,
-            speculation=policy,
+            wish=wish,
         )
         version, is_new = await while_connected(request.receive, publishing)
     return JSONResponse(_version_body(version), 201 if is_new else 200)
 
 
 @router.get("/v1/adapters")
-async def list_adapters(caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """The tenant's adapters."""
+async def list_adapters(
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    label: Annotated[
+        list[str] | None, Query(max_length=32, description="`key=value`; all must hold of a version.")
+    ] = None,
+) -> Json:
+    """The tenant's adapters; with `label`, those that have a version with it."""
+    wanted = [_label(text) for text in label or []]
     summaries = await runtime.services.store.list(caller.acting_tenant())
-    data = [_summary_body(summary, caller) for summary in summaries if caller.may_call(summary.name)]
+    data = [
+        _summary_body(summary, caller)
+        for summary in summaries
+        if caller.may_call(summary.name)
+        and (not wanted or any(all(v.labels.get(k) == value for k, value in wanted) for v in summary.versions))
+    ]
     return {"object": "list", "data": data}
 
 
@@ -164,6 +194,19 @@ async def set_speculation(
     tenant, policy = caller.acting_tenant(Role.PUBLISHER), SpeculationPolicy(enabled=body.enabled, reason=body.reason)
     try:
         changed = await runtime.services.store.set_speculation(tenant, check_name(name), version, policy)
+    except NotPublished:
+        raise _no_version(name, version) from None
+    return _version_body(changed)
+
+
+@router.put("/v1/adapters/{name}/versions/{version}/labels")
+async def set_labels(
+    name: str, version: VersionNumber, body: NewLabels, caller: CallerDep, runtime: RuntimeDep
+) -> Json:
+    """Replace a version's labels."""
+    tenant = caller.acting_tenant(Role.PUBLISHER)
+    try:
+        changed = await runtime.services.store.set_labels(tenant, check_name(name), version, body.labels)
     except NotPublished:
         raise _no_version(name, version) from None
     return _version_body(changed)
@@ -272,15 +315,34 @@ async def _version(runtime: RuntimeDep, tenant: str, name: str, version: int) ->
     return _pick(await runtime.services.store.get(tenant, check_name(name)), version)
 
 
-def _initial_policy(fields: dict[str, str]) -> SpeculationPolicy:
-    """What the form says. A version that exists already keeps its own."""
+def wish_of(fields: Mapping[str, str]) -> VersionWish:
+    """What a form says of a new version. One that exists already keeps its own."""
     asked = fields.get("speculation", "on")
     if asked not in ("on", "off"):
         raise InvalidRequest(f"'speculation' is 'on' or 'off', not '{asked[:80]}'.", param="speculation")
+    wish: dict[str, Any] = {
+        "speculation": {"enabled": asked == "on", "reason": fields.get("speculation_reason", "")},
+    }
+    for name in ("labels", "lineage"):
+        if name in fields:
+            try:
+                wish[name] = json.loads(fields[name])
+            except ValueError:
+                raise InvalidRequest(f"'{name}' is not a JSON object.", param=name) from None
     try:
-        return SpeculationPolicy(enabled=asked == "on", reason=fields.get("speculation_reason", ""))
-    except ValidationError:
-        raise InvalidRequest("'speculation_reason' may have 500 characters.", param="speculation_reason") from None
+        return VersionWish.model_validate(wish)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        param = "speculation_reason" if place == "speculation.reason" else place
+        raise InvalidRequest(f"'{param}' is wrong: {problem['msg']}.", code="invalid_value", param=param) from None
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidRequest("'label' is written as key=value.", code="invalid_value", param="label")
+    return key, value
 
 
 def _no_version(name: str, version: int) -> NotPublished:

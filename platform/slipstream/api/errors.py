@@ -53,6 +53,7 @@ _RULES: Mapping[type[Exception], _Rule] = {
     registry.InvalidName: _Rule(400, "invalid_name"),
     registry.NotPublished: _Rule(404, "not_found"),
     registry.InUse: _Rule(409, "in_use"),
+    registry.StorageFull: _Rule(403, "storage_quota_exceeded"),
     registry.StoreUnavailable: _Rule(
         503, "registry_unavailable", "The registry cannot be reached right now. Try again in a few seconds.", 2
     ),

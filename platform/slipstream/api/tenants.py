@@ -36,6 +36,7 @@ class NewQuota(BaseModel):
     tokens_per_minute: Limit | None = None
     concurrent_requests: Limit | None = None
     tokens_per_month: Limit | None = None
+    storage_bytes: Limit | None = None
 
 
 class TenantSettings(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ class Switch(StrEnum):
     OFF = "off"
 
 
+LabelOption = Annotated[list[str] | None, typer.Option("--label", help="A label, `key=value`; several.")]
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 
 
@@ -46,6 +48,7 @@ def push(
     base: Annotated[
         str | None, typer.Option("--base", help="Its base model, where the server has several.", show_default=False)
     ] = None,
+    label: LabelOption = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     tenant: TenantOption = None,
@@ -55,8 +58,9 @@ def push(
 
     It answers requests as soon as this returns. Pushing the same content again gives the version that has it.
 
-    Example: slipstream adapters push ./my-lora --name sql
+    Example: slipstream adapters push ./my-lora --name sql --label team=search
     """
+    labels = _labels(label)
 
     async def work(client: SlipstreamClient) -> tuple[dict[str, Any], bool]:
         with _bar() as bar:
@@ -65,7 +69,7 @@ def push(
             def show(sent: int, total: int) -> None:
                 bar.update(task, completed=sent, total=total)
 
-            return await client.push(folder, name, show, base=base)
+            return await client.push(folder, name, show, base=base, labels=labels)
 
     version, is_new = session(context, url, api_key, tenant).run(work)
     if as_json:
@@ -80,16 +84,18 @@ def push(
 def list_adapters(
     context: typer.Context,
     *,
+    label: LabelOption = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tenant's adapters.
+    """List the tenant's adapters; with labels, those that have a version with all of them.
 
-    Example: slipstream adapters list --json
+    Example: slipstream adapters list --label team=search
     """
-    found = session(context, url, api_key, tenant).run(lambda client: client.list_adapters())
+    labels = _labels(label)
+    found = session(context, url, api_key, tenant).run(lambda client: client.list_adapters(labels))
     if as_json:
         show_json(found)
         return
@@ -142,6 +148,12 @@ def show(
     for version in adapter["versions"]:
         if version["speculation"]["reason"]:
             typer.echo(f"Speculation {_speculation(version)}: {version['ref']}: {version['speculation']['reason']}")
+        if version["labels"]:
+            typer.echo(f"Labels of {version['ref']}: {_pairs(version['labels'])}")
+        known = {name: value for name, value in version["lineage"].items() if value}
+        if known:
+            evaluation = known.pop("evaluation", {})
+            typer.echo(f"Lineage of {version['ref']}: {_pairs({**known, **evaluation})}")
         for warning in version["warnings"]:
             typer.echo(f"Warning: {version['ref']}: {warning}", err=True)
 
@@ -199,6 +211,28 @@ def speculation(
         show_json(changed)
         return
     typer.echo(f"Speculation of {changed['ref']} is {state.value}")
+
+
+@app.command("label")
+def set_labels(
+    context: typer.Context,
+    reference: Annotated[str, typer.Argument(help="A version: `sql@3`.", show_default=False)],
+    labels: Annotated[list[str] | None, typer.Argument(help="`key=value`; several.", show_default=False)] = None,
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = "",
+    tenant: TenantOption = None,
+) -> None:
+    """Give a version labels, instead of those that it had; none takes them away.
+
+    Example: slipstream adapters label sql@3 team=search stage=tested
+    """
+    name, version = _name_and_number(reference)
+    if version is None:
+        end(InvalidRequest(f"Give a version's number too, as in {name}@3: each version has its own labels."))
+    wanted = _labels(labels)
+    changed = session(context, url, api_key, tenant).run(lambda client: client.set_labels(name, version, wanted))
+    typer.echo(f"{changed['ref']}: {_pairs(changed['labels']) or 'no labels'}")
 
 
 @app.command()
@@ -263,6 +297,19 @@ def _name_and_number(reference: str) -> tuple[str, int | None]:
     if at and not (tag.isascii() and tag.isdigit()):
         end(InvalidRequest(f"Give a version's number, as in {name}@3: '{tag}' is none."))
     return name, int(tag) if at else None
+
+
+def _labels(texts: list[str] | None) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts or []]
+    if wrong := next((key for key, equals, _ in pairs if not equals), None):
+        end(InvalidRequest(f"A label is written as key=value, not '{wrong}'."))
+    return {key: value for key, _, value in pairs}
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
 
 
 def _bar() -> Progress:

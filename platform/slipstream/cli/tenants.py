@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True, help="What each tenant may use. Needs the admin key.", rich_markup_mode="markdown"
 )
 TenantArgument = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
-LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_month")
+LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_month", "storage_bytes")
 
 
 def _limit(what: str) -> Any:
@@ -37,6 +37,7 @@ def set_tenant(
     tokens_per_minute: Annotated[int | None, _limit("Tokens of prompts and answers a minute")] = None,
     concurrent_requests: Annotated[int | None, _limit("Requests at once")] = None,
     tokens_per_month: Annotated[int | None, _limit("Tokens a calendar month")] = None,
+    storage_bytes: Annotated[int | None, _limit("Bytes of adapters and training files")] = None,
     weight: Annotated[
         float | None, typer.Option(help="Its share of busy engines, against others' 1.", show_default=False)
     ] = None,
@@ -48,7 +49,7 @@ def set_tenant(
 
     Example: slipstream tenants set acme --requests-per-minute 600 --tokens-per-minute 200000
     """
-    given = (requests_per_minute, tokens_per_minute, concurrent_requests, tokens_per_month)
+    given = (requests_per_minute, tokens_per_minute, concurrent_requests, tokens_per_month, storage_bytes)
     found = session(context, url, api_key)
     now = found.run(lambda client: client.get_tenant(tenant))
     changes = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
@@ -105,7 +106,7 @@ def _show(tenants: list[dict[str, Any]], as_json: bool) -> None:
     rows = [
         [each["tenant"], *(_number(each["quota"][name]) for name in LIMITS), f"{each['weight']:g}"] for each in tenants
     ]
-    heads = ["TENANT", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "TOKENS/MONTH", "WEIGHT"]
+    heads = ["TENANT", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "TOKENS/MONTH", "STORAGE BYTES", "WEIGHT"]
     show_table(heads, rows, "There are no tenants yet. Make a key for one: slipstream keys create --tenant acme")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncGenerator, Callable, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -59,17 +60,20 @@ class SlipstreamClient:
         *,
         base: str | None = None,
         speculation: SpeculationPolicy | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> tuple[Json, bool]:
         """Publish a folder as a version of `name`; returns the version and whether it is new.
 
         Hidden files stay here; links and sub-folders (training checkpoints) are refused as the server would refuse them.
-        `base` names the base model where the server has several. `speculation` is the policy of a new version; one that
+        `base` names the base model where the server has several. `speculation` and `labels` are a new version's; one that
         has the same content already keeps its own.
         """
         fields = {"name": name} if base is None else {"name": name, "base": base}
         if speculation is not None:
             fields["speculation"] = "on" if speculation.enabled else "off"
             fields["speculation_reason"] = speculation.reason
+        if labels:
+            fields["labels"] = json.dumps(dict(labels))
         paths = adapter_files(folder)
         total, sent = sum(path.stat().st_size for path in paths), 0
 
@@ -84,9 +88,10 @@ class SlipstreamClient:
             response = await self._send("POST", "/v1/adapters", data=fields, files=files)
         return response.json(), response.status_code == httpx.codes.CREATED
 
-    async def list_adapters(self) -> list[Json]:
-        """The tenant's adapters."""
-        return list((await self._send("GET", "/v1/adapters")).json()["data"])
+    async def list_adapters(self, labels: Mapping[str, str] | None = None) -> list[Json]:
+        """The tenant's adapters; with `labels`, those that have a version with all of them."""
+        params = {"label": [f"{key}={value}" for key, value in labels.items()]} if labels else None
+        return list((await self._send("GET", "/v1/adapters", params=params)).json()["data"])
 
     async def get_adapter(self, name: str) -> Json:
         """One adapter with its versions and aliases."""
@@ -101,6 +106,11 @@ class SlipstreamClient:
         """Say whether requests with speculation `auto` draft with this version, and why; returns the version."""
         path = f"/v1/adapters/{path_part(name)}/versions/{version}/speculation"
         return dict((await self._send("PUT", path, json={"enabled": enabled, "reason": reason})).json())
+
+    async def set_labels(self, name: str, version: int, labels: Mapping[str, str]) -> Json:
+        """Replace a version's labels; returns the version."""
+        path = f"/v1/adapters/{path_part(name)}/versions/{version}/labels"
+        return dict((await self._send("PUT", path, json={"labels": dict(labels)})).json())
 
     async def fetch_files(
         self, reference: str, folder: Path, progress: Progress = lambda received, total: None

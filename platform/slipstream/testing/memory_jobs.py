@@ -57,7 +57,7 @@ class MemoryJobs(JobStore):
         """Make an uploaded file visible. Raises `BlobMissing` unless its content was claimed and put."""
         mine = self._of(file.tenant)
         if file.id not in mine.files:
-            self._store.hold_blob(file.tenant, file.sha256)
+            self._store.hold_blob(file.tenant, file.sha256, file.size)
             mine.files[file.id] = file
 
     async def get_file(self, tenant: str, file_id: str) -> FileRecord:

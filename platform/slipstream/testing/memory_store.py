@@ -30,7 +30,7 @@ from adapter_registry.records import (
     check_sha256,
     utc_now,
 )
-from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store
+from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store, storage_full
 
 _CLAIM_POLL_S = 0.01
 
@@ -50,6 +50,8 @@ class _Tenant:
     adapters: dict[str, _Adapter] = field(default_factory=dict)
     numbers: Counter[str] = field(default_factory=Counter)  # last version given, kept after deletes
     refs: Counter[str] = field(default_factory=Counter)
+    sizes: dict[str, int] = field(default_factory=dict)  # of what is in refs
+    storage_bytes: int | None = None  # its quota; `MemoryTenants` sets it
     garbage: dict[str, float] = field(default_factory=dict)  # sha256 without refs -> since when
     deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
     keys: dict[str, KeyRecord] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class MemoryStore(Store):
         for sha in draft.blob_sha256s:
             if sha not in mine.refs and sha not in mine.garbage:  # a blob being deleted is in neither
                 raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
+        _check_storage(mine, draft.blob_sizes)
         mine.numbers[draft.name] += 1
         version = AdapterVersion.model_validate(
             {
@@ -104,9 +107,8 @@ class MemoryStore(Store):
         self.write_down(draft.tenant, draft.created_by, AuditAction.VERSION_PUBLISHED, version.ref, version.digest)
         adapter.versions[version.version] = version
         mine.adapters[draft.name] = adapter
-        for sha in draft.blob_sha256s:
-            mine.refs[sha] += 1
-            mine.garbage.pop(sha, None)
+        for sha, size in draft.blob_sizes.items():
+            self._hold(mine, sha, size)
         return version, True
 
     async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
@@ -157,10 +159,7 @@ class MemoryStore(Store):
         if not adapter.versions:
             del mine.adapters[name]
         for sha in (sha for gone in removed for sha in gone.blob_sha256s):
-            mine.refs[sha] -= 1
-            if not mine.refs[sha]:
-                del mine.refs[sha]
-                mine.garbage[sha] = self._clock()
+            self.release_blob(tenant, sha)
         return removed
 
     async def set_alias(
@@ -238,11 +237,22 @@ class MemoryStore(Store):
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
+        return self._change(tenant, name, version, speculation=policy)
+
+    async def set_labels(self, tenant: str, name: str, version: int, labels: Mapping[str, str]) -> AdapterVersion:
+        """Replace a READY version's labels; returns the version as it is now. Raises `NotPublished`."""
+        return self._change(tenant, name, version, labels=dict(labels))
+
+    async def stored_bytes(self, tenant: str) -> int:
+        """What counts against the tenant's quota of `storage_bytes`."""
+        return sum(self._look(tenant).sizes.values())
+
+    def _change(self, tenant: str, name: str, version: int, **changes: object) -> AdapterVersion:
         adapter = self._adapter(tenant, name)
         found = adapter.versions.get(version)
         if found is None or found.state is not VersionState.READY:
             raise _not_published(name)
-        adapter.versions[version] = found.model_copy(update={"speculation": policy})
+        adapter.versions[version] = found.model_copy(update=changes)
         return adapter.versions[version]
 
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
@@ -261,13 +271,13 @@ class MemoryStore(Store):
         for sha in sha256s:
             self._look(tenant).deleting.pop(check_sha256(sha), None)
 
-    def hold_blob(self, tenant: str, sha256: str) -> None:
-        """One more reference to a claimed blob, as a training file is. Raises `BlobMissing`."""
+    def hold_blob(self, tenant: str, sha256: str, size: int) -> None:
+        """One more reference to a claimed blob, as a training file is. Raises `BlobMissing` and `StorageFull`."""
         mine = self.enter(tenant)
         if sha256 not in mine.refs and sha256 not in mine.garbage:
             raise BlobMissing("The file's content is not held for it any more: upload it again.")
-        mine.refs[sha256] += 1
-        mine.garbage.pop(sha256, None)
+        _check_storage(mine, {sha256: size})
+        self._hold(mine, sha256, size)
 
     def release_blob(self, tenant: str, sha256: str) -> None:
         """One reference less; the last one leaves garbage for the sweep."""
@@ -275,7 +285,13 @@ class MemoryStore(Store):
         mine.refs[sha256] -= 1
         if not mine.refs[sha256]:
             del mine.refs[sha256]
+            mine.sizes.pop(sha256, None)
             mine.garbage[sha256] = self._clock()
+
+    def _hold(self, mine: _Tenant, sha256: str, size: int) -> None:
+        mine.refs[sha256] += 1
+        mine.sizes[sha256] = size
+        mine.garbage.pop(sha256, None)
 
     async def tenants(self) -> Sequence[str]:
         """Every tenant that has ever published, claimed blobs or been given a key, by name."""
@@ -357,6 +373,12 @@ class MemoryStore(Store):
         if adapter is None:
             raise _not_published(name)
         return adapter
+
+
+def _check_storage(mine: _Tenant, sizes: Mapping[str, int]) -> None:
+    more, stored = sum(size for sha, size in sizes.items() if sha not in mine.sizes), sum(mine.sizes.values())
+    if mine.storage_bytes is not None and stored + more > mine.storage_bytes:
+        raise storage_full(mine.storage_bytes, stored, more)
 
 
 def _order(entry_id: str) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ class MemoryTenants(TenantStore):
         detail = record.model_dump_json(exclude_none=True)
         self._store.write_down(record.tenant, by, AuditAction.TENANT_CHANGED, record.tenant, detail)
         self._of(record.tenant).record = record
+        self._store.enter(record.tenant).storage_bytes = record.quota.storage_bytes
 
     async def get_tenant(self, tenant: str) -> TenantRecord:
         """Its settings; the defaults if it has none of its own."""

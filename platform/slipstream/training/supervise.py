@@ -30,7 +30,7 @@ from adapter_registry.jobs import (
     JobStore,
     new_id,
 )
-from adapter_registry.records import AdapterVersion, SpeculationPolicy, utc_now
+from adapter_registry.records import AdapterVersion, Lineage, SpeculationPolicy, VersionWish, utc_now
 from adapter_registry.store import BlobStore, Store
 from slipstream.errors import AdapterRejected, SlipstreamError
 from slipstream.protocol import AdapterRef, BaseModelSpec
@@ -191,6 +191,7 @@ class JobSupervisor:
             return None
         gate = result.get("gate") or {}
         policy = SpeculationPolicy(enabled=bool(gate.get("speculation", True)), reason=str(gate.get("reason", "")))
+        wish = VersionWish(speculation=policy, lineage=await self._lineage(result))
         publishing = self._patiently(
             lambda: publish_folder(
                 Path(result["folder"]),
@@ -200,13 +201,26 @@ class JobSupervisor:
                 store=self.bench.store,
                 blobs=self.bench.blobs,
                 created_by=self.job.id,  # so that a version whose supervisor was lost is known to be this job's
-                speculation=policy,
+                wish=wish,
             )
         )
         version, _ = await self._beating(publishing)
         if not policy.enabled:
             await self._say(f"Published with speculation off: {policy.reason}", "warn")
         return version
+
+    async def _lineage(self, result: dict[str, Any]) -> Lineage:
+        job = self.job
+        data = await self._patiently(lambda: self.bench.jobs.get_file(job.tenant, job.training_file))
+        measured = {"expected_speedup": (result.get("gate") or {}).get("expected_speedup")} | {
+            name: value for name, value in (result.get("metrics") or {}).items() if name.startswith("eval_")
+        }
+        return Lineage(
+            training_job=job.id,
+            parent=job.adapter or "",
+            data_sha256=data.sha256,
+            evaluation={name: float(value) for name, value in measured.items() if value is not None},
+        )
 
     async def _beating(self, work: Awaitable[T]) -> T:
         """Wait for `work` without falling silent: a large upload may take longer than a heartbeat may be away."""

@@ -247,9 +247,9 @@ def test_keys_of_a_role_rotate_and_end(shell: Shell) -> None:
 def test_tenants_limits_and_usage(shell: Shell) -> None:
     assert "Nothing was used" in shell("usage").stdout
     shown = shell("tenants", "set", "demo", "--requests-per-minute", "600", "--weight", "2", key=ADMIN_KEY).stdout
-    assert shown.splitlines()[-1].split() == ["demo", "600", "–", "–", "–", "2"]
+    assert shown.splitlines()[-1].split() == ["demo", "600", "–", "–", "–", "–", "2"]
     changed = shell("tenants", "set", "demo", "--tokens-per-month", "5000", "--requests-per-minute", "0", key=ADMIN_KEY)
-    assert changed.stdout.splitlines()[-1].split() == ["demo", "–", "–", "–", "5,000", "2"]
+    assert changed.stdout.splitlines()[-1].split() == ["demo", "–", "–", "–", "5,000", "–", "2"]
     assert json.loads(shell("tenants", "list", "--json", key=ADMIN_KEY).stdout)[0]["quota"]["tokens_per_month"] == 5000
     assert shell("tenants", "list").exit_code == 1
 
@@ -263,6 +263,17 @@ def test_tenants_limits_and_usage(shell: Shell) -> None:
     assert shell("usage", "--csv").stdout.splitlines()[0].startswith("day,model,requests,prompt_tokens")
     assert json.loads(shell("usage", "--json").stdout)["total"]["requests"] == 1
     assert "start" in shell("usage", "--start", "soon").stderr
+
+
+def test_labels(shell: Shell, folder: Path) -> None:
+    assert shell("adapters", "push", str(folder), "--name", "sql", "--label", "team=search").exit_code == 0
+    assert "Labels of sql@1: team=search" in shell("adapters", "show", "sql").stdout
+    assert shell("adapters", "label", "sql@1", "team=ads", "stage=new").stdout == "sql@1: team=ads, stage=new\n"
+    assert shell("adapters", "list", "--label", "team=search").stdout.startswith("No adapters")
+    assert "sql" in shell("adapters", "list", "--label", "team=ads", "--label", "stage=new").stdout
+    assert "key=value" in shell("adapters", "label", "sql@1", "team").stderr
+    assert "sql@3" in shell("adapters", "label", "sql", "team=ads").stderr
+    assert shell("adapters", "label", "sql@1").stdout == "sql@1: no labels\n"
 
 
 def test_aliases_sharing_and_who_did_it(shell: Shell, folder: Path, tmp_path: Path) -> None:
