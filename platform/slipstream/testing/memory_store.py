@@ -271,12 +271,15 @@ class MemoryStore(Store):
         for sha in sha256s:
             self._look(tenant).deleting.pop(check_sha256(sha), None)
 
-    def hold_blob(self, tenant: str, sha256: str, size: int) -> None:
-        """One more reference to a claimed blob, as a training file is. Raises `BlobMissing` and `StorageFull`."""
+    def hold_blob(self, tenant: str, sha256: str, size: int | None) -> None:
+        """One more reference to a claimed blob, as a training file is; without a size it does not count against the quota.
+        Raises `BlobMissing` and `StorageFull`.
+        """
         mine = self.enter(tenant)
         if sha256 not in mine.refs and sha256 not in mine.garbage:
             raise BlobMissing("The file's content is not held for it any more: upload it again.")
-        _check_storage(mine, {sha256: size})
+        if size is not None:
+            _check_storage(mine, {sha256: size})
         self._hold(mine, sha256, size)
 
     def release_blob(self, tenant: str, sha256: str) -> None:
@@ -288,9 +291,10 @@ class MemoryStore(Store):
             mine.sizes.pop(sha256, None)
             mine.garbage[sha256] = self._clock()
 
-    def _hold(self, mine: _Tenant, sha256: str, size: int) -> None:
+    def _hold(self, mine: _Tenant, sha256: str, size: int | None) -> None:
         mine.refs[sha256] += 1
-        mine.sizes[sha256] = size
+        if size is not None:
+            mine.sizes[sha256] = size
         mine.garbage.pop(sha256, None)
 
     async def tenants(self) -> Sequence[str]:
