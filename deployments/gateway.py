@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_registry.blobs import ObstoreBlobs
+from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
@@ -21,6 +22,7 @@ from deployments.serve_states import ServedModel
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
+from slipstream.importing.sources import RemoteSources
 
 APP_NAME = "slipstream"  # in Serve, where we name it
 
@@ -37,6 +39,7 @@ class GatewayPlan:
     training: TrainingPlan
     models: Mapping[str, ServedModel]
     max_training_jobs: int = 1
+    pull_sources: tuple[str, ...] = ()
 
 
 class Gateway:
@@ -59,6 +62,8 @@ class Gateway:
             blobs=ObstoreBlobs.from_url(plan.blob_url),
             jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
             tenants=RedisTenants.from_url(plan.redis_url.get_secret_value()),
+            imports=RedisImports.from_url(plan.redis_url.get_secret_value()),
+            sources=RemoteSources(plan.pull_sources, plan.blob_url),
             job_runner=RayJobRunner(plan.training),
             admin_key_sha256=plan.admin_key_sha256,
             upload_dir=plan.upload_dir,

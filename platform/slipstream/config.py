@@ -199,6 +199,11 @@ class Settings(ModelDefaults, BaseSettings):
         description="Where adapter files are kept (`file://`, `s3://`, `gs://`, `az://`); empty = the data folder.",
     )
     max_upload_bytes: int = Field(2 * GIB, ge=1, description="Largest adapter upload.")
+    pull_sources: tuple[str, ...] = Field(
+        ("hf://",),
+        description="Where tenants may have adapters pulled from, as a JSON list of what URLs begin with: "
+        "`s3://bucket/folder/`, `gs://…`, `az://…`, `hf://owner/`. Buckets are read with the server's own credentials, the hub without any.",
+    )
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")

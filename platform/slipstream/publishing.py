@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -15,6 +15,7 @@ from slipstream.protocol import BaseModelSpec
 
 log = logging.getLogger("slipstream.publishing")
 T = TypeVar("T")
+Check = Callable[[AdapterDraft], Awaitable[None]]
 
 
 async def run_to_end(work: Callable[[], T]) -> T:
@@ -38,10 +39,12 @@ async def publish_folder(
     blobs: BlobStore,
     created_by: str,
     wish: VersionWish | None = None,
+    check: Check | None = None,
 ) -> tuple[AdapterVersion, bool]:
     """Publish the adapter in `folder`; returns its version and whether it is new. Only a new one takes what `wish` says.
 
-    Raises `AdapterRejected` with the rule that its files break. Nothing is visible before the last line; blobs that a
+    `check` has the last word, when engines can fetch the files already. Raises `AdapterRejected` with the rule that they
+    break. Nothing is visible before the last line; blobs that a
     failure or cancellation leaves behind are garbage of the registry's sweep.
     """
     check_name(name)
@@ -52,6 +55,8 @@ async def publish_folder(
     for entry in (*draft.files, *draft.attachments):
         await blobs.put_file(tenant, entry.sha256, folder / entry.path)
     await blobs.put_bytes(tenant, draft.digest.removeprefix("sha256:"), canonical_manifest(draft.files))
+    if check is not None:
+        await check(draft)
     return await store.publish(draft)
 
 

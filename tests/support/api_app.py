@@ -15,12 +15,14 @@ from safetensors.numpy import save_file
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, PromptFormat
 from slipstream.api import ApiServices, create_app
+from slipstream.importing.sources import RemoteSources, Sources
 from slipstream.testing import (
     FAKE_BASE,
     FakeCluster,
     FakeEngine,
     ManualClock,
     MemoryBlobs,
+    MemoryImports,
     MemoryJobs,
     MemoryStore,
     MemoryTenants,
@@ -75,6 +77,8 @@ class ApiWorld:
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     jobs: MemoryJobs = field(init=False)
     tenants: MemoryTenants = field(init=False)
+    imports: MemoryImports = field(init=False)
+    sources: Sources = field(default_factory=lambda: RemoteSources(()))
     runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
     cluster: FakeCluster = field(default_factory=FakeCluster)
     clock: ManualClock = field(default_factory=ManualClock)
@@ -84,6 +88,7 @@ class ApiWorld:
     def __post_init__(self) -> None:
         self.jobs = MemoryJobs(self.store)
         self.tenants = MemoryTenants(self.store, clock=self.clock)
+        self.imports = MemoryImports(self.store)
         self.rebuild()
 
     def rebuild(self, **overrides: Any) -> None:
@@ -95,6 +100,8 @@ class ApiWorld:
             blobs=self.blobs,
             jobs=self.jobs,
             tenants=self.tenants,
+            imports=self.imports,
+            sources=self.sources,
             job_runner=self.runner,
             cluster=self.cluster,
             admin_key_sha256=hash_key(ADMIN_KEY),

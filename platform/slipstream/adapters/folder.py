@@ -66,12 +66,17 @@ def _check_entry(name: str, status: os.stat_result) -> int:
     """The size of one entry that may stay; else raise `AdapterRejected`."""
     if name.startswith("."):
         reject(Rule.HIDDEN_FILE, f"{show(name)} is a hidden file. Remove it.", show(name))
-    if ".." in name or not _NAME.fullmatch(name):
+    if not is_file_name(name):
         advice = "Use letters, digits, '.', '_' and '-', and no '..'"
         reject(Rule.BAD_FILE_NAME, f"{show(name)} is not a safe file name. {advice}.", show(name))
     check_is_file(name, status.st_mode)
     _check_kind(name, status.st_size)
     return status.st_size
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it is a safe one."""
+    return ".." not in name and _NAME.fullmatch(name) is not None
 
 
 def check_is_file(name: str, mode: int) -> None:

@@ -33,10 +33,15 @@ class Rule(StrEnum):
     FILE_TOO_LARGE = "file_too_large", "A configuration, template or card over its cap."
     ADAPTER_TOO_LARGE = "adapter_too_large", "All files together, or their number, over the cap."
     MISSING_FILE = "missing_file", "A file that the others need: a config without its tensors or the other way round."
+    BAD_ARCHIVE = (
+        "bad_archive",
+        "A `.zip`, `.tar` or `.tar.gz` that is broken, encrypted or more than an adapter's folder.",
+    )
     TWO_SPECULATORS = (
         "two_speculators",
         "Both a `turbo_config.json` and a Medusa `config.json`; one speculator a folder.",
     )
+    SMOKE_TEST = "smoke_test", "The version did not answer a smoke prompt, or not with what was expected."
     # JSON
     BAD_JSON = "bad_json", "Not UTF-8, not JSON, or a key given twice."
     JSON_NOT_OBJECT = "json_not_object", "A configuration that is not a JSON object."

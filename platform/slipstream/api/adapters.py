@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
 from adapter_registry.records import (
     Access,
+    AdapterDraft,
     AdapterSummary,
     AdapterVersion,
     Labels,
     Role,
     SpeculationPolicy,
     Split,
-    VersionWish,
     check_alias,
     check_name,
 )
@@ -27,11 +25,14 @@ from slipstream.api.auth import CallerDep
 from slipstream.api.caller import Caller
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file
-from slipstream.api.runtime import RuntimeDep
+from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.api.sse import Json
 from slipstream.api.uploads import receive_upload
+from slipstream.api.wishes import smoke_of, wish_of
 from slipstream.errors import Conflict, InvalidRequest
-from slipstream.publishing import publish_folder
+from slipstream.importing.archives import unpacked
+from slipstream.importing.smoke import smoke_test
+from slipstream.publishing import publish_folder, run_to_end
 
 router = APIRouter(tags=["Adapters"])
 VersionNumber = Annotated[int, Path(ge=1, le=10**9)]
@@ -48,7 +49,8 @@ _UPLOAD_FORM: dict[str, Any] = {
                         "files": {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
-                            "description": "The files of the adapter's folder, each under its own name.",
+                            "description": "The files of the adapter's folder, each under its own name; or one .zip, .tar "
+                            "or .tar.gz of it.",
                         },
                         "base": {
                             "type": "string",
@@ -61,6 +63,11 @@ _UPLOAD_FORM: dict[str, Any] = {
                         },
                         "speculation_reason": {"type": "string", "maxLength": 500, "description": "Why."},
                         "labels": {"type": "string", "description": 'A JSON object: {"team": "search"}.'},
+                        "smoke": {
+                            "type": "string",
+                            "description": "A JSON list of prompts that it must answer before it is published: "
+                            '[{"prompt": "2 + 2 =", "expect": "4", "max_tokens": 8}].',
+                        },
                         "lineage": {
                             "type": "string",
                             "description": "A JSON object of what is known of: training_job, parent, data_sha256, source, "
@@ -124,12 +131,16 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
     services = runtime.services
     async with receive_upload(request, services.upload_dir) as upload:
         name = check_name(upload.fields["name"])
-        if runtime.catalog.base_of(name) is not None:
-            raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
-        wish = wish_of(upload.fields)
+        refuse_base_name(runtime, name)
+        wish, smoke = wish_of(upload.fields), smoke_of(upload.fields)
         base = await runtime.catalog.base(upload.fields.get("base"))
+        folder = await run_to_end(lambda: unpacked(upload.folder, services.max_upload_bytes))
+
+        async def check(draft: AdapterDraft) -> None:
+            await smoke_test(base.engine, base.spec, draft, smoke)
+
         publishing = publish_folder(
-            upload.folder,
+            folder,
             name,
             tenant,
             base.spec,
@@ -137,9 +148,10 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
             blobs=services.blobs,
             created_by=caller.key_id,
             wish=wish,
+            check=check,
         )
         version, is_new = await while_connected(request.receive, publishing)
-    return JSONResponse(_version_body(version), 201 if is_new else 200)
+    return JSONResponse(version_body(version), 201 if is_new else 200)
 
 
 @router.get("/v1/adapters")
@@ -177,7 +189,7 @@ async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> J
 @router.get("/v1/adapters/{name}/versions/{version}")
 async def get_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One version."""
-    return _version_body(_pick(await _visible(runtime, caller, name), version))
+    return version_body(_pick(await _visible(runtime, caller, name), version))
 
 
 @router.delete("/v1/adapters/{name}/versions/{version}")
@@ -196,7 +208,7 @@ async def set_speculation(
         changed = await runtime.services.store.set_speculation(tenant, check_name(name), version, policy)
     except NotPublished:
         raise _no_version(name, version) from None
-    return _version_body(changed)
+    return version_body(changed)
 
 
 @router.put("/v1/adapters/{name}/versions/{version}/labels")
@@ -209,7 +221,7 @@ async def set_labels(
         changed = await runtime.services.store.set_labels(tenant, check_name(name), version, body.labels)
     except NotPublished:
         raise _no_version(name, version) from None
-    return _version_body(changed)
+    return version_body(changed)
 
 
 @router.get("/v1/adapters/{name}/versions/{version}/files")
@@ -289,6 +301,12 @@ async def set_access(name: str, body: NewAccess, caller: CallerDep, runtime: Run
     return {"object": "adapter.access", "name": name, **access.model_dump(mode="json")}
 
 
+def refuse_base_name(runtime: Runtime, name: str) -> None:
+    """Raise `Conflict` for a name that means a base model."""
+    if runtime.catalog.base_of(name) is not None:
+        raise Conflict(f"'{name}' is the base model's own name; requests for it would never reach an adapter.")
+
+
 async def _delete(runtime: RuntimeDep, caller: Caller, name: str, version: int | None) -> Json:
     tenant = caller.acting_tenant(Role.PUBLISHER)
     removed = await runtime.services.store.delete(tenant, name, version, caller.key_id)
@@ -315,29 +333,6 @@ async def _version(runtime: RuntimeDep, tenant: str, name: str, version: int) ->
     return _pick(await runtime.services.store.get(tenant, check_name(name)), version)
 
 
-def wish_of(fields: Mapping[str, str]) -> VersionWish:
-    """What a form says of a new version. One that exists already keeps its own."""
-    asked = fields.get("speculation", "on")
-    if asked not in ("on", "off"):
-        raise InvalidRequest(f"'speculation' is 'on' or 'off', not '{asked[:80]}'.", param="speculation")
-    wish: dict[str, Any] = {
-        "speculation": {"enabled": asked == "on", "reason": fields.get("speculation_reason", "")},
-    }
-    for name in ("labels", "lineage"):
-        if name in fields:
-            try:
-                wish[name] = json.loads(fields[name])
-            except ValueError:
-                raise InvalidRequest(f"'{name}' is not a JSON object.", param=name) from None
-    try:
-        return VersionWish.model_validate(wish)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        param = "speculation_reason" if place == "speculation.reason" else place
-        raise InvalidRequest(f"'{param}' is wrong: {problem['msg']}.", code="invalid_value", param=param) from None
-
-
 def _label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -349,7 +344,7 @@ def _no_version(name: str, version: int) -> NotPublished:
     return NotPublished(f"There is no version {version} of '{name}'.")
 
 
-def _version_body(version: AdapterVersion) -> Json:
+def version_body(version: AdapterVersion) -> Json:
     return {
         "object": "adapter.version",
         "ref": version.ref,
@@ -370,5 +365,5 @@ def _summary_body(summary: AdapterSummary, caller: Caller) -> Json:
         "splits": {alias: split.model_dump() for alias, split in summary.splits.items()},
         # Who else may call it is for those who may change that.
         "access": summary.access.model_dump(mode="json") if caller.role.includes(Role.PUBLISHER) else None,
-        "versions": [_version_body(version) for version in summary.versions],
+        "versions": [version_body(version) for version in summary.versions],
     }

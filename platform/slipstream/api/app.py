@@ -8,14 +8,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, keys, models, ops, tenants
+from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, imports, keys, models, ops, tenants
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
 from slipstream.api.runtime import Runtime, build_runtime
 from slipstream.api.services import ApiServices
-from slipstream.api.uploads import prepare_upload_dir
-from slipstream.protocol import BaseModelSpec
+from slipstream.api.uploads import prepare_upload_dir, scratch_folder
+from slipstream.importing.rounds import ImportRounds, keep_importing
+from slipstream.protocol import BaseModelSpec, EngineClient
 from slipstream.publishing import keep_sweeping
 from slipstream.training.jobs import Rounds, keep_making
 
@@ -37,12 +38,13 @@ def create_app(services: ApiServices) -> FastAPI:
             )
         )
         training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
+        importing = asyncio.create_task(keep_importing(_import_rounds(services, runtime), services.imports_every_s))
         counting = asyncio.create_task(runtime.meter.keep_counting())
         renewing = asyncio.create_task(runtime.meter.keep_renewing())
         try:
             yield
         finally:
-            tasks = {sweeping, training, counting, renewing}
+            tasks = {sweeping, training, importing, counting, renewing}
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -60,7 +62,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.runtime = runtime = build_runtime(services, http_metrics)
     install_handlers(app)
     app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
-    for module in (chat, completions, models, adapters, files, fine_tuning, keys, tenants, cluster, ops):
+    for module in (chat, completions, models, adapters, imports, files, fine_tuning, keys, tenants, cluster, ops):
         app.include_router(module.router)
     return app
 
@@ -76,4 +78,20 @@ def _rounds(services: ApiServices, runtime: Runtime) -> Rounds:
         base=base,
         max_running=services.max_running_jobs,
         stale_s=services.job_stale_s,
+    )
+
+
+def _import_rounds(services: ApiServices, runtime: Runtime) -> ImportRounds:
+    async def base(model: str | None) -> tuple[BaseModelSpec, EngineClient]:
+        target = await runtime.catalog.base(model)
+        return target.spec, target.engine
+
+    return ImportRounds(
+        imports=services.imports,
+        store=services.store,
+        blobs=services.blobs,
+        sources=services.sources,
+        base=base,
+        scratch=lambda: scratch_folder(services.upload_dir),
+        max_bytes=services.max_upload_bytes,
     )

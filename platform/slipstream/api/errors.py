@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from adapter_registry import errors as registry
+from adapter_registry.imports import ImportEnded
 from slipstream import errors as tree
 
 log = logging.getLogger("slipstream.api")
@@ -53,6 +54,7 @@ _RULES: Mapping[type[Exception], _Rule] = {
     registry.InvalidName: _Rule(400, "invalid_name"),
     registry.NotPublished: _Rule(404, "not_found"),
     registry.InUse: _Rule(409, "in_use"),
+    ImportEnded: _Rule(409, "import_ended"),
     registry.StorageFull: _Rule(403, "storage_quota_exceeded"),
     registry.StoreUnavailable: _Rule(
         503, "registry_unavailable", "The registry cannot be reached right now. Try again in a few seconds.", 2

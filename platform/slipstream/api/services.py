@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
 from adapter_registry.store import BlobStore, Store
 from adapter_registry.tenants import TenantStore
 from slipstream.cluster.view import ClusterClient
+from slipstream.importing.sources import Sources
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
 
@@ -26,6 +28,8 @@ class ApiServices:
     blobs: BlobStore
     jobs: JobStore
     tenants: TenantStore
+    imports: ImportStore
+    sources: Sources
     job_runner: JobRunner
     cluster: ClusterClient
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
@@ -36,6 +40,7 @@ class ApiServices:
     max_running_jobs: int = 1  # fine-tuning jobs at once, of all tenants; more wait
     max_waiting_jobs: int = 100  # jobs of one tenant that have not ended; more are answered 429
     jobs_every_s: float = 1.0  # between two rounds over the jobs
+    imports_every_s: float = 1.0  # between two rounds over the imports
     job_stale_s: float = 60.0  # a job that is silent for so long has lost its worker
     request_timeout_s: float = 600.0  # from arrival to the last token
     probe_timeout_s: float = 2.0  # /readyz and /metrics wait no longer than this for a part

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")  # as `FileEntry.path`: flat
 _MAX_FILES = 64
-_MAX_TEXT_BYTES = 32 << 10  # of a field that is not a file: as many labels as there may be, in any script
+_MAX_TEXT_BYTES = 256 << 10  # of a field that is not a file: as much as there may be, in any script
 _WRITE_BYTES = 1 << 20  # handed to the disk at a time: one hop to a thread per MiB
 _PREFIX = "upload-"
 _ABANDONED_S = 24 * 3600.0  # older than any upload: its process was killed
@@ -49,9 +49,9 @@ class FormShape:
 ADAPTER_FORM = FormShape(
     "files",
     ("name",),
-    ("base", "speculation", "speculation_reason", "labels", "lineage"),
-    summary="one 'name', one 'files' per file, and if need be 'base', 'speculation', 'speculation_reason', 'labels' and "
-    "'lineage'",
+    ("base", "speculation", "speculation_reason", "labels", "lineage", "smoke"),
+    summary="one 'name', one 'files' per file, and if need be 'base', 'speculation', 'speculation_reason', 'labels', "
+    "'lineage' and 'smoke'",
 )
 DATA_FORM = FormShape("file", ("purpose",), one_file=True, summary="one 'file' and its 'purpose'")
 DATA = "data"

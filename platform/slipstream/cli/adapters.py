@@ -23,6 +23,7 @@ from slipstream.cli.session import (
     show_table,
 )
 from slipstream.client import SlipstreamClient, to_reference
+from slipstream.client.resumable import is_worth_resuming, pull_from, push_in_parts
 from slipstream.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, help="Publish, look at and remove adapters.", rich_markup_mode="markdown")
@@ -42,7 +43,14 @@ NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", show_de
 @app.command()
 def push(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="The folder that PEFT's save_pretrained wrote, a .zip or .tar.gz of it, or a URL that the server fetches: "
+            "`s3://`, `gs://`, `az://`, `hf://owner/name`.",
+            show_default=False,
+        ),
+    ],
     *,
     name: Annotated[str, typer.Option("--name", help="The name that requests use as `model`.", show_default=False)],
     base: Annotated[
@@ -56,7 +64,8 @@ def push(
 ) -> None:
     """Publish a folder as the next version of an adapter.
 
-    It answers requests as soon as this returns. Pushing the same content again gives the version that has it.
+    It answers requests as soon as this returns. Pushing the same content again gives the version that has it. Large folders
+    go in parts: after a broken connection, run it again, and only what is missing is sent.
 
     Example: slipstream adapters push ./my-lora --name sql --label team=search
     """
@@ -67,9 +76,15 @@ def push(
             task = bar.add_task(name, total=None)
 
             def show(sent: int, total: int) -> None:
-                bar.update(task, completed=sent, total=total)
+                bar.update(task, completed=sent, total=total or None)
 
-            return await client.push(folder, name, show, base=base, labels=labels)
+            wishes = {"labels": labels} | ({} if base is None else {"base": base})
+            if "://" in source:
+                return await pull_from(client, source, name, show, **wishes)
+            path = Path(source)
+            if path.is_file() or is_worth_resuming(path):
+                return await push_in_parts(client, path, name, show, **wishes)
+            return await client.push(path, name, show, base=base, labels=labels)
 
     version, is_new = session(context, url, api_key, tenant).run(work)
     if as_json:

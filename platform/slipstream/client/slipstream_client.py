@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -87,6 +89,33 @@ class SlipstreamClient:
             files = [("files", (name_, file, "application/octet-stream")) for name_, file in opened]
             response = await self._send("POST", "/v1/adapters", data=fields, files=files)
         return response.json(), response.status_code == httpx.codes.CREATED
+
+    async def begin_import(self, **fields: Any) -> Json:
+        """Begin an upload in parts, or a pull; the fields are those of POST /v1/imports."""
+        return dict((await self._send("POST", "/v1/imports", json=fields)).json())
+
+    async def get_import(self, import_id: str) -> Json:
+        """An import as it stands."""
+        return dict((await self._send("GET", f"/v1/imports/{path_part(import_id)}")).json())
+
+    async def list_imports(self, limit: int = 100) -> list[Json]:
+        """The tenant's imports, newest first."""
+        return list((await self._send("GET", "/v1/imports", params={"limit": limit})).json()["data"])
+
+    async def give_up_import(self, import_id: str) -> Json:
+        """Give an import up."""
+        return dict((await self._send("DELETE", f"/v1/imports/{path_part(import_id)}")).json())
+
+    async def put_part(self, import_id: str, path: str, index: int, data: bytes) -> None:
+        """Send one part of a file; again, if need be."""
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": "application/octet-stream"}
+        where = f"/v1/imports/{path_part(import_id)}/files/{path_part(path)}/parts/{index}"
+        await self._send("PUT", where, content=data, headers=headers)
+
+    async def complete_import(self, import_id: str) -> Json:
+        """Every part is there."""
+        return dict((await self._send("POST", f"/v1/imports/{path_part(import_id)}/complete")).json())
 
     async def list_adapters(self, labels: Mapping[str, str] | None = None) -> list[Json]:
         """The tenant's adapters; with `labels`, those that have a version with all of them."""
