@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,9 @@ from adapter_registry.records import check_name, check_sha256
 from adapter_registry.store import BlobStore
 
 _CHUNK_BYTES = 8 * 1024 * 1024
-_CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s"}  # per request; obstore retries and resumes by itself
+# Per request; obstore retries and resumes by itself. Plain HTTP is for whoever names such an endpoint, as MinIO's users do.
+_CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
+BUCKETS = ("s3", "gs", "az")
 _T = TypeVar("_T")
 
 
@@ -47,9 +50,9 @@ class ObstoreBlobs(BlobStore):
             return cls(LocalStore(prefix=Path(unquote(parts.path)), mkdir=True))
         if parts.scheme == "memory":
             return cls(MemoryStore())
-        if parts.scheme not in ("s3", "gs", "az"):
+        if parts.scheme not in BUCKETS:
             raise ValueError(f"Blobs cannot be kept at {parts.scheme[:20]!r}: use file, s3, gs, az or memory.")
-        return cls(from_url(url, client_options=_CLIENT_OPTIONS))
+        return cls(open_bucket(url))
 
     async def put_file(self, tenant: str, sha256: str, path: Path) -> None:
         """Store a file's content (streamed). Nothing is visible under the name until all of it is there."""
@@ -134,6 +137,15 @@ class ObstoreBlobs(BlobStore):
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def open_bucket(url: str, retry_timeout_s: float = 180.0) -> Any:
+    """An obstore store at `s3://bucket/prefix`, `gs://…` or `az://…`; credentials come from the environment.
+
+    Requests are tried again until `retry_timeout_s` after the first try.
+    """
+    retries: Any = {"retry_timeout": timedelta(seconds=retry_timeout_s)}
+    return from_url(url, client_options=_CLIENT_OPTIONS, retry_config=retries)
 
 
 class _Download:

@@ -202,7 +202,8 @@ class Settings(ModelDefaults, BaseSettings):
     pull_sources: tuple[str, ...] = Field(
         ("hf://",),
         description="Where tenants may have adapters pulled from, as a JSON list of what URLs begin with: "
-        "`s3://bucket/folder/`, `gs://…`, `az://…`, `hf://owner/`. Buckets are read with the server's own credentials, the hub without any.",
+        "`s3://bucket/folder/`, `gs://…`, `az://…`, `hf://owner/`. Buckets are read with the server's own credentials, the "
+        "hub without any.",
     )
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")

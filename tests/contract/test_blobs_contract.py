@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import obstore
@@ -11,6 +12,7 @@ import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore as ObjectMemory
 from support.drafts import sha
+from support.s3_server import BUCKET, running_s3
 
 from adapter_registry.blobs import ObstoreBlobs
 from adapter_registry.errors import BlobCorrupt, BlobMissing, InvalidName, StoreUnavailable
@@ -42,10 +44,20 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.fixture(params=["memory", "obstore-memory", "obstore-folder"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Mapping[str, str]]:
+    with running_s3() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["memory", "obstore-memory", "obstore-folder", "s3"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlobStore:
     if request.param == "memory":
         return MemoryBlobs()
+    if request.param == "s3":
+        for name, value in request.getfixturevalue("s3").items():
+            monkeypatch.setenv(name, value)
+        return ObstoreBlobs.from_url(f"s3://{BUCKET}/{secrets.token_hex(4)}/blobs")
     url = "memory://" if request.param == "obstore-memory" else (tmp_path / "a folder" / "blobs").as_uri()
     return ObstoreBlobs.from_url(url)
 

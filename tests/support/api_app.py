@@ -78,7 +78,7 @@ class ApiWorld:
     jobs: MemoryJobs = field(init=False)
     tenants: MemoryTenants = field(init=False)
     imports: MemoryImports = field(init=False)
-    sources: Sources = field(default_factory=lambda: RemoteSources(()))
+    sources: Sources = field(default_factory=lambda: RemoteSources(("hf://",)))
     runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
     cluster: FakeCluster = field(default_factory=FakeCluster)
     clock: ManualClock = field(default_factory=ManualClock)

@@ -38,7 +38,7 @@ def create_app(services: ApiServices) -> FastAPI:
             )
         )
         training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
-        importing = asyncio.create_task(keep_importing(_import_rounds(services, runtime), services.imports_every_s))
+        importing = asyncio.create_task(keep_importing(import_rounds(services, runtime), services.imports_every_s))
         counting = asyncio.create_task(runtime.meter.keep_counting())
         renewing = asyncio.create_task(runtime.meter.keep_renewing())
         try:
@@ -81,7 +81,9 @@ def _rounds(services: ApiServices, runtime: Runtime) -> Rounds:
     )
 
 
-def _import_rounds(services: ApiServices, runtime: Runtime) -> ImportRounds:
+def import_rounds(services: ApiServices, runtime: Runtime) -> ImportRounds:
+    """One gateway's part in what becomes of imports."""
+
     async def base(model: str | None) -> tuple[BaseModelSpec, EngineClient]:
         target = await runtime.catalog.base(model)
         return target.spec, target.engine

@@ -82,7 +82,7 @@ def push(
             if "://" in source:
                 return await pull_from(client, source, name, show, **wishes)
             path = Path(source)
-            if path.is_file() or is_worth_resuming(path):
+            if is_worth_resuming(path):
                 return await push_in_parts(client, path, name, show, **wishes)
             return await client.push(path, name, show, base=base, labels=labels)
 

@@ -1,10 +1,10 @@
-"""Uploads that survive broken connections, and pulls: what `slipstream adapters push` does with large folders and with URLs."""
+"""Uploads that survive broken connections, and pulls: how `slipstream adapters push` sends large folders, and URLs."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ _POLL_S = 0.3
 
 
 def is_worth_resuming(path: Path) -> bool:
-    """Whether a folder is so large that it is better sent in parts."""
-    return path.is_dir() and sum(file.stat().st_size for file in adapter_files(path)) >= WORTH_RESUMING
+    """Whether it is better sent in parts: an archive, or a folder so large."""
+    return path.is_file() or sum(file.stat().st_size for file in adapter_files(path)) >= WORTH_RESUMING
 
 
 async def push_in_parts(
@@ -36,8 +36,7 @@ async def push_in_parts(
     Run again after it was cut off, with the same files and name, it sends what is missing. `wishes`: other fields of
     POST /v1/imports. Raises `AdapterRejected` with the server's reason, and what the last try of a part raised.
     """
-    files = [path] if path.is_file() else adapter_files(path)
-    entries = await asyncio.to_thread(lambda: [_entry(file) for file in files])
+    files, entries = await asyncio.to_thread(_listed, path)
     found = await _begun_before(client, name, entries) or await client.begin_import(name=name, files=entries, **wishes)
     total = sum(entry["size"] for entry in entries)
     missing = {entry["path"]: list(entry["missing_parts"]) for entry in found["files"]}
@@ -105,7 +104,12 @@ async def _patiently(call: Callable[[], Any]) -> Any:
     return await call()
 
 
-def _entry(file: Path) -> Mapping[str, Any]:
+def _listed(path: Path) -> tuple[list[Path], list[Json]]:
+    files = [path] if path.is_file() else adapter_files(path)
+    return files, [_entry(file) for file in files]
+
+
+def _entry(file: Path) -> Json:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
         return {"path": file.name, "size": content.tell(), "sha256": digest}

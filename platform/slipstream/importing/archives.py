@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Protocol, cast
@@ -74,7 +74,7 @@ def unpacked(folder: Path, max_bytes: int) -> Path:
 def _unpack(archive: _Archive, folder: Path, max_bytes: int) -> None:
     members = list(archive.members())
     tops = {PurePosixPath(member.path).parts[0] for member in members if "/" in member.path}
-    is_wrapped = len(tops) == 1 and all("/" in member.path for member in members)
+    is_wrapped = len(tops) == 1 and tops.isdisjoint({"..", "/"}) and all("/" in member.path for member in members)
     left = max_bytes
     for member in members:
         name = member.path.partition("/")[2] if is_wrapped else member.path
@@ -99,8 +99,16 @@ def _unpack(archive: _Archive, folder: Path, max_bytes: int) -> None:
 @contextmanager
 def _opened(path: Path, max_bytes: int) -> Iterator[_Archive]:
     try:
-        with closing(_Zip(path) if path.name.lower().endswith(".zip") else _Tar(path, max_bytes)) as archive:
-            yield archive
+        with ExitStack() as stack:
+            file: BinaryIO = stack.enter_context(path.open("rb"))
+            if path.name.lower().endswith(".zip"):
+                _check_directory(path)
+                yield _Zip(stack.enter_context(zipfile.ZipFile(file)))
+            else:
+                plain = path.name.lower().endswith(".tar")
+                stream = _Sipped(file if plain else stack.enter_context(gzip.GzipFile(fileobj=file)))
+                opened = stack.enter_context(tarfile.open(fileobj=cast(Any, stream), mode="r:", errorlevel=1))
+                yield _Tar(opened, max_bytes)
     except _BROKEN as error:
         reject(Rule.BAD_ARCHIVE, f"{path.name} is not the archive that its name says: {show(str(error))}.", path.name)
 
@@ -116,9 +124,8 @@ def _clean(path: str) -> str:
 
 
 class _Zip:
-    def __init__(self, path: Path) -> None:
-        _check_directory(path)
-        self._zip = zipfile.ZipFile(path)
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._zip = archive
 
     def members(self) -> Iterator[_Member]:
         infos = self._zip.infolist()
@@ -129,6 +136,8 @@ class _Zip:
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG):
                 reject(Rule.SYMLINK, f"{show(info.filename)} is a link or a special file.", show(info.filename))
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA may ask for gigabytes
+                reject(Rule.BAD_ARCHIVE, f"{show(info.filename)} is compressed in an unusual way. Pack with deflate.")
             if info.flag_bits & 0x1:
                 reject(Rule.BAD_ARCHIVE, "The archive is encrypted. Pack it without a password.")
             yield _Member(_clean(info.filename), info.file_size, info)
@@ -136,9 +145,6 @@ class _Zip:
     def open(self, member: _Member) -> IO[bytes]:
         assert isinstance(member.name, zipfile.ZipInfo)
         return self._zip.open(member.name)
-
-    def close(self) -> None:
-        self._zip.close()
 
 
 def _check_directory(path: Path) -> None:
@@ -156,12 +162,9 @@ def _check_directory(path: Path) -> None:
 
 
 class _Tar:
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, archive: tarfile.TarFile, max_bytes: int) -> None:
+        self._tar = archive
         self._max_bytes = max_bytes
-        self._file: BinaryIO = path.open("rb")
-        plain = path.name.lower().endswith(".tar")
-        self._unzipped = None if plain else gzip.GzipFile(fileobj=self._file)
-        self._tar = tarfile.open(fileobj=cast(Any, _Sipped(self._unzipped or self._file)), mode="r:", errorlevel=1)  # noqa: SIM115
 
     def members(self) -> Iterator[_Member]:
         count, total = 0, 0
@@ -185,12 +188,6 @@ class _Tar:
         found = self._tar.extractfile(member.name)
         assert found is not None  # a regular file
         return found
-
-    def close(self) -> None:
-        self._tar.close()
-        if self._unzipped is not None:
-            self._unzipped.close()
-        self._file.close()
 
 
 class _Sipped:

@@ -15,18 +15,22 @@ from typing import Any, Protocol
 
 import obstore
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its HTTP library's root, and so its own's
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import from_url
 
+from adapter_registry.blobs import BUCKETS, open_bucket
 from slipstream.adapters.folder import MAX_FILES, is_file_name
 from slipstream.adapters.rejection import Rule, reject, show
 from slipstream.errors import InvalidRequest, Unavailable
 from slipstream.publishing import run_to_end
 
-SCHEMES = ("s3", "gs", "az", "hf")
+SCHEMES = (*BUCKETS, "hf")
 Progress = Callable[[int], None]  # bytes so far
-_CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s"}  # per request; obstore retries and resumes by itself
+_RETRY_S = 30.0
 _CHUNK_BYTES = 8 << 20
 _HUB_FOLDER = ".hub"
 _HUB_NAME = re.compile(
@@ -56,6 +60,7 @@ class RemoteSources(Sources):
 
     allowed: Sequence[str]  # URLs begin with one of these
     blob_url: str = ""  # the registry's own, which nobody may read past it
+    hub: str | None = None  # address of the Hugging Face hub; None = huggingface.co, or HF_ENDPOINT
 
     def check(self, url: str) -> None:
         """Raise `InvalidRequest` for what may not be pulled."""
@@ -68,9 +73,8 @@ class RemoteSources(Sources):
                 "A source on the Hugging Face hub is written as hf://owner/name or hf://owner/name@revision."
             )
         # With a slash behind both: `s3://models` must not open `s3://models-of-others`.
-        if not any(f"{url}/".startswith(prefix) for prefix in self.allowed) or (
-            own and (f"{url}/".startswith(f"{own}/") or f"{own}/".startswith(f"{url.rstrip('/')}/"))
-        ):
+        is_allowed = any(f"{url}/".startswith(prefix) for prefix in self.allowed)
+        if not is_allowed or (own and f"{url}/".startswith(f"{own}/")):
             raise _refused(
                 f"'{url[:200]}' is not among the places that this server pulls from. Ask its operator to add it to "
                 "SLIPSTREAM_PULL_SOURCES, or upload the files.",
@@ -81,7 +85,7 @@ class RemoteSources(Sources):
         """Put the files at `url` into an empty folder; returns the URL of exactly what came."""
         self.check(url)  # settings may have changed since it was asked for
         if url.startswith("hf://"):
-            return await run_to_end(lambda: _from_hub(url, folder, max_bytes, progress))
+            return await run_to_end(lambda: _from_hub(url, folder, max_bytes, progress, self.hub))
         try:
             return await _from_bucket(url, folder, max_bytes, progress)
         except (NotFoundError, FileNotFoundError):
@@ -93,7 +97,7 @@ class RemoteSources(Sources):
 
 
 async def _from_bucket(url: str, folder: Path, max_bytes: int, progress: Progress) -> str:
-    store: Any = from_url(url, client_options=_CLIENT_OPTIONS)
+    store = open_bucket(url, _RETRY_S)
     listing: Any = await obstore.list_with_delimiter_async(store)
     sizes = {entry["path"].rpartition("/")[2]: int(entry["size"]) for entry in listing["objects"]}
     sizes = {name: size for name, size in sizes.items() if name and not name.startswith(".")}
@@ -114,12 +118,12 @@ async def _from_bucket(url: str, folder: Path, max_bytes: int, progress: Progres
     return url
 
 
-def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress) -> str:
+def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress, hub: str | None) -> str:
     name = _HUB_NAME.fullmatch(url.removeprefix("hf://"))
     assert name is not None  # `check` saw to it
     repo, revision = name.groups()
     try:
-        info = HfApi(token=False).model_info(repo, revision=revision, files_metadata=True)
+        info = HfApi(endpoint=hub, token=False).model_info(repo, revision=revision, files_metadata=True)
         sizes = {
             each.rfilename: each.size or 0
             for each in info.siblings or []
@@ -128,14 +132,16 @@ def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress) -> str
         _check(sizes, max_bytes)
         received = 0
         for file in sorted(sizes):
-            path = hf_hub_download(repo, file, revision=info.sha, token=False, local_dir=folder / _HUB_FOLDER)
+            path = hf_hub_download(
+                repo, file, revision=info.sha, token=False, local_dir=folder / _HUB_FOLDER, endpoint=hub
+            )
             Path(path).rename(folder / file)
             received += (folder / file).stat().st_size
             _check({file: received}, max_bytes)
             progress(received)
     except (RepositoryNotFoundError, RevisionNotFoundError):  # private ones look the same
         raise _missing(url) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise Unavailable(f"'{url[:200]}' could not be read.", code="source_unavailable") from error
     finally:
         shutil.rmtree(folder / _HUB_FOLDER, ignore_errors=True)
