@@ -174,6 +174,46 @@ class Split(Frozen):
     weight: Annotated[
         float, Field(ge=0.0001, le=0.9999), AfterValidator(lambda part: round(part, 6))
     ]  # of its requests
+    shadow: bool = False  # it answers them as well, and nobody sees what
+
+
+class Guard(Frozen):
+    """When an alias rolls back by itself: its newest version (the split's, if there is one) fails or drafts too badly."""
+
+    max_error_rate: Annotated[float, Field(ge=0, lt=1)] | None = None  # of its requests
+    min_acceptance: Annotated[float, Field(gt=0, le=1)] | None = None  # of its drafted tokens
+    min_requests: Annotated[int, Field(ge=1, le=10**6)] = 50  # before it is judged
+    window_s: Annotated[int, Field(ge=10, le=86_400)] = 600  # about as long counts a request
+
+
+class Outcome(Frozen):
+    """What became of requests of one version of an alias, in about the last window of its guard."""
+
+    requests: Annotated[int, Field(ge=0)] = 0
+    errors: Annotated[int, Field(ge=0)] = 0  # of the server's or the version's making
+    drafted_tokens: Annotated[int, Field(ge=0)] = 0
+    accepted_tokens: Annotated[int, Field(ge=0)] = 0
+    compared: Annotated[int, Field(ge=0)] = 0  # shadows whose answer could be compared with what the caller got …
+    same: Annotated[int, Field(ge=0)] = 0  # … and was the same text
+
+    def plus(self, other: Outcome) -> Outcome:
+        """Both together."""
+        return Outcome(**{name: getattr(self, name) + getattr(other, name) for name in Outcome.model_fields})
+
+    def breach(self, guard: Guard) -> str:
+        """Why the guard rolls back, or "". `lua/note_outcome.lua` says the same."""
+        if self.requests < guard.min_requests:
+            return ""
+        failing, drafted = self.errors / self.requests, max(1, self.drafted_tokens)
+        if guard.max_error_rate is not None and failing > guard.max_error_rate:
+            return f"{self.errors} of {self.requests} requests failed"
+        if (
+            guard.min_acceptance is not None
+            and self.drafted_tokens
+            and self.accepted_tokens / drafted < guard.min_acceptance
+        ):
+            return f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens were accepted"
+        return ""
 
 
 class AliasMove(Frozen):
@@ -183,8 +223,26 @@ class AliasMove(Frozen):
     version: int | None = None  # None = it was removed
     before: int | None = None  # None = it was new
     split: Split | None = None  # from then on
+    guard: Guard | None = None  # from then on
+    reason: str = ""  # of a guard
     by: str = ""  # key id
     at: datetime
+
+
+class Watch(Frozen):
+    """An alias whose requests' outcomes are counted."""
+
+    tenant: Name  # whose it is
+    name: Name
+    alias: Name
+
+
+class Route(Frozen):
+    """What a reference means for one request."""
+
+    version: AdapterVersion  # answers it
+    watch: Watch | None = None  # the alias that led there, if it has a split or a guard
+    shadow: AdapterVersion | None = None  # answers it as well, and nobody sees what
 
 
 class AuditAction(StrEnum):
@@ -219,6 +277,7 @@ class AdapterSummary(Frozen):
     versions: tuple[AdapterVersion, ...]  # newest first
     aliases: dict[str, int]
     splits: dict[str, Split] = Field(default_factory=dict)  # of aliases that have one
+    guards: dict[str, Guard] = Field(default_factory=dict)  # likewise
     access: Access = Access()
 
     @property

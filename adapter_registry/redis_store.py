@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 
@@ -16,23 +17,21 @@ from adapter_registry.records import (
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
-    AliasMove,
     AuditAction,
     AuditEntry,
+    Guard,
     KeyRecord,
     SpeculationPolicy,
     Split,
-    VersionSelector,
     VersionState,
-    check_alias,
     check_audit_id,
-    check_name,
     check_sha256,
     utc_now,
 )
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_aliases import RedisAliases, not_published, version_of
+from adapter_registry.redis_connection import connect
 from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
-from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store, storage_full
+from adapter_registry.store import AUDIT_KEPT, Store, storage_full
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
 SHARED_LISTED = 10_000  # of others' adapters, and of public ones: more can be called, but are not listed
@@ -40,7 +39,7 @@ _LIST_BATCH = 100  # adapters read per script, for the same reason
 _CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
 
 
-class RedisStore(RedisConnection, Store):
+class RedisStore(RedisAliases, Store):
     """The registry's truth. Build it with `from_url`; one instance serves one event loop."""
 
     def __init__(
@@ -115,32 +114,13 @@ class RedisStore(RedisConnection, Store):
             raise storage_full(*map(int, answer[1:]))
         if answer[0] == "unclaimed":
             raise BlobMissing("Some of this version's files are not held for it any more: upload them again.")
-        return _version(answer[1], answer[2]), answer[0] == "new"
-
-    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
-        """The READY version a reference means, on this side of an alias's split. Raises `NotPublished`."""
-        owner = selector.tenant or tenant
-        keys = TenantKeys(owner).adapter(selector.name)
-        value = selector.version or selector.alias or selector.digest or ""
-        found = await self._script(
-            "resolve",
-            [keys.versions, keys.aliases, keys.digests, keys.access, keys.splits],
-            [
-                selector.by,
-                value,
-                "" if owner == tenant else check_name(tenant, "tenant"),
-                "" if point is None else repr(point),
-            ],
-        )
-        if not found:
-            raise _not_published(selector.name)
-        return _version(found[0], found[1])
+        return version_of(answer[1], answer[2]), answer[0] == "new"
 
     async def get(self, tenant: str, name: str) -> AdapterSummary:
         """One adapter with its versions and aliases. Raises `NotPublished`."""
         found = await self._describe(tenant, [name])
         if not found:
-            raise _not_published(name)
+            raise not_published(name)
         return found[0]
 
     async def list(self, tenant: str) -> Sequence[AdapterSummary]:
@@ -170,39 +150,22 @@ class RedisStore(RedisConnection, Store):
                 keys.audit,
                 adapter.splits,
                 keys.sizes,
+                adapter.guards,
+                adapter.outcomes,
             ],
             [name, "" if version is None else version, by, AUDIT_KEPT],
         )
         if answer[0] == "missing":
-            raise _not_published(name)
+            raise not_published(name)
         if answer[0] == "in_use":
             raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
         return _versions(answer[1:])
-
-    async def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
-    ) -> None:
-        """Point an alias at a READY version, and a part of its requests at another."""
-        await self._move(tenant, name, alias, str(version), by, split)
-
-    async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
-        """Point an alias at where it pointed before its last move; returns the version. Raises `NotPublished`."""
-        return await self._move(tenant, name, alias, "back", by)
-
-    async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
-        """Remove an alias. Raises `NotPublished`."""
-        await self._move(tenant, name, alias, "", by)
-
-    async def alias_moves(self, tenant: str, name: str) -> Sequence[AliasMove]:
-        """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
-        found = await self._command("LRANGE", TenantKeys(tenant).adapter(name).moves, "0", "-1")
-        return [AliasMove.model_validate_json(line) for line in found]
 
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         keys, label = TenantKeys(tenant).adapter(name), f"{tenant}/{name}"
         if not await self._command("EXISTS", keys.versions):
-            raise _not_published(name)
+            raise not_published(name)
         # Others' slots, so no single script. Indexes only serve listings, where an entry too many is passed over and
         # dropped: they are written before the access that they stand for, and again after it, in case one was dropped.
         indexes = [TenantKeys(other).shared for other in access.tenants] + [PUBLIC_KEY] * access.public
@@ -210,7 +173,7 @@ class RedisStore(RedisConnection, Store):
         audit = TenantKeys(tenant).audit
         args: list[str | int] = [access.model_dump_json(), by, name, AUDIT_KEPT]
         if not await self._script("set_access", [keys.versions, keys.access, audit], args):
-            raise _not_published(name)
+            raise not_published(name)
         await self._index(indexes, label)
 
     async def _index(self, indexes: Sequence[str], *labels: str) -> None:
@@ -247,17 +210,6 @@ class RedisStore(RedisConnection, Store):
         ]
         return {f"{summary.tenant}/{summary.name}": summary for summary in found}
 
-    async def _move(self, tenant: str, name: str, alias: str, to: str, by: str, split: Split | None = None) -> int:
-        keys = TenantKeys(tenant).adapter(name)
-        args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT, name, AUDIT_KEPT]
-        args.append(split.model_dump_json() if split is not None else "")
-        audit = TenantKeys(tenant).audit
-        places = [keys.versions, keys.aliases, keys.before, keys.moves, audit, keys.splits]
-        answer = await self._script("set_alias", places, args)
-        if not answer[0]:
-            raise _not_published(name)
-        return int(answer[1])
-
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
         return await self._change(tenant, name, version, "speculation", policy.model_dump(mode="json"))
@@ -281,8 +233,8 @@ class RedisStore(RedisConnection, Store):
             envelope["record"][field] = value
             changed = json.dumps(envelope, allow_nan=False)
             if await self._script("replace_version", [key], [number, stored, changed]):
-                return _version(number, changed)
-        raise _not_published(name)
+                return version_of(number, changed)
+        raise not_published(name)
 
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted; a bounded batch at a time."""
@@ -354,7 +306,7 @@ class RedisStore(RedisConnection, Store):
         """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
         newest = "+" if before is None else f"({check_audit_id(before)}"
         found = await self._command("XREVRANGE", TenantKeys(tenant).audit, newest, "-", "COUNT", str(limit))
-        return [AuditEntry(id=id_, at=_time_of(id_), **fields) for id_, fields in found]
+        return [audit_entry(*each) for each in found]
 
     async def _write_key(self, key: KeyRecord, mode: str, by: str, action: AuditAction) -> bool:
         keys = TenantKeys(key.tenant)
@@ -366,7 +318,7 @@ class RedisStore(RedisConnection, Store):
         """Those of `names` that have versions."""
         tenant_keys = TenantKeys(tenant)
         adapters = [tenant_keys.adapter(name) for name in names]
-        keys = [key for a in adapters for key in (a.versions, a.aliases, a.access, a.splits)]
+        keys = [key for a in adapters for key in (a.versions, a.aliases, a.access, a.splits, a.guards)]
         answer = await self._script("describe", keys, [])
         return [
             AdapterSummary(
@@ -375,9 +327,10 @@ class RedisStore(RedisConnection, Store):
                 versions=tuple(_versions(versions)),
                 aliases={alias: int(number) for alias, number in _pairs(aliases)},
                 splits={alias: Split.model_validate_json(split) for alias, split in _pairs(splits)},
+                guards={alias: Guard.model_validate_json(guard) for alias, guard in _pairs(guards)},
                 access=Access.model_validate_json(access) if access else Access(),
             )
-            for name, (versions, aliases, access, splits) in zip(names, answer, strict=True)
+            for name, (versions, aliases, access, splits, guards) in zip(names, answer, strict=True)
             if versions
         ]
 
@@ -388,12 +341,8 @@ def _envelope(draft: AdapterDraft) -> str:
     return json.dumps({"record": ready, "digest": draft.digest, "blobs": draft.blob_sha256s}, allow_nan=False)
 
 
-def _version(number: str, envelope: str) -> AdapterVersion:
-    return AdapterVersion.model_validate({**json.loads(envelope)["record"], "version": int(number)})
-
-
 def _versions(flat: Sequence[str]) -> Sequence[AdapterVersion]:
-    found = (_version(number, envelope) for number, envelope in _pairs(flat))
+    found = (version_of(number, envelope) for number, envelope in _pairs(flat))
     return sorted(found, key=lambda version: version.version, reverse=True)
 
 
@@ -406,15 +355,12 @@ def _no_key(key_id: str) -> NotPublished:
     return NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
 
 
-def _time_of(stream_id: str) -> datetime:
-    return datetime.fromtimestamp(int(stream_id.partition("-")[0]) / 1000, UTC)
+def audit_entry(id_: str, fields: Mapping[str, Any]) -> AuditEntry:
+    """An entry of the log, as Redis gives it."""
+    at = datetime.fromtimestamp(int(id_.partition("-")[0]) / 1000, UTC)
+    return AuditEntry(id=id_, at=at, **fields)
 
 
 def _pairs(flat: Sequence[str]) -> Sequence[tuple[str, str]]:
     """A Lua script's HGETALL comes as field, value, field, value…"""
     return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _not_published(name: str) -> NotPublished:
-    # One text for every way of not being there, another tenant's adapter included.
-    return NotPublished(f"Nothing is published as {check_name(name)!r} under this name, version or alias.")

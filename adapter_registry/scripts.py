@@ -5,6 +5,7 @@ All of a tenant's keys carry `{tenant}` as cluster hash tag, so each script touc
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import resources
 
@@ -14,16 +15,18 @@ PREFIX = "slipstream:"
 SCHEMA_KEY = PREFIX + "schema"
 TENANTS_KEY = PREFIX + "tenants"
 PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
+ALIAS_SCRIPTS = ("resolve", "set_alias", "note_outcome")
 SCRIPTS = (
-    "publish", "resolve", "describe", "delete", "set_alias", "set_access", "replace_version", "write_key", "claim",
-    "begin_sweep",
+    "publish", "describe", "delete", "set_access", "replace_version", "write_key", "claim", "begin_sweep",
+    *ALIAS_SCRIPTS,
 )  # fmt: skip
 
 
 def load_script(name: str) -> str:
     """The text of `lua/<name>.lua`, behind the functions that it says it uses."""
     text = (resources.files("adapter_registry") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    return load_script("blobs") + text if text.startswith("-- With blobs.lua.") else text
+    needed = re.match(r"-- With (\w+)\.lua\.\n", text)
+    return load_script(needed.group(1)) + text if needed else text
 
 
 def lookup_key(sha256: str) -> str:
@@ -42,6 +45,8 @@ class AdapterKeys:
     moves: str  # list of JSON: what became of its aliases, newest first
     before: str  # hash: alias -> number before its last move
     splits: str  # hash: alias -> JSON: what part of its requests goes where
+    guards: str  # hash: alias -> JSON: when it rolls back
+    outcomes: str  # hash: alias|version|counter|window -> number
 
 
 class TenantKeys:
@@ -67,5 +72,18 @@ class TenantKeys:
         """The keys of one of this tenant's adapters."""
         base = f"{self._base}adapter:{check_name(name)}:"
         return AdapterKeys(
-            *(base + name for name in ("versions", "digests", "aliases", "access", "moves", "before", "splits"))
+            *(
+                base + name
+                for name in (
+                    "versions",
+                    "digests",
+                    "aliases",
+                    "access",
+                    "moves",
+                    "before",
+                    "splits",
+                    "guards",
+                    "outcomes",
+                )
+            )
         )

@@ -23,13 +23,18 @@ from adapter_registry.records import (
     AdapterVersion,
     AliasMove,
     AuditEntry,
+    Guard,
     KeyRecord,
+    Outcome,
+    Route,
     SpeculationPolicy,
     Split,
     VersionSelector,
+    Watch,
 )
 
 MOVES_KEPT = 1000
+UNGUARDED_WINDOW_S = 3600  # for outcomes of an alias without a guard
 AUDIT_KEPT = 100_000  # entries of a tenant, or a few more
 
 
@@ -50,12 +55,16 @@ class Store(Protocol):
         """
         ...
 
-    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
-        """The READY version a reference means; `point` in [0, 1) says on which side of an alias's split.
+    async def route(self, tenant: str, selector: VersionSelector, point: float | None = None) -> Route:
+        """What a reference means; `point` in [0, 1) says on which side of an alias's split.
 
         Raises `NotPublished`, the same for another tenant's that is not shared.
         """
         ...
+
+    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
+        """The READY version a reference means, as `route` has it."""
+        return (await self.route(tenant, selector, point)).version
 
     async def get(self, tenant: str, name: str) -> AdapterSummary:
         """One adapter with its versions and aliases. Raises `NotPublished`."""
@@ -76,10 +85,31 @@ class Store(Protocol):
         ...
 
     async def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        by: str = "",
+        split: Split | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Point an alias at a READY version, and a part of its requests at another; without `split` all go to `version`.
-        Raises `NotPublished` or `InvalidName`."""
+
+        `guard` watches the newer of both, and holds until the next move. Raises `NotPublished` or `InvalidName`.
+        """
+        ...
+
+    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome) -> str:
+        """Count what became of requests of a watched alias; why it was rolled back by that, or "".
+
+        A rollback is that of `roll_back_alias`, happens once, and ends the guard. Versions that the alias has left are not
+        counted.
+        """
+        ...
+
+    async def outcomes(self, tenant: str, name: str) -> Mapping[tuple[str, int], Outcome]:
+        """(alias, version) → what became of requests since the alias's last move, in about the last window."""
         ...
 
     async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:

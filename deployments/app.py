@@ -93,6 +93,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         training=_training(settings, blob_url),
         max_training_jobs=settings.max_training_jobs,
         pull_sources=settings.pull_sources,
+        webhook_private_hosts=settings.webhook_private_hosts,
         models={
             model_id: ServedModel(deployment_name(m), m.min_replicas, m.most_replicas, m.tensor_parallel_size)
             for model_id, m in zip(engines, settings.models, strict=True)

@@ -16,6 +16,7 @@ from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
+from adapter_registry.redis_webhooks import RedisWebhooks
 from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
 from deployments.serve_states import ServedModel
@@ -40,6 +41,7 @@ class GatewayPlan:
     models: Mapping[str, ServedModel]
     max_training_jobs: int = 1
     pull_sources: tuple[str, ...] = ()
+    webhook_private_hosts: tuple[str, ...] = ()
 
 
 class Gateway:
@@ -63,6 +65,8 @@ class Gateway:
             jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
             tenants=RedisTenants.from_url(plan.redis_url.get_secret_value()),
             imports=RedisImports.from_url(plan.redis_url.get_secret_value()),
+            webhooks=RedisWebhooks.from_url(plan.redis_url.get_secret_value()),
+            webhook_private_hosts=plan.webhook_private_hosts,
             sources=RemoteSources(plan.pull_sources, plan.blob_url),
             job_runner=RayJobRunner(plan.training),
             admin_key_sha256=plan.admin_key_sha256,

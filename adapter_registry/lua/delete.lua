@@ -1,7 +1,7 @@
 -- With blobs.lua.
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
 -- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit,
--- splits, sizes.
+-- splits, sizes, guards, outcomes.
 -- ARGV: name, version or '', who, audit entries to keep.
 -- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
 local doomed = {}
@@ -35,7 +35,7 @@ for _, number in ipairs(doomed) do
   answer[#answer + 1] = stored
 end
 if redis.call('HLEN', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9], KEYS[11])  -- a name that is used again is not shared, and has no past
+  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9], KEYS[11], KEYS[13], KEYS[14])  -- a name that is used again is not shared, and has no past
   redis.call('SREM', KEYS[1], ARGV[1])
 end
 return answer

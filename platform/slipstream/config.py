@@ -205,6 +205,11 @@ class Settings(ModelDefaults, BaseSettings):
         "`s3://bucket/folder/`, `gs://…`, `az://…`, `hf://owner/`. Buckets are read with the server's own credentials, the "
         "hub without any.",
     )
+    webhook_private_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts, as a JSON list, that webhooks may name although they are inside this network, or `http://`. "
+        "Tenants choose a webhook's address and the server calls it.",
+    )
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
     gateway_replicas: Count = Field(1, description="Gateway replicas.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")

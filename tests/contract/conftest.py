@@ -22,12 +22,15 @@ from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
+from adapter_registry.redis_webhooks import RedisWebhooks
 from adapter_registry.store import Store
 from adapter_registry.tenants import TenantStore
+from adapter_registry.webhooks import WebhookStore
 from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
 from slipstream.testing.memory_tenants import MemoryTenants
+from slipstream.testing.memory_webhooks import MemoryWebhooks
 
 _NEEDS_DEBIAN = pytest.mark.skipif(
     not DEBIAN_EXECUTABLE.exists(), reason=f"{DEBIAN_EXECUTABLE} is not installed: apt-get install redis-server"
@@ -114,6 +117,18 @@ async def imports(store_url: str | None, store: Store) -> AsyncIterator[ImportSt
         yield MemoryImports(store)
     else:
         found = RedisImports.from_url(store_url)
+        yield found
+        await found.close()
+
+
+@pytest_asyncio.fixture
+async def webhooks(store_url: str | None, store: Store) -> AsyncIterator[WebhookStore]:
+    """A webhook store with nothing in it, over the same data as `store`."""
+    if store_url is None:
+        assert isinstance(store, MemoryStore)
+        yield MemoryWebhooks(store)
+    else:
+        found = RedisWebhooks.from_url(store_url)
         yield found
         await found.close()
 

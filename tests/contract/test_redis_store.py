@@ -258,7 +258,7 @@ async def test_a_rollback_that_is_sent_again_because_its_answer_was_lost_is_done
     for version in (1, 2):
         await store.set_alias("acme", "sql", "prod", version)
     now = utc_now()
-    monkeypatch.setattr("adapter_registry.redis_store.utc_now", lambda: now)
+    monkeypatch.setattr("adapter_registry.redis_aliases.utc_now", lambda: now)
     assert await store.roll_back_alias("acme", "sql", "prod", "key_a") == 1
     await store.set_alias("acme", "sql", "canary", 2, "key_a")
     assert await store.roll_back_alias("acme", "sql", "prod", "key_a") == 1

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from safetensors.numpy import save_file
 
 from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, PromptFormat
+from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, PromptFormat, Route
 from slipstream.api import ApiServices, create_app
 from slipstream.importing.sources import RemoteSources, Sources
 from slipstream.testing import (
@@ -26,6 +26,7 @@ from slipstream.testing import (
     MemoryJobs,
     MemoryStore,
     MemoryTenants,
+    MemoryWebhooks,
     ScriptedJobRunner,
 )
 
@@ -43,10 +44,10 @@ class FlakyStore(MemoryStore):
         self._fail()
         return await super().find_key(sha256)
 
-    async def resolve(self, tenant: str, selector: Any, point: float | None = None) -> AdapterVersion:
+    async def route(self, tenant: str, selector: Any, point: float | None = None) -> Route:
         """As the store, unless it is away."""
         self._fail()
-        return await super().resolve(tenant, selector, point)
+        return await super().route(tenant, selector, point)
 
     async def list(self, tenant: str) -> Any:
         """As the store, unless it is away."""
@@ -78,6 +79,7 @@ class ApiWorld:
     jobs: MemoryJobs = field(init=False)
     tenants: MemoryTenants = field(init=False)
     imports: MemoryImports = field(init=False)
+    webhooks: MemoryWebhooks = field(init=False)
     sources: Sources = field(default_factory=lambda: RemoteSources(("hf://",)))
     runner: ScriptedJobRunner = field(default_factory=ScriptedJobRunner)
     cluster: FakeCluster = field(default_factory=FakeCluster)
@@ -89,6 +91,7 @@ class ApiWorld:
         self.jobs = MemoryJobs(self.store)
         self.tenants = MemoryTenants(self.store, clock=self.clock)
         self.imports = MemoryImports(self.store)
+        self.webhooks = MemoryWebhooks(self.store)
         self.rebuild()
 
     def rebuild(self, **overrides: Any) -> None:
@@ -101,6 +104,7 @@ class ApiWorld:
             jobs=self.jobs,
             tenants=self.tenants,
             imports=self.imports,
+            webhooks=self.webhooks,
             sources=self.sources,
             job_runner=self.runner,
             cluster=self.cluster,

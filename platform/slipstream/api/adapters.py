@@ -17,8 +17,6 @@ from adapter_registry.records import (
     Labels,
     Role,
     SpeculationPolicy,
-    Split,
-    check_alias,
     check_name,
 )
 from slipstream.api.auth import CallerDep
@@ -79,24 +77,6 @@ _UPLOAD_FORM: dict[str, Any] = {
         },
     }
 }
-
-
-class NewSplit(BaseModel):
-    """A part of an alias's requests that another version answers; the same `user` stays on one side."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    version: Annotated[int, Field(ge=1, le=10**9)]
-    weight: Annotated[float, Field(ge=0.0001, le=0.9999, strict=False)]
-
-
-class AliasTarget(BaseModel):
-    """The body of PUT …/aliases/{alias}."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    version: Annotated[int, Field(ge=1, le=10**9)]
-    split: NewSplit | None = None
 
 
 class NewAccess(BaseModel):
@@ -177,7 +157,7 @@ async def list_adapters(
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One adapter, its versions (newest first) and its aliases."""
-    return _summary_body(await _visible(runtime, caller, name), caller)
+    return _summary_body(await visible(runtime, caller, name), caller)
 
 
 @router.delete("/v1/adapters/{name}")
@@ -189,7 +169,7 @@ async def delete_adapter(name: str, caller: CallerDep, runtime: RuntimeDep) -> J
 @router.get("/v1/adapters/{name}/versions/{version}")
 async def get_version(name: str, version: VersionNumber, caller: CallerDep, runtime: RuntimeDep) -> Json:
     """One version."""
-    return version_body(_pick(await _visible(runtime, caller, name), version))
+    return version_body(_pick(await visible(runtime, caller, name), version))
 
 
 @router.delete("/v1/adapters/{name}/versions/{version}")
@@ -207,7 +187,7 @@ async def set_speculation(
     try:
         changed = await runtime.services.store.set_speculation(tenant, check_name(name), version, policy)
     except NotPublished:
-        raise _no_version(name, version) from None
+        raise no_version(name, version) from None
     return version_body(changed)
 
 
@@ -220,7 +200,7 @@ async def set_labels(
     try:
         changed = await runtime.services.store.set_labels(tenant, check_name(name), version, body.labels)
     except NotPublished:
-        raise _no_version(name, version) from None
+        raise no_version(name, version) from None
     return version_body(changed)
 
 
@@ -242,53 +222,6 @@ async def get_file(name: str, version: VersionNumber, path: str, caller: CallerD
     if entry is None:
         raise NotPublished(f"'{found.ref}' has no file '{path[:80]}'. GET …/versions/{version}/files lists them.")
     return await send_file(runtime.services, tenant, name=entry.path, sha256=entry.sha256, size=entry.size)
-
-
-@router.put("/v1/adapters/{name}/aliases/{alias}")
-async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Point an alias at a version, and a part of its requests at another; `prod` is what the plain name means."""
-    tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
-    split = Split(**body.split.model_dump()) if body.split is not None else None
-    if split is not None and split.version == body.version:
-        raise InvalidRequest("'split' names the alias's own version.", code="invalid_value", param="split.version")
-    try:
-        await store.set_alias(tenant, check_name(name), check_alias(alias), body.version, caller.key_id, split)
-    except NotPublished:
-        if split is None:
-            raise _no_version(name, body.version) from None
-        raise NotPublished(f"'{name}' has not both versions, {body.version} and {split.version}.") from None
-    return {"object": "adapter.alias", "name": name, "alias": alias, **body.model_dump()}
-
-
-@router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)
-async def delete_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Response:
-    """Remove an alias."""
-    tenant = caller.acting_tenant(Role.PUBLISHER)
-    await runtime.services.store.delete_alias(tenant, check_name(name), check_alias(alias), caller.key_id)
-    return Response(status_code=204)
-
-
-@router.post("/v1/adapters/{name}/aliases/{alias}/rollback")
-async def roll_back_alias(name: str, alias: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Take an alias's split away; without one, point it at the version before its last move. Once more, and it is where it
-    was."""
-    tenant, store = caller.acting_tenant(Role.PUBLISHER), runtime.services.store
-    try:
-        version = await store.roll_back_alias(tenant, check_name(name), check_alias(alias), caller.key_id)
-    except NotPublished:
-        raise NotPublished(f"'{name}' has no version that its alias '{alias}' could go back to.") from None
-    return {"object": "adapter.alias", "name": name, "alias": alias, "version": version}
-
-
-@router.get("/v1/adapters/{name}/aliases")
-async def list_alias_moves(name: str, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Where an adapter's aliases point, and what became of them: newest first."""
-    tenant, store = caller.acting_tenant(), runtime.services.store
-    summary = await _visible(runtime, caller, name)
-    moves = await store.alias_moves(tenant, name)
-    data = [{"object": "adapter.alias.move", **move.model_dump(mode="json")} for move in moves]
-    splits = {alias: split.model_dump() for alias, split in summary.splits.items()}
-    return {"object": "list", "aliases": summary.aliases, "splits": splits, "data": data}
 
 
 @router.put("/v1/adapters/{name}/access")
@@ -314,7 +247,7 @@ async def _delete(runtime: RuntimeDep, caller: Caller, name: str, version: int |
     return {"object": "adapter.deleted", "name": name, "deleted": True, "versions": [gone.version for gone in removed]}
 
 
-async def _visible(runtime: RuntimeDep, caller: Caller, name: str) -> AdapterSummary:
+async def visible(runtime: RuntimeDep, caller: Caller, name: str) -> AdapterSummary:
     """An adapter that the key is for."""
     tenant = caller.acting_tenant()
     if not caller.may_call(check_name(name)):
@@ -325,7 +258,7 @@ async def _visible(runtime: RuntimeDep, caller: Caller, name: str) -> AdapterSum
 def _pick(summary: AdapterSummary, version: int) -> AdapterVersion:
     found = next((each for each in summary.versions if each.version == version), None)
     if found is None:
-        raise _no_version(summary.name, version)
+        raise no_version(summary.name, version)
     return found
 
 
@@ -340,7 +273,8 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _no_version(name: str, version: int) -> NotPublished:
+def no_version(name: str, version: int) -> NotPublished:
+    """The refusal of a version that is not there."""
     return NotPublished(f"There is no version {version} of '{name}'.")
 
 
@@ -363,6 +297,7 @@ def _summary_body(summary: AdapterSummary, caller: Caller) -> Json:
         "current": current.version if current else None,
         "aliases": summary.aliases,
         "splits": {alias: split.model_dump() for alias, split in summary.splits.items()},
+        "guards": {alias: guard.model_dump() for alias, guard in summary.guards.items()},
         # Who else may call it is for those who may change that.
         "access": summary.access.model_dump(mode="json") if caller.role.includes(Role.PUBLISHER) else None,
         "versions": [version_body(version) for version in summary.versions],

@@ -8,7 +8,21 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from slipstream.api import adapters, chat, cluster, completions, files, fine_tuning, imports, keys, models, ops, tenants
+from slipstream.api import (
+    adapters,
+    aliases,
+    chat,
+    cluster,
+    completions,
+    files,
+    fine_tuning,
+    imports,
+    keys,
+    models,
+    ops,
+    tenants,
+    webhooks,
+)
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
@@ -19,6 +33,7 @@ from slipstream.importing.rounds import ImportRounds, keep_importing
 from slipstream.protocol import BaseModelSpec, EngineClient
 from slipstream.publishing import keep_sweeping
 from slipstream.training.jobs import Rounds, keep_making
+from slipstream.webhooks import Courier, keep_delivering
 
 _DESCRIPTION = """Many tenants' Turbo LoRA adapters on one shared base model, behind OpenAI's API.
 
@@ -39,15 +54,20 @@ def create_app(services: ApiServices) -> FastAPI:
         )
         training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
         importing = asyncio.create_task(keep_importing(import_rounds(services, runtime), services.imports_every_s))
+        courier = Courier(services.webhooks, services.webhook_private_hosts)
+        delivering = asyncio.create_task(keep_delivering(courier, services.webhooks_every_s))
         counting = asyncio.create_task(runtime.meter.keep_counting())
+        telling = asyncio.create_task(runtime.outcomes.keep_telling())
         renewing = asyncio.create_task(runtime.meter.keep_renewing())
         try:
             yield
         finally:
-            tasks = {sweeping, training, importing, counting, renewing}
+            tasks = {sweeping, training, importing, delivering, counting, telling, renewing}
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            await runtime.shadows.close()
+            await runtime.outcomes.tell()
             await runtime.meter.flush()
 
     def body_limit(method: str, path: str) -> int:
@@ -62,7 +82,21 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.runtime = runtime = build_runtime(services, http_metrics)
     install_handlers(app)
     app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
-    for module in (chat, completions, models, adapters, imports, files, fine_tuning, keys, tenants, cluster, ops):
+    for module in (
+        chat,
+        completions,
+        models,
+        adapters,
+        aliases,
+        imports,
+        files,
+        fine_tuning,
+        keys,
+        tenants,
+        webhooks,
+        cluster,
+        ops,
+    ):
         app.include_router(module.router)
     return app
 

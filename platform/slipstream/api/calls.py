@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from fastapi import Request
 
+from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
 from slipstream.api.connection import while_connected
 from slipstream.api.generation import Generation
@@ -26,13 +26,18 @@ async def begin(
     tokens = sum(needed_tokens(_prompts(each), each.params.n, each.params.max_tokens) for each in wanted)
     ticket = await runtime.meter.admit(call_id, wanted[0].tenant, target.served_as, tokens)
     wanted = [replace(each, weight=ticket.weight) for each in wanted]
-    settle = partial(runtime.meter.settle, ticket)
+
+    def settle(counts: UsageCounts, error: Exception | None) -> None:
+        runtime.meter.settle(ticket, counts)
+        runtime.outcomes.note(target, counts, error)
+
     generation = Generation(target, wanted, runtime.services.request_timeout_s, runtime.metrics, settle)
     try:
         await while_connected(request.receive, generation.start())
     except BaseException:  # also a cancellation just when it had started: nobody else would end it
         await generation.aclose()
         raise
+    runtime.shadows.send(target, wanted, generation)
     return generation, ticket.headers
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from adapter_registry.errors import InvalidName, NotPublished
-from adapter_registry.records import AdapterVersion, PromptFormat, parse_reference
+from adapter_registry.records import AdapterVersion, PromptFormat, Route, Watch, parse_reference
 from adapter_registry.store import Store
 from slipstream.api.caller import Caller
 from slipstream.api.recent import RecentAnswers
@@ -28,6 +28,8 @@ class Target:
     spec: BaseModelSpec
     version: AdapterVersion | None = None
     shared: bool = False  # the adapter is another tenant's
+    watch: Watch | None = None  # the alias that led here, if what becomes of its requests is counted
+    shadow: AdapterVersion | None = None  # answers this request as well, unseen
 
     @property
     def served_as(self) -> str:
@@ -77,7 +79,7 @@ class Catalog:
         self,
         engines: Mapping[str, EngineClient],
         store: Store,
-        names: RecentAnswers[tuple[str, str], AdapterVersion],
+        names: RecentAnswers[tuple[str, str], Route],
         clock: Callable[[], float],
     ) -> None:
         self._engines = engines
@@ -133,15 +135,22 @@ class Catalog:
             if not caller.may_call(label):
                 raise unknown
             point = _point(tenant, label, selector.alias or "prod", user) if split else None
-            version = await self._names.ask((tenant, model), lambda: self._store.resolve(tenant, selector, point))
+            route = await self._names.ask((tenant, model), lambda: self._store.route(tenant, selector, point))
         except (InvalidName, NotPublished):
             raise unknown from None
-        assert version is not None  # `resolve` raises instead
-        return replace(await self._on_its_base(version), shared=version.tenant != tenant)
+        assert route is not None  # `route` raises instead
+        target = await self._on_its_base(route.version)
+        return replace(target, shared=route.version.tenant != tenant, watch=route.watch, shadow=route.shadow)
+
+    async def shadow_of(self, target: Target) -> Target | None:
+        """Where the copy of a request goes, if it has one."""
+        if target.shadow is None:
+            return None
+        return replace(await self._on_its_base(target.shadow), shared=target.shared, watch=target.watch)
 
     def forget(self, tenant: str, name: str) -> None:
         """Versions of this adapter were removed: an outage must not bring them back."""
-        self._names.forget(lambda version: version.tenant == tenant and version.name == name)
+        self._names.forget(lambda route: route.version.tenant == tenant and route.version.name == name)
 
     async def _on_its_base(self, version: AdapterVersion) -> Target:
         for base, (_, spec) in self._specs.items():  # without waking others

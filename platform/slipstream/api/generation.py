@@ -44,9 +44,9 @@ class Generation:
         requests: Sequence[GenerateRequest],
         timeout_s: float,
         metrics: HttpMetrics,
-        settle: Callable[[UsageCounts], None],
+        settle: Callable[[UsageCounts, Exception | None], None],
     ) -> None:
-        """`settle` is told what was used, when it is over."""
+        """`settle` is told what was used and what went wrong, when it is over."""
         self._target = target
         self._n = requests[0].params.n
         self._streamed = requests[0].stream
@@ -55,6 +55,9 @@ class Generation:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._settle = settle
+        self._error: Exception | None = None
+        self._texts: dict[int, list[str]] = {}  # of each choice, so far
+        self._ended = asyncio.Event()
         self._pulls: dict[asyncio.Task[Batch | None], int] = {}
         self._open = set(range(len(requests) * self._n))
         self.usages: dict[int, Usage] = {}  # of choices that have finished
@@ -69,7 +72,8 @@ class Generation:
         try:
             for task in await self._wait(asyncio.FIRST_EXCEPTION):
                 task.result()
-        except BaseException:  # whatever it was, cancellation included: nothing may go on running
+        except BaseException as error:  # whatever it was, cancellation included: nothing may go on running
+            self._blame(error)
             await self.aclose()
             raise
         if self._streamed:  # otherwise a remote engine sends everything at the end
@@ -78,17 +82,32 @@ class Generation:
     async def events(self) -> AsyncGenerator[Batch]:
         """What each step added, until every choice has finished."""
         while self._pulls:
-            done = await self._wait(asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=self._pulls.__getitem__):
-                number = self._pulls.pop(task)
-                batch = task.result()
-                if batch is None:
-                    continue
-                self._pull(number)
-                yield [self._note(replace(event, index=number * self._n + event.index)) for event in batch]
+            try:
+                batches = await self._next_batches()
+            except Exception as error:
+                self._blame(error)
+                raise
+            for batch in batches:
+                yield batch
         if self._open:
-            raise EngineFailed("The engine ended before the answer did.")
+            short = EngineFailed("The engine ended before the answer did.")
+            self._blame(short)
+            raise short
         self._count_prompts()
+
+    async def _next_batches(self) -> list[Batch]:
+        batches = []
+        for task in sorted(await self._wait(asyncio.FIRST_COMPLETED), key=self._pulls.__getitem__):
+            number = self._pulls.pop(task)
+            batch = task.result()
+            if batch is not None:
+                self._pull(number)
+                batches.append([self._note(replace(event, index=number * self._n + event.index)) for event in batch])
+        return batches
+
+    def _blame(self, error: BaseException) -> None:
+        """A client that goes away is nobody's fault."""
+        self._error = error if isinstance(error, Exception) else None
 
     async def aclose(self) -> None:
         """Cancel what still runs. An engine in this process has let go of it when this returns; one behind Ray has been
@@ -103,7 +122,9 @@ class Generation:
                 if isinstance(stream, _Closable):
                     await stream.aclose()
         finally:
-            self._settle(self._used())
+            if not self._ended.is_set():
+                self._ended.set()
+                self._settle(self._used(), self._error)
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -118,6 +139,11 @@ class Generation:
         finally:
             await self.aclose()
         return list(choices.values())
+
+    async def texts(self) -> list[str] | None:
+        """Wait for the end; what each choice said, or None unless all were finished."""
+        await self._ended.wait()
+        return None if self._open else ["".join(pieces) for _, pieces in sorted(self._texts.items())]
 
     def by_prompt(self) -> Iterable[list[Usage]]:
         """The usages of each prompt's choices."""
@@ -149,6 +175,7 @@ class Generation:
 
     def _note(self, event: GenerateEvent) -> GenerateEvent:
         self._came[event.index] += len(event.token_ids)
+        self._texts.setdefault(event.index, []).append(event.text)
         if event.usage is not None:
             self._sofar[event.index] = event.usage
         if event.finish_reason is FinishReason.ABORTED:

@@ -106,16 +106,24 @@ class Meter:
         if known is not None:
             # Of what the store admitted, the bucket here is what the store said was left: charged there, and so here.
             known.limits.release(known.record.quota, ticket.request_id, ticket.estimated, counts.tokens, self._clock())
-        if len(self._unsettled) >= self._max_unsettled:
-            dropped = self._unsettled.popleft()
-            self.lost += 1
-            log.error("usage of request %s of tenant %s is lost: too much waits", dropped.request_id, dropped.tenant)
-        self._unsettled.append(
+        self._keep(
             Settlement(
                 request_id=ticket.request_id, tenant=ticket.tenant, day=utc_now().date(), model=ticket.model,
                 reserved=ticket.reserved, counts=counts,
             )
         )  # fmt: skip
+
+    def count(self, request_id: str, tenant: str, model: str, counts: UsageCounts) -> None:
+        """Count what was used without having been admitted; it is charged now."""
+        day = utc_now().date()
+        self._keep(Settlement(request_id=request_id, tenant=tenant, day=day, model=model, reserved=0, counts=counts))
+
+    def _keep(self, settlement: Settlement) -> None:
+        if len(self._unsettled) >= self._max_unsettled:
+            dropped = self._unsettled.popleft()
+            self.lost += 1
+            log.error("usage of request %s of tenant %s is lost: too much waits", dropped.request_id, dropped.tenant)
+        self._unsettled.append(settlement)
         self._wake.set()
 
     async def keep_counting(self) -> None:

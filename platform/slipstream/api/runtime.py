@@ -9,12 +9,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from adapter_registry.limits import MINUTE_S
-from adapter_registry.records import AdapterVersion, KeyRecord
+from adapter_registry.records import KeyRecord, Route
 from slipstream.api.catalog import Catalog
 from slipstream.api.key_uses import KeyUses
 from slipstream.api.metering import Meter
 from slipstream.api.metrics import HttpMetrics
 from slipstream.api.recent import RecentAnswers
+from slipstream.api.rollout import Outcomes, Shadows
 from slipstream.api.services import ApiServices
 
 _KEPT = 4096
@@ -30,21 +31,23 @@ class Runtime:
     keys: RecentAnswers[str, KeyRecord]
     meter: Meter
     key_uses: KeyUses
+    outcomes: Outcomes
+    shadows: Shadows
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
 def build_runtime(services: ApiServices, metrics: HttpMetrics) -> Runtime:
     """Wire the caches to the services."""
     stale_s, clock = services.outage_cache_s, services.clock
-    names: RecentAnswers[tuple[str, str], AdapterVersion] = RecentAnswers(
-        fresh_s=0.0, stale_s=stale_s, limit=_KEPT, clock=clock
-    )
+    names: RecentAnswers[tuple[str, str], Route] = RecentAnswers(fresh_s=0.0, stale_s=stale_s, limit=_KEPT, clock=clock)
     keys: RecentAnswers[str, KeyRecord] = RecentAnswers(
         fresh_s=services.key_cache_s, stale_s=stale_s, limit=_KEPT, clock=clock
     )
     catalog = Catalog(services.engines, services.store, names, clock)
     meter = Meter(services.tenants, clock, longest_s=services.request_timeout_s + MINUTE_S)
-    return Runtime(services, metrics, catalog, keys, meter, KeyUses(services.store, clock))
+    outcomes = Outcomes(services.store)
+    shadows = Shadows(catalog, meter, outcomes, metrics, services.request_timeout_s)
+    return Runtime(services, metrics, catalog, keys, meter, KeyUses(services.store, clock), outcomes, shadows)
 
 
 def _runtime_of(request: Request) -> Runtime:

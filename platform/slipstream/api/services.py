@@ -11,6 +11,7 @@ from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
 from adapter_registry.store import BlobStore, Store
 from adapter_registry.tenants import TenantStore
+from adapter_registry.webhooks import WebhookStore
 from slipstream.cluster.view import ClusterClient
 from slipstream.importing.sources import Sources
 from slipstream.protocol import EngineClient
@@ -30,6 +31,7 @@ class ApiServices:
     tenants: TenantStore
     imports: ImportStore
     sources: Sources
+    webhooks: WebhookStore
     job_runner: JobRunner
     cluster: ClusterClient
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
@@ -41,6 +43,8 @@ class ApiServices:
     max_waiting_jobs: int = 100  # jobs of one tenant that have not ended; more are answered 429
     jobs_every_s: float = 1.0  # between two rounds over the jobs
     imports_every_s: float = 1.0  # between two rounds over the imports
+    webhooks_every_s: float = 1.0  # between two rounds of deliveries
+    webhook_private_hosts: tuple[str, ...] = ()  # that webhooks may name beside public ones
     job_stale_s: float = 60.0  # a job that is silent for so long has lost its worker
     request_timeout_s: float = 600.0  # from arrival to the last token
     probe_timeout_s: float = 2.0  # /readyz and /metrics wait no longer than this for a part

@@ -170,11 +170,26 @@ class SlipstreamClient:
                 await save(response.aiter_bytes(), entry, folder, count)
         return version
 
-    async def set_alias(self, name: str, alias: str, version: int, split: tuple[int, float] | None = None) -> None:
-        """Point an alias at a version; split: another version, and its part of the requests in (0, 1)."""
+    async def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        split: tuple[int, float] | None = None,
+        *,
+        shadow: bool = False,
+        guard: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Point an alias at a version.
+
+        split: another version, and its part of the requests in (0, 1), which it answers, or with `shadow` answers as well.
+        guard: `max_error_rate`, `min_acceptance`, `min_requests`, `window_s`, as in PUT …/aliases/{alias}.
+        """
         body: Json = {"version": version}
         if split is not None:
-            body["split"] = {"version": split[0], "weight": split[1]}
+            body["split"] = {"version": split[0], "weight": split[1], "shadow": shadow}
+        if guard is not None:
+            body["guard"] = dict(guard)
         await self._send("PUT", f"/v1/adapters/{path_part(name)}/aliases/{path_part(alias)}", json=body)
 
     async def roll_back_alias(self, name: str, alias: str) -> Json:
@@ -185,6 +200,23 @@ class SlipstreamClient:
     async def alias_moves(self, name: str) -> list[Json]:
         """What became of an adapter's aliases, newest first."""
         return list((await self._send("GET", f"/v1/adapters/{path_part(name)}/aliases")).json()["data"])
+
+    async def alias_outcomes(self, name: str) -> list[Json]:
+        """What lately became of the requests of aliases that have a split or a guard, by version."""
+        return list((await self._send("GET", f"/v1/adapters/{path_part(name)}/aliases")).json()["outcomes"])
+
+    async def create_webhook(self, url: str, events: Sequence[str] = ()) -> Json:
+        """Have an address told of what happens; `secret` is in this answer only. Needs a key of the role `admin`."""
+        body: Json = {"url": url} | ({"events": list(events)} if events else {})
+        return dict((await self._send("POST", "/v1/webhooks", json=body)).json())
+
+    async def list_webhooks(self) -> list[Json]:
+        """The tenant's webhooks, and how the last delivery to each went."""
+        return list((await self._send("GET", "/v1/webhooks")).json()["data"])
+
+    async def delete_webhook(self, webhook_id: str) -> None:
+        """Tell it nothing more."""
+        await self._send("DELETE", f"/v1/webhooks/{path_part(webhook_id)}")
 
     async def set_access(self, name: str, tenants: Sequence[str] = (), public: bool = False) -> Json:
         """Say who else may call an adapter, as `tenant/name`; who is left out no longer may."""

@@ -8,6 +8,7 @@ from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
 from slipstream.testing.memory_tenants import MemoryTenants
+from slipstream.testing.memory_webhooks import MemoryWebhooks
 from slipstream.testing.scripted_jobs import ScriptedJobRunner
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "MemoryJobs",
     "MemoryStore",
     "MemoryTenants",
+    "MemoryWebhooks",
     "ScriptedJobRunner",
 ]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
@@ -16,60 +14,31 @@ from adapter_registry.records import (
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
-    AliasMove,
     AuditAction,
     AuditEntry,
     KeyRecord,
     SpeculationPolicy,
-    Split,
-    VersionSelector,
     VersionState,
-    check_alias,
     check_audit_id,
     check_name,
     check_sha256,
     utc_now,
 )
-from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, Store, storage_full
+from adapter_registry.store import Store, storage_full
+from slipstream.testing.memory_aliases import MemoryAdapter, MemoryAliases, MemoryTenant, not_published, summary_of
 
 _CLAIM_POLL_S = 0.01
 
 
-@dataclass
-class _Adapter:
-    versions: dict[int, AdapterVersion] = field(default_factory=dict)
-    aliases: dict[str, int] = field(default_factory=dict)
-    access: Access = field(default_factory=Access)
-    splits: dict[str, Split] = field(default_factory=dict)
-    before: dict[str, int] = field(default_factory=dict)  # alias -> version before its last move
-    moves: deque[AliasMove] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))  # newest first
-
-
-@dataclass
-class _Tenant:
-    adapters: dict[str, _Adapter] = field(default_factory=dict)
-    numbers: Counter[str] = field(default_factory=Counter)  # last version given, kept after deletes
-    refs: Counter[str] = field(default_factory=Counter)
-    sizes: dict[str, int] = field(default_factory=dict)  # of what is in refs
-    storage_bytes: int | None = None  # its quota; `MemoryTenants` sets it
-    garbage: dict[str, float] = field(default_factory=dict)  # sha256 without refs -> since when
-    deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
-    keys: dict[str, KeyRecord] = field(default_factory=dict)
-    key_uses: dict[str, datetime] = field(default_factory=dict)
-    audit: deque[AuditEntry] = field(default_factory=lambda: deque(maxlen=AUDIT_KEPT))  # newest first
-
-
-class MemoryStore(Store):
+class MemoryStore(MemoryAliases, Store):
     """Records in dictionaries; between two awaits nothing else runs, so every method is atomic."""
 
     def __init__(
         self, *, clock: Callable[[], float] = time.monotonic, claim_wait_s: float = 10.0, sweep_lease_s: float = 900.0
     ) -> None:
-        self._clock = clock
+        super().__init__(clock)
         self._claim_wait_s = claim_wait_s
         self._sweep_lease_s = sweep_lease_s
-        self._tenants: dict[str, _Tenant] = {}
-        self._entries = itertools.count()
 
     async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
         """Protect these blobs from the sweep for the grace period. Call before putting them."""
@@ -87,7 +56,7 @@ class MemoryStore(Store):
     async def publish(self, draft: AdapterDraft) -> tuple[AdapterVersion, bool]:
         """Make a version visible, atomically; returns it and whether it is new."""
         mine = self.enter(draft.tenant)
-        adapter = mine.adapters.get(draft.name, _Adapter())
+        adapter = mine.adapters.get(draft.name, MemoryAdapter())
         known = next((v for v in adapter.versions.values() if v.digest == draft.digest), None)
         if known:
             return known, False
@@ -111,35 +80,13 @@ class MemoryStore(Store):
             self._hold(mine, sha, size)
         return version, True
 
-    async def resolve(self, tenant: str, selector: VersionSelector, point: float | None = None) -> AdapterVersion:
-        """The READY version a reference means, on this side of an alias's split. Raises `NotPublished`."""
-        owner = selector.tenant or tenant
-        adapter = self._look(owner).adapters.get(selector.name, _Adapter())
-        found: AdapterVersion | None = None
-        alias = {"default": "prod", "alias": selector.alias or ""}.get(selector.by, "")
-        split = adapter.splits.get(alias)
-        if split is not None and point is not None and point < split.weight:
-            found = adapter.versions.get(split.version)
-        elif selector.by == "default":
-            found = _summary(owner, selector.name, adapter).current
-        elif selector.by == "version":
-            found = adapter.versions.get(selector.version or 0)
-        elif selector.by == "alias":
-            found = adapter.versions.get(adapter.aliases.get(selector.alias or "", 0))
-        else:
-            found = next((v for v in adapter.versions.values() if v.digest == selector.digest), None)
-        may = owner == tenant or adapter.access.allows(check_name(tenant, "tenant"))
-        if found is None or found.state is not VersionState.READY or not may:
-            raise _not_published(selector.name)
-        return found
-
     async def get(self, tenant: str, name: str) -> AdapterSummary:
         """One adapter with its versions and aliases. Raises `NotPublished`."""
-        return _summary(tenant, name, self._adapter(tenant, name))
+        return summary_of(tenant, name, self._adapter(tenant, name))
 
     async def list(self, tenant: str) -> Sequence[AdapterSummary]:
         """All of a tenant's adapters, by name."""
-        return [_summary(tenant, name, adapter) for name, adapter in sorted(self._look(tenant).adapters.items())]
+        return [summary_of(tenant, name, adapter) for name, adapter in sorted(self._look(tenant).adapters.items())]
 
     async def delete(
         self, tenant: str, name: str, version: int | None = None, by: str = ""
@@ -148,7 +95,7 @@ class MemoryStore(Store):
         mine, adapter = self._look(tenant), self._adapter(tenant, name)
         doomed = sorted(adapter.versions if version is None else {version} & set(adapter.versions), reverse=True)
         if not doomed:
-            raise _not_published(name)
+            raise not_published(name)
         alias = next((alias for alias, number in adapter.aliases.items() if number == version), None)
         alias = alias or next((alias for alias, split in adapter.splits.items() if split.version == version), None)
         if alias is not None:
@@ -162,31 +109,6 @@ class MemoryStore(Store):
             self.release_blob(tenant, sha)
         return removed
 
-    async def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, by: str = "", split: Split | None = None
-    ) -> None:
-        """Point an alias at a READY version, and a part of its requests at another."""
-        self._move(tenant, name, alias, version, by, split)
-
-    async def roll_back_alias(self, tenant: str, name: str, alias: str, by: str = "") -> int:
-        """Take an alias's split away, or point it at where it pointed before its last move. Raises `NotPublished`."""
-        adapter = self._adapter(tenant, name)
-        to = adapter.aliases.get(alias) if check_alias(alias) in adapter.splits else adapter.before.get(alias)
-        if to is None:
-            raise _not_published(name)
-        self._move(tenant, name, alias, to, by)
-        return to
-
-    async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
-        """Remove an alias. Raises `NotPublished`."""
-        if check_alias(alias) not in self._adapter(tenant, name).aliases:
-            raise _not_published(name)
-        self._move(tenant, name, alias, None, by)
-
-    async def alias_moves(self, tenant: str, name: str) -> Sequence[AliasMove]:
-        """What became of an adapter's aliases, newest first; the last `MOVES_KEPT`."""
-        return list(self._look(tenant).adapters.get(check_name(name), _Adapter()).moves)
-
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
         adapter = self._adapter(tenant, name)
@@ -199,41 +121,11 @@ class MemoryStore(Store):
         """Others' adapters that a tenant may call, by owner and name."""
         check_name(tenant, "tenant")
         return [
-            _summary(owner, name, adapter)
+            summary_of(owner, name, adapter)
             for owner, theirs in sorted(self._tenants.items())
             for name, adapter in sorted(theirs.adapters.items())
             if owner != tenant and adapter.access.allows(tenant)
         ]
-
-    def _move(
-        self, tenant: str, name: str, alias: str, version: int | None, by: str, split: Split | None = None
-    ) -> None:
-        check_alias(alias)
-        adapter = self._adapter(tenant, name)
-        before, split_before = adapter.aliases.get(alias), adapter.splits.pop(alias, None)
-        for number in [n for n in (version, split.version if split is not None else None) if n is not None]:
-            target = adapter.versions.get(number)
-            if target is None or target.state is not VersionState.READY:
-                if split_before is not None:
-                    adapter.splits[alias] = split_before
-                raise _not_published(name)
-        if version is None:
-            del adapter.aliases[alias]
-        else:
-            adapter.aliases[alias] = version
-        if split is not None:
-            adapter.splits[alias] = split
-        if version != before:
-            adapter.before.pop(alias, None)
-            if before is not None:
-                adapter.before[alias] = before
-        if version != before or split != split_before:
-            move = AliasMove(alias=alias, version=version, before=before, by=by, at=utc_now(), split=split)
-            adapter.moves.appendleft(move)
-            detail = f"{before or 'none'} to {version or 'none'}"
-            if split is not None:
-                detail += f", {split.weight:g} of it to {split.version}"
-            self.write_down(tenant, by, AuditAction.ALIAS_MOVED, f"{name}@{alias}", detail)
 
     async def set_speculation(self, tenant: str, name: str, version: int, policy: SpeculationPolicy) -> AdapterVersion:
         """Change what "auto" means for a READY version; returns the version as it is now. Raises `NotPublished`."""
@@ -251,7 +143,7 @@ class MemoryStore(Store):
         adapter = self._adapter(tenant, name)
         found = adapter.versions.get(version)
         if found is None or found.state is not VersionState.READY:
-            raise _not_published(name)
+            raise not_published(name)
         adapter.versions[version] = found.model_copy(update=changes)
         return adapter.versions[version]
 
@@ -291,7 +183,7 @@ class MemoryStore(Store):
             mine.sizes.pop(sha256, None)
             mine.garbage[sha256] = self._clock()
 
-    def _hold(self, mine: _Tenant, sha256: str, size: int | None) -> None:
+    def _hold(self, mine: MemoryTenant, sha256: str, size: int | None) -> None:
         mine.refs[sha256] += 1
         if size is not None:
             mine.sizes[sha256] = size
@@ -351,35 +243,14 @@ class MemoryStore(Store):
         older = (e for e in self._look(tenant).audit if before is None or _order(e.id) < _order(before))
         return list(itertools.islice(older, limit))
 
-    def write_down(self, tenant: str, by: str, action: AuditAction, subject: str, detail: str) -> None:
-        """One entry of the audit log."""
-        now = utc_now()
-        id_ = f"{int(now.timestamp() * 1000)}-{next(self._entries)}"
-        entry = AuditEntry(id=id_, at=now, by=by, action=action, subject=subject, detail=detail)
-        self.enter(tenant).audit.appendleft(entry)
-
     async def ping(self) -> None:
         """A dictionary always answers."""
 
     async def close(self) -> None:
         """Nothing to give back."""
 
-    def enter(self, tenant: str) -> _Tenant:
-        """The tenant's state, made on the first write."""
-        return self._tenants.setdefault(check_name(tenant, "tenant"), _Tenant())
 
-    def _look(self, tenant: str) -> _Tenant:
-        """The tenant's state; reading does not make a tenant."""
-        return self._tenants.get(check_name(tenant, "tenant"), _Tenant())
-
-    def _adapter(self, tenant: str, name: str) -> _Adapter:
-        adapter = self._look(tenant).adapters.get(check_name(name))
-        if adapter is None:
-            raise _not_published(name)
-        return adapter
-
-
-def _check_storage(mine: _Tenant, sizes: Mapping[str, int]) -> None:
+def _check_storage(mine: MemoryTenant, sizes: Mapping[str, int]) -> None:
     more, stored = sum(size for sha, size in sizes.items() if sha not in mine.sizes), sum(mine.sizes.values())
     if mine.storage_bytes is not None and stored + more > mine.storage_bytes:
         raise storage_full(mine.storage_bytes, stored, more)
@@ -387,20 +258,3 @@ def _check_storage(mine: _Tenant, sizes: Mapping[str, int]) -> None:
 
 def _order(entry_id: str) -> tuple[int, ...]:
     return tuple(map(int, entry_id.split("-")))
-
-
-def _summary(tenant: str, name: str, adapter: _Adapter) -> AdapterSummary:
-    newest_first = tuple(adapter.versions[number] for number in sorted(adapter.versions, reverse=True))
-    return AdapterSummary(
-        tenant=tenant,
-        name=name,
-        versions=newest_first,
-        aliases=dict(adapter.aliases),
-        splits=dict(adapter.splits),
-        access=adapter.access,
-    )
-
-
-def _not_published(name: str) -> NotPublished:
-    # One text for every way of not being there, another tenant's adapter included.
-    return NotPublished(f"Nothing is published as {name!r} under this name, version or alias.")

@@ -147,7 +147,7 @@ async def test_an_aliass_requests_are_split_and_a_user_stays_on_its_side(
 ) -> None:
     for content in ("a", "b"):
         await world.publish("sql", content=content)
-    body = {"version": 1, "split": {"version": 2, "weight": 0.4}}
+    body = {"version": 1, "split": {"version": 2, "weight": 0.4, "shadow": False}}
     assert (await http.put("/v1/adapters/sql/aliases/prod", json=body)).json()["split"] == body["split"]
     assert (await http.get("/v1/adapters/sql")).json()["splits"] == {"prod": body["split"]}
     chosen: dict[str, set[str]] = {}

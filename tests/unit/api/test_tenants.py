@@ -45,6 +45,7 @@ async def test_settings_are_set_listed_and_shown(
     made = await limit(admin, requests_per_minute=60, weight=2)
     assert made["quota"] == {
         "requests_per_minute": 60, "tokens_per_minute": None, "concurrent_requests": None, "tokens_per_month": None,
+        "storage_bytes": None,
     }  # fmt: skip
     assert made["weight"] == 2
     assert (await http.get("/v1/tenants/demo")).json() == made

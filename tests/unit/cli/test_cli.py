@@ -11,6 +11,7 @@ import pytest
 from support.api_app import ADMIN_KEY, BASE, ApiWorld, write_adapter
 from typer.testing import CliRunner, Result
 
+from adapter_registry.records import Outcome, Watch
 from slipstream.cli import app
 
 
@@ -296,3 +297,31 @@ def test_aliases_sharing_and_who_did_it(shell: Shell, folder: Path, tmp_path: Pa
     shown = shell("audit", "--tenant", "demo", "--limit", "20", key=ADMIN_KEY).stdout
     assert "version.published" in shown
     assert json.loads(shell("audit", "--tenant", "demo", "--json", key=ADMIN_KEY).stdout)[0]["detail"] == "1 to none"
+
+
+def test_rollouts_and_webhooks(shell: Shell, folder: Path, tmp_path: Path) -> None:
+    shell("adapters", "push", str(folder), "--name", "sql")
+    shell("adapters", "push", str(write_adapter(tmp_path / "other", seed=5)), "--name", "sql")
+    assert "has a split or a guard" in shell("aliases", "outcomes", "sql").stdout
+    done = shell("aliases", "set", "sql", "prod", "1", "--split", "2=0.1", "--shadow", "--max-error-rate", "0.05")
+    assert done.stdout == "sql@prod is sql@1, 10% of it shadowed by sql@2, watched\n"
+    assert "--split" in shell("aliases", "set", "sql", "prod", "1", "--shadow").stderr
+    adapter = json.loads(shell("adapters", "show", "sql", "--json").stdout)
+    assert adapter["splits"]["prod"] == {"version": 2, "weight": 0.1, "shadow": True}
+    assert adapter["guards"]["prod"]["max_error_rate"] == 0.05
+    watch = Watch(tenant="demo", name="sql", alias="prod")
+    counted = Outcome(requests=4, errors=1, drafted_tokens=10, accepted_tokens=7, compared=2, same=1)
+    asyncio.run(shell.world.store.note_outcome(watch, 2, counted))
+    row = shell("aliases", "outcomes", "sql").stdout.splitlines()[-1].split()
+    assert row == ["sql@prod", "2", "4", "1", "70%", "50%"]
+
+    assert shell("webhooks", "add", "https://example.com/x").exit_code == 1, "a publisher's key"
+    admin = shell("keys", "create", "--tenant", "demo", "--role", "admin", key=ADMIN_KEY).stdout.strip()
+    assert "No webhooks" in shell("webhooks", "list", key=admin).stdout
+    made = shell("webhooks", "add", "https://example.com/x", "--event", "alias.moved", key=admin)
+    assert made.stdout.startswith("whsec_")
+    [listed] = json.loads(shell("webhooks", "list", "--json", key=admin).stdout)
+    assert listed["events"] == ["alias.moved"]
+    assert "https://example.com/x" in shell("webhooks", "list", key=admin).stdout
+    assert shell("webhooks", "rm", listed["id"], key=admin).exit_code == 0
+    assert shell("webhooks", "rm", listed["id"], key=admin).exit_code == 1
