@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
-from adapter_registry.errors import NotPublished
+from adapter_registry.changes import Change
+from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.records import (
     AdapterVersion,
     AliasMove,
@@ -20,6 +22,7 @@ from adapter_registry.records import (
     check_name,
     utc_now,
 )
+from adapter_registry.redis_changes import told
 from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import TenantKeys
 from adapter_registry.store import AUDIT_KEPT, MOVES_KEPT, UNGUARDED_WINDOW_S
@@ -110,7 +113,14 @@ class RedisAliases(RedisConnection):
         answer = await self._script("set_alias", _places(tenant, name), args)
         if not answer[0]:
             raise not_published(name)
+        for coming, instead_of in zip(answer[2::2], answer[3::2], strict=True):
+            await self._tell(Change(tenant=tenant, coming=coming, instead_of=instead_of))
         return int(answer[1])
+
+    async def _tell(self, change: Change) -> None:
+        """A hint for replicas: what it is about has happened, so it may get lost."""
+        with suppress(StoreUnavailable):
+            await self._command(*told(change))
 
 
 def _places(tenant: str, name: str) -> list[str]:

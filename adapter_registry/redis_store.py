@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 
+from adapter_registry.changes import Change
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
     Access,
@@ -159,7 +160,10 @@ class RedisStore(RedisAliases, Store):
             raise not_published(name)
         if answer[0] == "in_use":
             raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
-        return _versions(answer[1:])
+        removed = _versions(answer[1:])
+        for gone in removed:
+            await self._tell(Change(tenant=tenant, gone=gone.digest))
+        return removed
 
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""

@@ -14,6 +14,7 @@ from adapter_registry.records import check_name
 PREFIX = "slipstream:"
 SCHEMA_KEY = PREFIX + "schema"
 TENANTS_KEY = PREFIX + "tenants"
+CHANGES_KEY = PREFIX + "changes"  # stream: what replicas may want to know
 PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
 ALIAS_SCRIPTS = ("resolve", "set_alias", "note_outcome")
 SCRIPTS = (

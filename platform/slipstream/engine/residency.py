@@ -44,6 +44,7 @@ class _Entry:
     used: int = 0  # tick of the last use, for least-recently-used order
     blocked_since: int | None = None  # tick of the first unmet want of a slot; None when nobody wants it
     served: bool = False  # pinned since it got its slot
+    doomed: bool = False  # to be forgotten when nobody uses it
 
 
 @dataclass(slots=True)
@@ -110,10 +111,12 @@ class ResidencyManager:
         for digest in wanted:
             entry = self._entries.setdefault(digest, _Entry())
             entry.used = self._tick
+            entry.doomed = False
             if entry.state in (Residency.ABSENT, Residency.FAILED):
                 self._move(entry, Residency.FETCHING)
                 plan.fetch.append(digest)
         self._forget_unwanted()
+        self._forget_doomed(plan)
         self._unload_drained(plan)
         self._give_slots(wanted, plan)
         self._trim_host(plan)
@@ -134,6 +137,20 @@ class ResidencyManager:
             self._leave_slot(entry)
         self._move(entry, Residency.FAILED)
         entry.blocked_since = None
+
+    def prefetch(self, digest: str, instead_of: str) -> bool:
+        """Whether to fetch an adapter that is likely to be wanted, because one that it replaces is here; FETCHING then."""
+        if self.state(instead_of) not in _HELD or self.state(digest) is not Residency.ABSENT:
+            return False
+        entry = self._entries.setdefault(digest, _Entry(used=self._tick))
+        self._move(entry, Residency.FETCHING)
+        return True
+
+    def doom(self, digest: str) -> None:
+        """Forget an adapter at the first tick at which nobody uses it, waits for it or fetches it; being wanted saves it."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.doomed = True
 
     def forget(self, digest: str) -> int | None:
         """Drop an adapter that nobody pins and that is not being fetched; returns the slot it held, for unloading."""
@@ -166,6 +183,14 @@ class ResidencyManager:
                 entry.blocked_since = None
                 if entry.state is Residency.FAILED:
                     del self._entries[digest]
+
+    def _forget_doomed(self, plan: ResidencyPlan) -> None:
+        for digest, entry in list(self._entries.items()):
+            if entry.doomed and not entry.pins and entry.state in _HELD:
+                if entry.slot >= 0:
+                    plan.unload.append((digest, self._leave_slot(entry)))
+                plan.drop.append(digest)
+                del self._entries[digest]
 
     def _unload_drained(self, plan: ResidencyPlan) -> None:
         for digest, entry in self._entries.items():

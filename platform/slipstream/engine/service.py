@@ -349,6 +349,19 @@ class EngineService:
 
     # -- adapters (event loop) ------------------------------------------------------------------------------------
 
+    async def prefetch(self, ref: AdapterRef, instead_of: str) -> None:
+        """Fetch an adapter that is likely to be asked for soon, if the one that it replaces is on this replica."""
+
+        def begin() -> None:
+            if self._core.residency.prefetch(ref.digest, instead_of):
+                self._loop.call_soon_threadsafe(self._start_fetch, ref)
+
+        self._post(begin)
+
+    async def forget(self, digest: str) -> None:
+        """Let go of an adapter as soon as nobody uses it."""
+        self._post(lambda: self._core.residency.doom(digest))
+
     def _start_fetch(self, ref: AdapterRef) -> None:
         task = self._loop.create_task(self._fetch(ref))
         self._fetches.add(task)

@@ -4,6 +4,7 @@ from slipstream.testing.fake_cluster import FakeCluster
 from slipstream.testing.fake_engine import FAKE_BASE, FakeAnswer, FakeEngine
 from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
+from slipstream.testing.memory_changes import MemoryChanges
 from slipstream.testing.memory_imports import MemoryImports
 from slipstream.testing.memory_jobs import MemoryJobs
 from slipstream.testing.memory_store import MemoryStore
@@ -18,6 +19,7 @@ __all__ = [
     "FakeEngine",
     "ManualClock",
     "MemoryBlobs",
+    "MemoryChanges",
     "MemoryImports",
     "MemoryJobs",
     "MemoryStore",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 from collections import Counter, deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeVar
 
+from adapter_registry.changes import Change
 from adapter_registry.errors import NotPublished
 from adapter_registry.records import (
     Access,
@@ -72,6 +74,13 @@ class MemoryAliases:
         self._clock = clock
         self._tenants: dict[str, MemoryTenant] = {}
         self._entries = itertools.count()
+        self.changes: list[Change] = []
+        self.changed = asyncio.Event()  # something was told
+
+    def tell(self, change: Change) -> None:
+        """As `ChangeFeed.tell`; `MemoryChanges` listens."""
+        self.changes.append(change)
+        self.changed.set()
 
     async def route(self, tenant: str, selector: VersionSelector, point: float | None = None) -> Route:
         """What a reference means, on this side of an alias's split. Raises `NotPublished`."""
@@ -175,6 +184,10 @@ class MemoryAliases:
         wanted = [number for number in (version, split.version if split else None) if number is not None]
         if any(not self._is_ready(adapter, number) for number in wanted):
             raise not_published(name)
+        was = adapter.versions.get(before or 0)
+        for coming in [adapter.versions[number].digest for number in wanted]:
+            if was is not None and was.digest != coming:
+                self.tell(Change(tenant=tenant, coming=coming, instead_of=was.digest))
         _put(adapter.aliases, alias, version)
         _put(adapter.splits, alias, split)
         _put(adapter.guards, alias, guard)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
+from adapter_registry.changes import Change
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
 from adapter_registry.records import (
     Access,
@@ -102,6 +103,7 @@ class MemoryStore(MemoryAliases, Store):
             raise InUse(f"The alias {alias!r} points at {name}@{version}: move or delete the alias first.")
         removed = [adapter.versions.pop(number) for number in doomed]
         for gone in removed:
+            self.tell(Change(tenant=tenant, gone=gone.digest))
             self.write_down(tenant, by, AuditAction.VERSION_DELETED, gone.ref, gone.digest)
         if not adapter.versions:
             del mine.adapters[name]

@@ -353,6 +353,46 @@ def test_only_as_many_adapters_drain_as_are_blocked() -> None:
     assert manager.state("a") is Residency.ON_DEVICE, "the one with the most pins stays"
 
 
+# -- told beforehand --------------------------------------------------------------------------------------------------
+
+
+def test_what_takes_over_is_fetched_where_the_other_is() -> None:
+    m = ResidencyManager(2, PLENTY)
+    resident(m, "old")
+    assert m.prefetch("new", "old")
+    assert not m.prefetch("new", "old"), "once"
+    assert not m.prefetch("third", "elsewhere")
+    assert m.plan(["new"]).fetch == [], "it is on its way"
+    m.fetched("new", 10, 0)
+    assert [digest for digest, _ in m.plan(["new"]).load] == ["new"]
+
+
+def test_a_prefetch_that_fails_is_no_obstacle() -> None:
+    m = ResidencyManager(2, PLENTY)
+    resident(m, "old")
+    m.prefetch("new", "old")
+    m.failed("new")
+    assert m.plan(["new"]).fetch == ["new"]
+
+
+def test_what_is_gone_goes_when_nobody_uses_it() -> None:
+    m = ResidencyManager(2, PLENTY)
+    resident(m, "a")
+    lease = m.try_pin("a")
+    assert lease is not None
+    m.doom("a")
+    assert m.plan([]).drop == []
+    m.unpin("a")
+    plan = m.plan([])
+    assert (plan.unload, plan.drop) == ([("a", lease.slot)], ["a"])
+    assert m.state("a") is Residency.ABSENT
+    m.doom("never heard of")
+    on_host(m, "b")
+    m.doom("b")
+    assert m.plan(["b"]).drop == [], "being wanted saves it"
+    assert m.plan([]).drop == []
+
+
 # -- any order of calls -----------------------------------------------------------------------------------------------
 
 DIGESTS = st.sampled_from("abcde")
@@ -393,6 +433,20 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert sum(self.host.values()) <= 25 or spare == 0, "over the budget for nothing"
         free = 2 - len(self.slots)
         assert not free or not [d for d in wanted if d in self.host and d not in self.slots.values()]
+
+    @rule(digest=DIGESTS, like=DIGESTS)
+    def prefetch(self, digest: str, like: str) -> None:
+        expected = like in self.host and self.manager.state(digest) is Residency.ABSENT
+        assert self.manager.prefetch(digest, like) == expected
+        if expected:
+            self.fetching.add(digest)
+
+    @rule(digest=DIGESTS)
+    def doom(self, digest: str) -> None:
+        self.manager.doom(digest)
+        if not self.pins.get(digest) and digest in self.host:
+            self.plan([])
+            assert self.manager.state(digest) is Residency.ABSENT
 
     @rule(digest=DIGESTS)
     def pin(self, digest: str) -> None:
