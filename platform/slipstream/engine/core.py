@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.plan import Emission, StepPlan, StepResult
-from slipstream.engine.residency import Residency, ResidencyManager
+from slipstream.engine.residency import Residency, ResidencyManager, ResidencyPlan
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.waiting import StartRate
@@ -149,6 +149,7 @@ class EngineCore(Generic[P]):
             self._work += len(emission.tokens)
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
+        self._free(self.residency.let_go())  # not at the next step: there may be none for hours
         started, running = self.scheduler.counters.started, self.scheduler.num_running
         self._starts.observe(self._clock(), len(self._queue()), started, running)
         return outcome
@@ -176,6 +177,12 @@ class EngineCore(Generic[P]):
         for digest in plan.drop:
             del self._on_host[digest]
         outcome.fetch = plan.fetch
+
+    def _free(self, plan: ResidencyPlan) -> None:
+        for _, slot in plan.unload:
+            self.runner.unload_adapter(slot)
+        for digest in plan.drop:
+            del self._on_host[digest]
 
     def _count(self, seq: Sequence) -> None:
         self._finished += 1

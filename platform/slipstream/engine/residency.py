@@ -116,7 +116,6 @@ class ResidencyManager:
                 self._move(entry, Residency.FETCHING)
                 plan.fetch.append(digest)
         self._forget_unwanted()
-        self._forget_doomed(plan)
         self._unload_drained(plan)
         self._give_slots(wanted, plan)
         self._trim_host(plan)
@@ -147,10 +146,21 @@ class ResidencyManager:
         return True
 
     def doom(self, digest: str) -> None:
-        """Forget an adapter at the first tick at which nobody uses it, waits for it or fetches it; being wanted saves it."""
+        """Forget an adapter at the end of the first tick at which nobody uses it, waits for it or fetches it."""
         entry = self._entries.get(digest)
         if entry is not None:
             entry.doomed = True
+
+    def let_go(self) -> ResidencyPlan:
+        """What is doomed and not in use goes now. For the end of a tick: `plan` has saved what is waited for."""
+        plan = ResidencyPlan()
+        for digest, entry in list(self._entries.items()):
+            if entry.doomed and not entry.pins and entry.state in _HELD:
+                if entry.slot >= 0:
+                    plan.unload.append((digest, self._leave_slot(entry)))
+                plan.drop.append(digest)
+                del self._entries[digest]
+        return plan
 
     def forget(self, digest: str) -> int | None:
         """Drop an adapter that nobody pins and that is not being fetched; returns the slot it held, for unloading."""
@@ -183,14 +193,6 @@ class ResidencyManager:
                 entry.blocked_since = None
                 if entry.state is Residency.FAILED:
                     del self._entries[digest]
-
-    def _forget_doomed(self, plan: ResidencyPlan) -> None:
-        for digest, entry in list(self._entries.items()):
-            if entry.doomed and not entry.pins and entry.state in _HELD:
-                if entry.slot >= 0:
-                    plan.unload.append((digest, self._leave_slot(entry)))
-                plan.drop.append(digest)
-                del self._entries[digest]
 
     def _unload_drained(self, plan: ResidencyPlan) -> None:
         for digest, entry in self._entries.items():

@@ -381,16 +381,16 @@ def test_what_is_gone_goes_when_nobody_uses_it() -> None:
     lease = m.try_pin("a")
     assert lease is not None
     m.doom("a")
-    assert m.plan([]).drop == []
+    assert m.let_go().drop == []
     m.unpin("a")
-    plan = m.plan([])
+    plan = m.let_go()
     assert (plan.unload, plan.drop) == ([("a", lease.slot)], ["a"])
     assert m.state("a") is Residency.ABSENT
     m.doom("never heard of")
     on_host(m, "b")
     m.doom("b")
-    assert m.plan(["b"]).drop == [], "being wanted saves it"
-    assert m.plan([]).drop == []
+    m.plan(["b"])
+    assert m.let_go().drop == [], "being wanted saves it"
 
 
 # -- any order of calls -----------------------------------------------------------------------------------------------
@@ -444,9 +444,16 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(digest=DIGESTS)
     def doom(self, digest: str) -> None:
         self.manager.doom(digest)
-        if not self.pins.get(digest) and digest in self.host:
-            self.plan([])
-            assert self.manager.state(digest) is Residency.ABSENT
+
+    @rule()
+    def let_go(self) -> None:
+        plan = self.manager.let_go()
+        for gone, slot in plan.unload:
+            assert not self.pins.get(gone)
+            assert self.slots.pop(slot) == gone
+        for gone in plan.drop:
+            assert gone not in self.slots.values()
+            del self.host[gone]
 
     @rule(digest=DIGESTS)
     def pin(self, digest: str) -> None:
