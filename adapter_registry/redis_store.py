@@ -240,6 +240,11 @@ class RedisStore(RedisAliases, Store):
                 return version_of(number, changed)
         raise not_published(name)
 
+    async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:
+        """Make garbage of those that are neither in use nor garbage already; returns how many."""
+        keys, shas = TenantKeys(tenant), [check_sha256(sha) for sha in sha256s]
+        return int(await self._script("adopt", [keys.refs, keys.garbage, keys.deleting], shas)) if shas else 0
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted; a bounded batch at a time."""
         keys = TenantKeys(tenant)

@@ -18,7 +18,7 @@ CHANGES_KEY = PREFIX + "changes"  # stream: what replicas may want to know
 PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
 ALIAS_SCRIPTS = ("resolve", "set_alias", "note_outcome")
 SCRIPTS = (
-    "publish", "describe", "delete", "set_access", "replace_version", "write_key", "claim", "begin_sweep",
+    "publish", "describe", "delete", "set_access", "replace_version", "write_key", "claim", "adopt", "begin_sweep",
     *ALIAS_SCRIPTS,
 )  # fmt: skip
 

@@ -148,6 +148,11 @@ class Store(Protocol):
         """What counts against the tenant's quota of `storage_bytes`."""
         ...
 
+    async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:
+        """Make garbage of those that are neither in use nor garbage already; returns how many. What a lost or restored
+        registry left in the blob store is found so."""
+        ...
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
         ...

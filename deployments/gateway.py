@@ -19,11 +19,11 @@ from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.redis_webhooks import RedisWebhooks
 from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
+from deployments.remote_sources import RemoteSources
 from deployments.serve_states import ServedModel
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
-from slipstream.importing.sources import RemoteSources
 
 APP_NAME = "slipstream"  # in Serve, where we name it
 

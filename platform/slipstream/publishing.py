@@ -15,6 +15,8 @@ from slipstream.protocol import BaseModelSpec
 
 log = logging.getLogger("slipstream.publishing")
 T = TypeVar("T")
+_ADOPTED_AT_ONCE = 500
+_ORPHANS_EVERY_S = 86_400.0
 Check = Callable[[AdapterDraft], Awaitable[None]]
 
 
@@ -75,10 +77,28 @@ async def sweep_blobs(store: Store, blobs: BlobStore, older_than_s: float) -> in
     return swept
 
 
+async def adopt_orphans(store: Store, blobs: BlobStore) -> int:
+    """Have later sweeps delete every tenant's blobs that the registry does not know; returns how many there are."""
+    found = 0
+    for tenant in await store.tenants():
+        some: list[str] = []
+        async for sha256 in blobs.list(tenant):
+            some.append(sha256)
+            if len(some) == _ADOPTED_AT_ONCE:
+                found += await store.adopt_blobs(tenant, some)
+                some.clear()
+        found += await store.adopt_blobs(tenant, some)
+    return found
+
+
 async def keep_sweeping(store: Store, blobs: BlobStore, *, every_s: float, older_than_s: float) -> NoReturn:
-    """Sweep now and then, until cancelled."""
+    """Sweep now and then, until cancelled; look for orphans at first and then once a day."""
+    rounds = 0
     while True:
         try:
+            if rounds % max(1, round(_ORPHANS_EVERY_S / every_s)) == 0:
+                log.info("%d blobs are not in the registry", await adopt_orphans(store, blobs))
+            rounds += 1
             swept = await sweep_blobs(store, blobs, older_than_s)
             log.info("swept %d blobs", swept)
         except Exception as error:  # a task's top loop: nobody else would hear of it, and the next sweep may succeed

@@ -101,3 +101,17 @@ async def test_two_sweepers_share_the_work_and_a_dead_one_is_followed_up(make_st
     await asyncio.sleep(0.25)
     assert await store.begin_sweep("acme", 60) == [sha("a")]
     assert await store.begin_sweep("acme", 60) == []
+
+
+async def test_blobs_that_nobody_knows_are_adopted_as_garbage(store: Store) -> None:
+    made = await publish(store, draft("a"))
+    await store.claim_blobs("acme", [sha("claimed"), sha("leaving")])
+    assert sha("leaving") in await store.begin_sweep("acme", 0)
+    await store.claim_blobs("acme", [sha("fresh")])
+    await asyncio.sleep(0.15)
+    known = [*made.blob_sha256s, sha("fresh"), sha("leaving")]
+    assert await store.adopt_blobs("acme", [*known, sha("orphan")]) == 1
+    assert await store.adopt_blobs("acme", [sha("orphan")]) == 0
+    assert await store.adopt_blobs("acme", []) == 0
+    assert await store.begin_sweep("acme", 0.1) == [sha("fresh")], "its time did not begin anew"
+    assert await store.begin_sweep("acme", 0) == [sha("orphan")]

@@ -13,8 +13,8 @@ from support.api_app import write_adapter
 from support.http_server import serving_app
 from support.s3_server import BUCKET, put_object, running_s3
 
+from deployments.remote_sources import RemoteSources
 from slipstream.errors import AdapterRejected, InvalidRequest, Unavailable
-from slipstream.importing.sources import RemoteSources
 
 COMMIT = "1f" * 20
 MAX = 1 << 20
@@ -81,7 +81,7 @@ async def test_a_bucket_that_does_not_answer(
     bucket: Mapping[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("slipstream.importing.sources._RETRY_S", 1.0)
+    monkeypatch.setattr("deployments.remote_sources._RETRY_S", 1.0)
     with pytest.raises(Unavailable):
         await RemoteSources(("s3://",)).fetch(f"s3://{BUCKET}/x", here, 1000, lambda _: None)
 

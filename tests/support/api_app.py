@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from adapter_registry.keys import hash_key, new_key
 from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, FileEntry, PromptFormat, Route
+from deployments.remote_sources import RemoteSources
 from slipstream.api import ApiServices, create_app
-from slipstream.importing.sources import RemoteSources, Sources
+from slipstream.importing.sources import Sources
 from slipstream.testing import (
     FAKE_BASE,
     FakeCluster,

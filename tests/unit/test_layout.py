@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"slipstream": "platform/slipstream", "adapter_registry": "adapter_registry", "deployments": "deployments"}
-REGISTRY_SEAM = ("records", "store", "jobs", "tenants", "limits", "errors", "keys")
+REGISTRY_SEAM = ("records", "store", "jobs", "tenants", "limits", "errors", "keys", "imports", "webhooks", "changes")
 ENVIRONMENT_READERS = {"slipstream.config", "slipstream.process_env"}
 
 

@@ -149,6 +149,13 @@ class MemoryStore(MemoryAliases, Store):
         adapter.versions[version] = found.model_copy(update=changes)
         return adapter.versions[version]
 
+    async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:
+        """Make garbage of those that are neither in use nor garbage already; returns how many."""
+        mine = self.enter(tenant)
+        found = [sha for sha in map(check_sha256, sha256s) if sha not in {*mine.refs, *mine.garbage, *mine.deleting}]
+        mine.garbage.update(dict.fromkeys(found, self._clock()))
+        return len(found)
+
     async def begin_sweep(self, tenant: str, older_than_s: float) -> Sequence[str]:
         """Mark garbage blobs older than the grace period as being deleted and return their sha256."""
         mine, now = self._look(tenant), self._clock()
