@@ -26,6 +26,7 @@ def new_key(
     role: Role = Role.PUBLISHER,
     models: tuple[str, ...] | None = None,
     expires_at: datetime | None = None,
+    user: str | None = None,
 ) -> tuple[str, KeyRecord]:
     """A fresh secret and the record to keep; the secret exists nowhere else."""
     secret = SECRET_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
@@ -39,6 +40,7 @@ def new_key(
         role=role,
         models=models,
         expires_at=expires_at,
+        user=user,
     )
     return secret, record
 

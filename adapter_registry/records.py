@@ -255,6 +255,8 @@ class AuditAction(StrEnum):
     KEY_CREATED = "key.created"
     KEY_CHANGED = "key.changed"
     KEY_REVOKED = "key.revoked"
+    USER_CHANGED = "user.changed"
+    USER_REMOVED = "user.removed"
     TENANT_CHANGED = "tenant.changed"
 
 
@@ -301,6 +303,18 @@ class Role(StrEnum):
         return order.index(self) >= order.index(other)
 
 
+UserName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,99}$")]
+
+
+class UserRecord(Frozen):
+    """A person or program of a tenant, to whom keys belong; none of them may more than this says."""
+
+    tenant: Name
+    name: UserName
+    role: Role = Role.PUBLISHER
+    created_at: datetime
+
+
 class KeyRecord(Frozen):
     """An API key at rest: the secret itself is never stored."""
 
@@ -314,6 +328,7 @@ class KeyRecord(Frozen):
     models: tuple[str, ...] | None = None  # base models and adapters (without a version) that it may call; None = all
     expires_at: datetime | None = None
     replaced_by: str | None = None  # id of its heir
+    user: UserName | None = None  # whose it is
 
     def is_expired(self, now: datetime) -> bool:
         """Whether its time is over."""

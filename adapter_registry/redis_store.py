@@ -12,16 +12,14 @@ from typing import Any
 from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.changes import Change
-from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
+from adapter_registry.errors import BlobMissing, InUse, StoreUnavailable
 from adapter_registry.records import (
     Access,
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
-    AuditAction,
     AuditEntry,
     Guard,
-    KeyRecord,
     SpeculationPolicy,
     Split,
     VersionState,
@@ -31,7 +29,8 @@ from adapter_registry.records import (
 )
 from adapter_registry.redis_aliases import RedisAliases, not_published, version_of
 from adapter_registry.redis_connection import connect
-from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys, lookup_key
+from adapter_registry.redis_keys import RedisKeys
+from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys
 from adapter_registry.store import AUDIT_KEPT, Store, storage_full
 
 SWEEP_BATCH = 1000  # blobs marked per sweep: a script blocks the whole server while it runs
@@ -40,7 +39,7 @@ _LIST_BATCH = 100  # adapters read per script, for the same reason
 _CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
 
 
-class RedisStore(RedisAliases, Store):
+class RedisStore(RedisAliases, RedisKeys, Store):
     """The registry's truth. Build it with `from_url`; one instance serves one event loop."""
 
     def __init__(
@@ -262,66 +261,11 @@ class RedisStore(RedisAliases, Store):
         """Every tenant that has ever published, claimed blobs or been given a key, by name."""
         return sorted(await self._command("SMEMBERS", TENANTS_KEY))
 
-    async def put_key(self, key: KeyRecord, by: str = "") -> None:
-        """Keep a key."""
-        await self._command("SADD", TENANTS_KEY, key.tenant)
-        # Two slots, so no single script. Listed first and usable last: a crash in between leaves a key that people
-        # can see and revoke but that opens nothing. The other order could leave one that opens and cannot be seen.
-        await self._write_key(key, "keep", by, AuditAction.KEY_CREATED)
-        await self._command("SET", lookup_key(key.sha256), _key_json(key))
-
-    async def replace_key(self, key: KeyRecord, by: str = "") -> None:
-        """Change a key's record, of the same secret. Raises `NotPublished` when it has been revoked."""
-        # What it opens first, and only if it still opens something: whoever revokes it takes that away first. A crash in
-        # between leaves a key that ends as it was told, and that can be changed again.
-        opens = await self._command("SET", lookup_key(key.sha256), _key_json(key), "XX")
-        if not opens or not await self._write_key(key, "replace", by, AuditAction.KEY_CHANGED):
-            raise _no_key(key.id)
-
-    async def find_key(self, sha256: str) -> KeyRecord | None:
-        """The key whose secret has this hash."""
-        found = await self._command("GET", lookup_key(check_sha256(sha256)))
-        return KeyRecord.model_validate_json(found) if found else None
-
-    async def list_keys(self, tenant: str) -> Sequence[KeyRecord]:
-        """A tenant's keys, oldest first."""
-        found = await self._command("HVALS", TenantKeys(tenant).api_keys)
-        return sorted((KeyRecord.model_validate_json(key) for key in found), key=lambda key: (key.created_at, key.id))
-
-    async def note_key_use(self, tenant: str, key_id: str) -> None:
-        """It was used just now; unknown ones are not noted."""
-        keys = TenantKeys(tenant)
-        # Both are the tenant's, but a key that goes in between leaves a time that nobody reads: no script for that.
-        if await self._command("HEXISTS", keys.api_keys, key_id):
-            await self._command("HSET", keys.key_uses, key_id, utc_now().isoformat(timespec="minutes"))
-
-    async def key_uses(self, tenant: str) -> Mapping[str, datetime]:
-        """When each of a tenant's keys was last used, to the minute, for those that were."""
-        found = await self._command("HGETALL", TenantKeys(tenant).key_uses)
-        return {key_id: datetime.fromisoformat(when) for key_id, when in found.items()}
-
-    async def delete_key(self, tenant: str, key_id: str, by: str = "") -> None:
-        """Revoke. Raises `NotPublished` when there is none of this id."""
-        mine = TenantKeys(tenant).api_keys
-        found = await self._command("HGET", mine, key_id)
-        if not found:
-            raise _no_key(key_id)
-        # Unusable first, unlisted last: after a crash in between, revoking again finishes the work.
-        key = KeyRecord.model_validate_json(found)
-        await self._command("DEL", lookup_key(key.sha256))
-        await self._write_key(key, "remove", by, AuditAction.KEY_REVOKED)
-
     async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
         """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
         newest = "+" if before is None else f"({check_audit_id(before)}"
         found = await self._command("XREVRANGE", TenantKeys(tenant).audit, newest, "-", "COUNT", str(limit))
         return [audit_entry(*each) for each in found]
-
-    async def _write_key(self, key: KeyRecord, mode: str, by: str, action: AuditAction) -> bool:
-        keys = TenantKeys(key.tenant)
-        about = f"{key.role} {key.label}".strip()
-        args: list[str | int] = [key.id, _key_json(key), mode, by, action, about, AUDIT_KEPT]
-        return bool(await self._script("write_key", [keys.api_keys, keys.key_uses, keys.audit], args))
 
     async def _describe(self, tenant: str, names: Sequence[str]) -> Sequence[AdapterSummary]:
         """Those of `names` that have versions."""
@@ -353,15 +297,6 @@ def _envelope(draft: AdapterDraft) -> str:
 def _versions(flat: Sequence[str]) -> Sequence[AdapterVersion]:
     found = (version_of(number, envelope) for number, envelope in _pairs(flat))
     return sorted(found, key=lambda version: version.version, reverse=True)
-
-
-def _key_json(key: KeyRecord) -> str:
-    """Without what is as it was before there was anything else: an older gateway reads such a key, too."""
-    return key.model_dump_json(exclude_defaults=True)
-
-
-def _no_key(key_id: str) -> NotPublished:
-    return NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
 
 
 def audit_entry(id_: str, fields: Mapping[str, Any]) -> AuditEntry:

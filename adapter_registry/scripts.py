@@ -18,8 +18,8 @@ CHANGES_KEY = PREFIX + "changes"  # stream: what replicas may want to know
 PUBLIC_KEY = PREFIX + "public"  # set: `tenant/name` of adapters that everybody may call, and perhaps of some that were
 ALIAS_SCRIPTS = ("resolve", "set_alias", "note_outcome")
 SCRIPTS = (
-    "publish", "describe", "delete", "set_access", "replace_version", "write_key", "claim", "adopt", "begin_sweep",
-    *ALIAS_SCRIPTS,
+    "publish", "describe", "delete", "set_access", "replace_version", "write_key", "write_user", "claim", "adopt",
+    "begin_sweep", *ALIAS_SCRIPTS,
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ class TenantKeys:
         self.files = base + "files"  # hash: id -> record of a training file
         self.deleting = base + "deleting"  # zset: sha256 a sweeper is removing -> ms since when
         self.api_keys = base + "keys"  # hash: key id -> record
+        self.users = base + "users"  # hash: name -> record
         self.shared = base + "shared"  # set: `tenant/name` of others' adapters that it may call, or might once
         self.audit = base + "audit"  # stream: who did what
         self.key_uses = base + "keys:used"  # hash: key id -> ISO time

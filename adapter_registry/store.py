@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from adapter_registry.errors import StorageFull
+from adapter_registry.errors import NotPublished, StorageFull
 from adapter_registry.records import (
     Access,
     AdapterDraft,
@@ -29,6 +29,7 @@ from adapter_registry.records import (
     Route,
     SpeculationPolicy,
     Split,
+    UserRecord,
     VersionSelector,
     Watch,
 )
@@ -166,7 +167,7 @@ class Store(Protocol):
         ...
 
     async def put_key(self, key: KeyRecord, by: str = "") -> None:
-        """Keep a key."""
+        """Keep a key. Raises `NotPublished` when it belongs to a user that there is not, or who may less than it."""
         ...
 
     async def replace_key(self, key: KeyRecord, by: str = "") -> None:
@@ -193,6 +194,21 @@ class Store(Protocol):
         """Revoke. Raises `NotPublished` when there is none of this id."""
         ...
 
+    async def put_user(self, user: UserRecord, by: str = "") -> None:
+        """Keep a user; keys that may more than it are lowered. A crash in between is mended by doing it again."""
+        ...
+
+    async def list_users(self, tenant: str) -> Sequence[UserRecord]:
+        """By name."""
+        ...
+
+    async def delete_user(self, tenant: str, name: str, by: str = "") -> Sequence[str]:
+        """Remove a user and revoke its keys; returns their ids. The user goes first, so that no key is made meanwhile.
+
+        Raises `NotPublished` when there is neither such a user nor a key of one.
+        """
+        ...
+
     async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
         """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""
         ...
@@ -204,6 +220,18 @@ class Store(Protocol):
     async def close(self) -> None:
         """Give connections back."""
         ...
+
+
+def no_such_user(key: KeyRecord) -> NotPublished:
+    """The refusal of a key that nobody may have."""
+    return NotPublished(
+        f"There is no user {key.user!r} who may be {key.role}: make the user, or give the key a lower role."
+    )
+
+
+def no_user(name: str) -> NotPublished:
+    """The same for unknown ones and other tenants'."""
+    return NotPublished(f"There is no user {name[:100]!r}: list the users to see them.")
 
 
 def storage_full(quota: int, stored: int, more: int) -> StorageFull:

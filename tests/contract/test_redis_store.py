@@ -22,7 +22,7 @@ from adapter_registry.records import Access, SpeculationPolicy, parse_reference,
 from adapter_registry.redis_jobs import RedisJobs
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
-from adapter_registry.scripts import SCHEMA_KEY
+from adapter_registry.scripts import CHANGES_KEY, SCHEMA_KEY
 from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts
 
 pytestmark = pytest.mark.redis
@@ -81,7 +81,7 @@ async def test_every_key_is_ours_and_a_tenant_is_one_slot(store: RedisStore, raw
     await store.put_key(key)
     await store.claim_blobs("acme", ["0" * 64])
     keys = {str(name) for name in await raw.keys("*")}
-    shared = {SCHEMA_KEY, "slipstream:tenants", f"slipstream:keys:{{{key.sha256}}}"}
+    shared = {SCHEMA_KEY, CHANGES_KEY, "slipstream:tenants", f"slipstream:keys:{{{key.sha256}}}"}
     assert shared < keys
     assert all(name.startswith("slipstream:{acme}:") for name in keys - shared)
     assert len(keys - shared) == 12
@@ -118,7 +118,7 @@ async def test_nothing_of_an_adapter_is_left_but_its_number(store: RedisStore, r
     await store.set_alias("acme", "sql", "prod", 1)
     await store.delete("acme", "sql")
     await store.end_sweep("acme", await store.begin_sweep("acme", 0))
-    left = {"slipstream:tenants", "slipstream:{acme}:numbers", "slipstream:{acme}:audit"}
+    left = {CHANGES_KEY, "slipstream:tenants", "slipstream:{acme}:numbers", "slipstream:{acme}:audit"}
     assert set(await raw.keys("*")) == {SCHEMA_KEY, *left}
 
 

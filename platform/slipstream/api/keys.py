@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
 from adapter_registry.keys import new_key
-from adapter_registry.records import KeyRecord, Role, parse_reference, utc_now
+from adapter_registry.records import KeyRecord, Role, UserName, UserRecord, parse_reference, utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.caller import Caller
 from slipstream.api.runtime import Runtime, RuntimeDep
@@ -19,6 +19,7 @@ from slipstream.api.sse import Json
 from slipstream.errors import Conflict, InvalidRequest
 
 router = APIRouter(tags=["Keys"])
+UserPath = Annotated[UserName, Path(description="A name or an e-mail address.")]
 TenantQuery = Annotated[
     str | None, Query(max_length=64, description="Whose keys; a tenant's admin may leave its own out.")
 ]
@@ -35,6 +36,15 @@ class NewKey(BaseModel):
     role: Annotated[Role, Field(strict=False)] | None = None  # publisher; with `models` caller
     models: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=100)] | None = None
     expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    user: UserName | None = None  # whose it is; it may no more than the user
+
+
+class NewUser(BaseModel):
+    """The body of PUT /v1/users/{user}."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Annotated[Role, Field(strict=False)]
 
 
 class Rotation(BaseModel):
@@ -61,7 +71,7 @@ async def create_key(body: NewKey, caller: CallerDep, runtime: RuntimeDep) -> Js
             )
         models = tuple(_label(runtime, tenant, model) for model in body.models)
     role = body.role or (Role.PUBLISHER if models is None else Role.CALLER)
-    return await _made(runtime, caller, new_key(tenant, body.label, role, models, body.expires_at))
+    return await _made(runtime, caller, new_key(tenant, body.label, role, models, body.expires_at, body.user))
 
 
 @router.get("/v1/keys")
@@ -85,7 +95,7 @@ async def rotate_key(
         raise Conflict(
             f"This key was rotated already: rotate its heir {old.replaced_by}, or revoke that and make a new one."
         )
-    made = await _made(runtime, caller, new_key(owner, old.label, old.role, old.models, old.expires_at))
+    made = await _made(runtime, caller, new_key(owner, old.label, old.role, old.models, old.expires_at, old.user))
     ends = now + timedelta(seconds=body.grace_s)
     changes = {"expires_at": min(ends, old.expires_at or ends), "replaced_by": made["id"]}
     await store.replace_key(old.model_copy(update=changes), caller.key_id)
@@ -132,6 +142,40 @@ def _find(keys: Sequence[KeyRecord], key_id: str) -> KeyRecord:
 def _key_body(record: KeyRecord, used_at: datetime | None) -> Json:
     used = used_at.isoformat() if used_at is not None else None
     return {"object": "key", **record.model_dump(mode="json", exclude={"sha256"}), "last_used_at": used}
+
+
+@router.put("/v1/users/{user}")
+async def put_user(
+    user: UserPath, body: NewUser, caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None
+) -> Json:
+    """Make a user, or change what its keys may at most: those that may more are lowered, within seconds everywhere."""
+    store, owner = runtime.services.store, caller.managed_tenant(tenant)
+    known = {each.name: each for each in await store.list_users(owner)}
+    since = known[user].created_at if user in known else utc_now()
+    record = UserRecord(tenant=owner, name=user, role=body.role, created_at=since)
+    await store.put_user(record, caller.key_id)
+    runtime.keys.forget(lambda key: key.tenant == owner and key.user == user)
+    return _user_body(record)
+
+
+@router.get("/v1/users")
+async def list_users(caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None) -> Json:
+    """A tenant's users."""
+    found = await runtime.services.store.list_users(caller.managed_tenant(tenant))
+    return {"object": "list", "data": [_user_body(user) for user in found]}
+
+
+@router.delete("/v1/users/{user}")
+async def delete_user(user: UserPath, caller: CallerDep, runtime: RuntimeDep, tenant: TenantQuery = None) -> Json:
+    """Remove a user and revoke all its keys: at once here, within seconds at other gateways."""
+    owner = caller.managed_tenant(tenant)
+    revoked = await runtime.services.store.delete_user(owner, user, caller.key_id)
+    runtime.keys.forget(lambda key: key.tenant == owner and key.user == user)
+    return {"object": "user.deleted", "name": user, "deleted": True, "keys": list(revoked)}
+
+
+def _user_body(user: UserRecord) -> Json:
+    return {"object": "user", **user.model_dump(mode="json")}
 
 
 @router.get("/v1/audit")

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, aliases, audit, evaluate, jobs, keys, status, tenants, train, webhooks
+from slipstream.cli import adapters, aliases, audit, evaluate, jobs, keys, status, tenants, train, users, webhooks
 
 app = typer.Typer(
     name="slipstream",
@@ -32,6 +32,7 @@ app.add_typer(aliases.app, name="aliases")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(users.app, name="users")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("evaluate")(evaluate.evaluate)
 app.command("status")(status.status)

@@ -36,6 +36,9 @@ def create(
     expires_at: Annotated[
         str | None, typer.Option("--expires-at", help="When it ends, as 2027-01-31T00:00:00Z.", show_default=False)
     ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="Whose it is, from `users list`.", show_default=False)
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     as_json: JsonOption = False,
@@ -45,7 +48,7 @@ def create(
     Example: slipstream keys create --tenant acme --label app --role caller --model sql
     """
     wanted = session(context, url, api_key)
-    _show(wanted.run(lambda client: client.create_key(tenant, label, role, models or (), expires_at)), as_json)
+    _show(wanted.run(lambda client: client.create_key(tenant, label, role, models or (), expires_at, user)), as_json)
 
 
 @app.command()
@@ -86,11 +89,11 @@ def list_keys(
     rows = [
         [
             key["id"], key["prefix"] + "…", key["role"], ", ".join(key["models"] or ["all"]), _minute(key["created_at"]),
-            _minute(key["last_used_at"]), _minute(key["expires_at"]), key["label"],
+            _minute(key["last_used_at"]), _minute(key["expires_at"]), key["user"] or "–", key["label"],
         ]
         for key in found
     ]  # fmt: skip
-    heads = ["ID", "KEY", "ROLE", "MODELS", "CREATED", "LAST USED", "EXPIRES", "LABEL"]
+    heads = ["ID", "KEY", "ROLE", "MODELS", "CREATED", "LAST USED", "EXPIRES", "USER", "LABEL"]
     show_table(heads, rows, f"{tenant or 'This tenant'} has no keys.")
 
 

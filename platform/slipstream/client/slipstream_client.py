@@ -262,13 +262,14 @@ class SlipstreamClient:
         role: str = "publisher",
         models: Sequence[str] = (),
         expires_at: str | None = None,
+        user: str | None = None,
     ) -> Json:
         """A new key; `secret` is in this answer only. Needs the admin key, or a key of the tenant's role `admin`.
 
-        models: that it may call, none = all; expires_at: ISO 8601 with a zone.
+        models: that it may call, none = all; expires_at: ISO 8601 with a zone; user: whose it is.
         """
         body: Json = {"label": label, "role": role}
-        for name, value in (("tenant", tenant), ("models", list(models)), ("expires_at", expires_at)):
+        for name, value in (("tenant", tenant), ("models", list(models)), ("expires_at", expires_at), ("user", user)):
             if value:
                 body[name] = value
         return dict((await self._send("POST", "/v1/keys", json=body)).json())
@@ -277,6 +278,20 @@ class SlipstreamClient:
         """A key that may what this one may; this one goes on for `grace_s` seconds."""
         path = f"/v1/keys/{path_part(key_id)}/rotate"
         return dict((await self._send("POST", path, json={"grace_s": grace_s}, params=_whose(tenant))).json())
+
+    async def put_user(self, user: str, role: str, tenant: str | None = None) -> Json:
+        """Make a user, or change what its keys may at most."""
+        return dict(
+            (await self._send("PUT", f"/v1/users/{path_part(user)}", json={"role": role}, params=_whose(tenant))).json()
+        )
+
+    async def list_users(self, tenant: str | None = None) -> list[Json]:
+        """A tenant's users."""
+        return list((await self._send("GET", "/v1/users", params=_whose(tenant))).json()["data"])
+
+    async def delete_user(self, user: str, tenant: str | None = None) -> Json:
+        """Remove a user and revoke all its keys."""
+        return dict((await self._send("DELETE", f"/v1/users/{path_part(user)}", params=_whose(tenant))).json())
 
     async def cluster(self) -> Json:
         """Replicas, ranks, queues, residency and scaling decisions. Needs the admin key."""

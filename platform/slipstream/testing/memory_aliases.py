@@ -25,6 +25,7 @@ from adapter_registry.records import (
     Outcome,
     Route,
     Split,
+    UserRecord,
     VersionSelector,
     VersionState,
     Watch,
@@ -63,6 +64,7 @@ class MemoryTenant:
     garbage: dict[str, float] = field(default_factory=dict)  # sha256 without refs -> since when
     deleting: dict[str, float] = field(default_factory=dict)  # sha256 a sweeper is removing -> since when
     keys: dict[str, KeyRecord] = field(default_factory=dict)
+    users: dict[str, UserRecord] = field(default_factory=dict)
     key_uses: dict[str, datetime] = field(default_factory=dict)
     audit: deque[AuditEntry] = field(default_factory=lambda: deque(maxlen=AUDIT_KEPT))  # newest first
 

@@ -19,13 +19,14 @@ from adapter_registry.records import (
     AuditEntry,
     KeyRecord,
     SpeculationPolicy,
+    UserRecord,
     VersionState,
     check_audit_id,
     check_name,
     check_sha256,
     utc_now,
 )
-from adapter_registry.store import Store, storage_full
+from adapter_registry.store import Store, no_such_user, no_user, storage_full
 from slipstream.testing.memory_aliases import MemoryAdapter, MemoryAliases, MemoryTenant, not_published, summary_of
 
 _CLAIM_POLL_S = 0.01
@@ -204,7 +205,10 @@ class MemoryStore(MemoryAliases, Store):
 
     async def put_key(self, key: KeyRecord, by: str = "") -> None:
         """Keep a key."""
-        keys = self.enter(key.tenant).keys
+        mine = self.enter(key.tenant)
+        keys, user = mine.keys, mine.users.get(key.user or "")
+        if key.user is not None and (user is None or not user.role.includes(key.role)):
+            raise no_such_user(key)
         if keys.get(key.id) != key:
             keys[key.id] = key
             self.write_down(key.tenant, by, AuditAction.KEY_CREATED, key.id, f"{key.role} {key.label}".strip())
@@ -244,6 +248,33 @@ class MemoryStore(MemoryAliases, Store):
         if key is None:
             raise NotPublished(f"There is no key {key_id[:80]!r}: list the keys to see their ids.")
         self.write_down(tenant, by, AuditAction.KEY_REVOKED, key_id, f"{key.role} {key.label}".strip())
+
+    async def put_user(self, user: UserRecord, by: str = "") -> None:
+        """Keep a user; keys that may more than it are lowered."""
+        mine = self.enter(user.tenant)
+        if mine.users.get(user.name) != user:
+            mine.users[user.name] = user
+            self.write_down(user.tenant, by, AuditAction.USER_CHANGED, user.name, user.role)
+        for key in list(mine.keys.values()):
+            if key.user == user.name and not user.role.includes(key.role):
+                await self.replace_key(key.model_copy(update={"role": user.role}), by)
+
+    async def list_users(self, tenant: str) -> Sequence[UserRecord]:
+        """By name."""
+        return sorted(self._look(tenant).users.values(), key=lambda user: user.name)
+
+    async def delete_user(self, tenant: str, name: str, by: str = "") -> Sequence[str]:
+        """Remove a user and revoke its keys; returns their ids."""
+        mine = self._look(tenant)
+        removed = mine.users.pop(name, None)
+        if removed is not None:
+            self.write_down(tenant, by, AuditAction.USER_REMOVED, name, "")
+        revoked = [key.id for key in mine.keys.values() if key.user == name]
+        if removed is None and not revoked:
+            raise no_user(name)
+        for key_id in revoked:
+            await self.delete_key(tenant, key_id, by)
+        return revoked
 
     async def audit_log(self, tenant: str, limit: int, before: str | None = None) -> Sequence[AuditEntry]:
         """Who did what, newest first, from before an entry's id on; about the last `AUDIT_KEPT` are there."""

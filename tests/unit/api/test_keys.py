@@ -60,6 +60,9 @@ LOCKED = [
     ("PUT", "/v1/tenants/x"),
     ("GET", "/v1/usage"),
     ("GET", "/v1/audit"),
+    ("GET", "/v1/users"),
+    ("PUT", "/v1/users/u"),
+    ("DELETE", "/v1/users/u"),
     ("POST", "/v1/keys"),
     ("GET", "/v1/keys?tenant=x"),
     ("POST", "/v1/keys/k/rotate?tenant=x"),
@@ -228,6 +231,9 @@ PUBLISHES = [
     ("POST", "/v1/fine_tuning/jobs"),
 ]
 MANAGES = [
+    ("GET", "/v1/users"),
+    ("PUT", "/v1/users/ann"),
+    ("DELETE", "/v1/users/none"),
     ("GET", "/v1/webhooks"),
     ("POST", "/v1/webhooks"),
     ("DELETE", "/v1/webhooks/none"),
@@ -238,6 +244,7 @@ MANAGES = [
     ("POST", "/v1/keys/none/rotate"),
 ]
 BODIES = {
+    "/v1/users/ann": {"role": "caller"},
     "/v1/adapters/x/versions/1/labels": {"labels": {}},
     "/v1/imports": {"name": "sql", "source": "hf://a/b"},
     "/v1/webhooks": {"url": "https://example.com/x"},
@@ -393,3 +400,32 @@ async def test_the_audit_log_says_who(world: ApiWorld, admin: httpx.AsyncClient)
         assert (await client.get("/v1/audit?tenant=acme")).status_code == 403
         assert (await client.get("/v1/audit?before=x")).status_code == 400
     assert (await admin.get("/v1/audit?tenant=demo")).json()["data"] == page["data"] + rest["data"]
+
+
+async def test_a_user_s_keys_may_no_more_than_the_user(world: ApiWorld, admin: httpx.AsyncClient) -> None:
+    put = await admin.put("/v1/users/ann@example.com?tenant=demo", json={"role": "publisher"})
+    assert (put.status_code, put.json()["role"]) == (200, "publisher")
+    body = {"tenant": "demo", "user": "ann@example.com"}
+    refused = await admin.post("/v1/keys", json={**body, "role": "admin"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "not_found")
+    assert (await admin.post("/v1/keys", json={**body, "user": "bob"})).status_code == 404
+    made = (await admin.post("/v1/keys", json={**body, "role": "publisher"})).json()
+    other = (await admin.post("/v1/keys", json={"tenant": "demo"})).json()
+    async with world.client(made["secret"]) as ann:
+        assert (await ann.get("/v1/files")).status_code == 200
+        since = put.json()["created_at"]
+        lowered = await admin.put("/v1/users/ann@example.com?tenant=demo", json={"role": "caller"})
+        assert lowered.json()["created_at"] == since
+        assert (await ann.get("/v1/files")).status_code == 403
+        heir = (await admin.post(f"/v1/keys/{made['id']}/rotate?tenant=demo", json={"grace_s": 60})).json()
+        assert (heir["user"], heir["role"]) == ("ann@example.com", "caller")
+        assert [user["name"] for user in (await admin.get("/v1/users?tenant=demo")).json()["data"]] == [
+            "ann@example.com"
+        ]
+        gone = (await admin.delete("/v1/users/ann@example.com?tenant=demo")).json()
+        assert sorted(gone["keys"]) == sorted([made["id"], heir["id"]])
+        assert (await ann.get("/v1/models")).status_code == 401
+    async with world.client(other["secret"]) as nobody:
+        assert (await nobody.get("/v1/models")).status_code == 200
+    assert (await admin.delete("/v1/users/ann@example.com?tenant=demo")).status_code == 404
+    assert (await admin.put("/v1/users/an%20n?tenant=demo", json={"role": "caller"})).status_code == 400

@@ -325,3 +325,17 @@ def test_rollouts_and_webhooks(shell: Shell, folder: Path, tmp_path: Path) -> No
     assert "https://example.com/x" in shell("webhooks", "list", key=admin).stdout
     assert shell("webhooks", "rm", listed["id"], key=admin).exit_code == 0
     assert shell("webhooks", "rm", listed["id"], key=admin).exit_code == 1
+
+
+def test_users(shell: Shell) -> None:
+    assert "no users" in shell("users", "list", "--tenant", "demo", key=ADMIN_KEY).stdout
+    done = shell("users", "set", "ann@example.com", "--role", "caller", "--tenant", "demo", key=ADMIN_KEY)
+    assert done.stdout == "ann@example.com is caller of demo\n"
+    make = ("keys", "create", "--tenant", "demo", "--user", "ann@example.com")
+    assert "lower role" in shell(*make, key=ADMIN_KEY).stderr
+    assert shell(*make, "--role", "caller", key=ADMIN_KEY).stdout.startswith("sk-slip-")
+    assert "ann@example.com" in shell("keys", "list", "--tenant", "demo", key=ADMIN_KEY).stdout
+    assert json.loads(shell("users", "list", "--tenant", "demo", "--json", key=ADMIN_KEY).stdout)[0]["role"] == "caller"
+    removed = shell("users", "rm", "ann@example.com", "--tenant", "demo", key=ADMIN_KEY)
+    assert removed.stdout == "Removed ann@example.com and revoked 1 keys\n"
+    assert shell("users", "list").exit_code == 1, "a publisher's key"
