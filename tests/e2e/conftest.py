@@ -20,7 +20,7 @@ def server() -> Iterator[Running]:
     """A running server."""
     with (
         tempfile.TemporaryDirectory(prefix="slip-e2e-") as folder,
-        serving(Path(folder) / "home", free_port()) as running,
+        serving(Path(folder) / "home", free_port(), SLIPSTREAM_WEBHOOK_PRIVATE_HOSTS='["127.0.0.1"]') as running,
     ):
         yield running
         assert stop(running, signal.SIGINT) == 0
