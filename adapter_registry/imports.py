@@ -31,8 +31,8 @@ _ENDS = frozenset({VersionState.READY, VersionState.REJECTED})
 class SmokePrompt(Frozen):
     """What a version must answer before it becomes visible: anything, or a text with `expect` in it."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=20_000)]
-    expect: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    expect: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=256)] = 32
 
 
@@ -76,6 +76,11 @@ class ImportRecord(Frozen):
     def has_ended(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in _ENDS
+
+    @property
+    def is_due(self) -> bool:
+        """Whether somebody is to work on it, now or when the lease is over."""
+        return not self.has_ended and (self.state is VersionState.VALIDATING or bool(self.source))
 
     @property
     def size_bytes(self) -> int:
@@ -131,6 +136,10 @@ class ImportStore(Protocol):
 
     async def open(self) -> Sequence[ImportRecord]:
         """Every tenant's that have not ended."""
+        ...
+
+    async def due(self) -> Sequence[ImportRecord]:
+        """Those of them that somebody is to work on."""
         ...
 
     async def close(self) -> None:

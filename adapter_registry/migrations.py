@@ -19,19 +19,24 @@ _BATCH = 500  # blobs noted in one script: it blocks the whole server while it r
 
 async def note_sizes(execute: Execute) -> None:
     """1 → 2: what each blob in use weighs, and each tenant's sum of it, which quotas of storage are held against."""
-    recount = load_script("recount")
     for tenant in await execute("SMEMBERS", TENANTS_KEY):
-        keys, sizes = TenantKeys(tenant), dict[str, int]()
-        for name in await execute("SMEMBERS", keys.names):
-            for envelope in await execute("HVALS", keys.adapter(name).versions):
-                sizes |= _sizes(json.loads(envelope))
-        for record in await execute("HVALS", keys.files):
-            file = json.loads(record)
-            sizes[file["sha256"]] = file["size"]
-        pairs = sorted(sizes.items())
-        for i in range(0, len(pairs), _BATCH):
-            words = [word for pair in pairs[i : i + _BATCH] for word in pair]
-            await execute("EVAL", recount, 2, keys.refs, keys.sizes, *words)
+        await count_sizes(execute, tenant)
+
+
+async def count_sizes(execute: Execute, tenant: str) -> None:
+    """Of one tenant, anew; also what mends them after a gateway of an older version has changed references without them."""
+    recount = load_script("recount")
+    keys, sizes = TenantKeys(tenant), dict[str, int]()
+    for name in await execute("SMEMBERS", keys.names):
+        for envelope in await execute("HVALS", keys.adapter(name).versions):
+            sizes |= _sizes(json.loads(envelope))
+    for record in await execute("HVALS", keys.files):
+        file = json.loads(record)
+        sizes[file["sha256"]] = file["size"]
+    pairs = sorted(sizes.items())
+    for i in range(0, len(pairs) or 1, _BATCH):
+        words = [word for pair in pairs[i : i + _BATCH] for word in pair]
+        await execute("EVAL", recount, 2, keys.refs, keys.sizes, *words)
 
 
 def _sizes(envelope: Mapping[str, Any]) -> dict[str, int]:

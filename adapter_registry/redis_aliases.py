@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -81,21 +82,29 @@ class RedisAliases(RedisConnection):
         found = await self._command("LRANGE", TenantKeys(tenant).adapter(name).moves, "0", "-1")
         return [AliasMove.model_validate_json(line) for line in found]
 
-    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome) -> str:
+    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome, told_id: str) -> str:
         """Count what became of requests; why the alias was rolled back by it, or ""."""
+        noted = TenantKeys(watch.tenant).adapter(watch.name).noted
         counts = [getattr(outcome, name) for name in Outcome.model_fields]
         args: list[str | int] = [watch.alias, version, utc_now().isoformat(), MOVES_KEPT, watch.name, AUDIT_KEPT]
-        return str(
-            await self._script("note_outcome", _places(watch.tenant, watch.name), [*args, UNGUARDED_WINDOW_S, *counts])
-        )
+        args += [UNGUARDED_WINDOW_S, told_id, *counts]
+        reason, *digests = await self._script("note_outcome", [*_places(watch.tenant, watch.name), noted], args)
+        if digests:
+            await self._tell(Change(tenant=watch.tenant, coming=digests[0], instead_of=digests[1]))
+        return str(reason)
 
     async def outcomes(self, tenant: str, name: str) -> Mapping[tuple[str, int], Outcome]:
         """(alias, version) → what became of requests lately, of aliases that are watched."""
+        keys = TenantKeys(tenant).adapter(name)
         sums = defaultdict[tuple[str, int], dict[str, int]](lambda: defaultdict(int))
-        found = await self._command("HGETALL", TenantKeys(tenant).adapter(name).outcomes)
+        found = await self._command("HGETALL", keys.outcomes)
+        stored: Mapping[str, str] = await self._command("HGETALL", keys.guards)
+        guards = {alias: Guard.model_validate_json(guard) for alias, guard in stored.items()}
         for field, count in found.items():
-            alias, version, counter, _ = field.split("|")
-            sums[alias, int(version)][counter] += int(count)
+            alias, version, counter, bucket = field.split("|")
+            half = (guards[alias].window_s if alias in guards else UNGUARDED_WINDOW_S) / 2
+            if int(bucket) >= int(time.time() / half) - 1:
+                sums[alias, int(version)][counter] += int(count)
         return {place: Outcome(**counts) for place, counts in sorted(sums.items())}
 
     async def _move(
@@ -109,7 +118,9 @@ class RedisAliases(RedisConnection):
         guard: Guard | None = None,
     ) -> int:
         args: list[str | int] = [check_alias(alias), to, by, utc_now().isoformat(), MOVES_KEPT, name, AUDIT_KEPT]
-        args += [part.model_dump_json() if part is not None else "" for part in (split, guard)]
+        # A split without what is as it was before there was anything else: an older gateway reads it, too.
+        args.append(split.model_dump_json(exclude_defaults=True) if split is not None else "")
+        args.append(guard.model_dump_json() if guard is not None else "")
         answer = await self._script("set_alias", _places(tenant, name), args)
         if not answer[0]:
             raise not_published(name)

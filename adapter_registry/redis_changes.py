@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
+from pydantic import ValidationError
 from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.changes import CHANGES_KEPT, Change, ChangeFeed
@@ -39,7 +41,10 @@ class RedisChanges(RedisConnection, ChangeFeed):
         wait_ms = max(1, round(min(wait_s, _LONGEST_WAIT_S) * 1000))
         found = await self._command("XREAD", "COUNT", "100", "BLOCK", str(wait_ms), "STREAMS", CHANGES_KEY, after)
         entries = _entries(found)
-        changes = [Change.model_validate_json(fields["change"]) for _, fields in entries]
+        changes = []
+        for _, fields in entries:
+            with suppress(ValidationError, KeyError):  # of a newer gateway's, that we know nothing about
+                changes.append(Change.model_validate_json(fields["change"]))
         return changes, str(entries[-1][0]) if entries else after
 
 

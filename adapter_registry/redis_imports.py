@@ -25,7 +25,9 @@ from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 
 IMPORT_SCRIPTS = ("import_add", "import_part", "import_replace", "list_page")
 _TRIES = 100  # of a compare-and-set: each failure means that somebody else got on
-_OPEN_KEY = PREFIX + "{imports}:open"  # set: `tenant/id`, about all tenants
+# Sets of `tenant/id`, of all tenants. Looked at often and by all, so they hold what there is to do and little more.
+_OPEN_KEY = PREFIX + "{imports}:open"
+_DUE_KEY = PREFIX + "{imports}:due"
 
 
 class _Keys(TenantKeys):
@@ -59,13 +61,14 @@ class RedisImports(RedisConnection, ImportStore):
     async def add(self, record: ImportRecord) -> None:
         """Keep a new one. Raises `InUse` when `MAX_OPEN` of the tenant have not ended."""
         keys = _Keys(record.tenant)
-        # The index first: one that is only there is dropped by the next look at it.
         await self._command("SADD", TENANTS_KEY, record.tenant)
-        await self._command("SADD", _OPEN_KEY, f"{record.tenant}/{record.id}")
         args: list[str | int] = [record.id, _stored(record), MAX_OPEN, IMPORTS_KEPT]
         if not await self._script("import_add", [keys.imports, keys.import_order, keys.open_imports], args):
             raise too_many()
-        await self._command("SADD", _OPEN_KEY, f"{record.tenant}/{record.id}")  # it may have been dropped just before
+        # One that a crash leaves out of the indexes is asked for again by its client, or ends with the tenant's next ones.
+        await self._command("SADD", _OPEN_KEY, f"{record.tenant}/{record.id}")
+        if record.is_due:
+            await self._command("SADD", _DUE_KEY, f"{record.tenant}/{record.id}")
 
     async def get(self, tenant: str, import_id: str) -> ImportRecord:
         """Raises `NotPublished`."""
@@ -107,23 +110,38 @@ class RedisImports(RedisConnection, ImportStore):
             if before.has_ended:
                 raise has_ended(before)
             after = change(before)
+            if after.is_due and not before.is_due:  # first: one that is only there is dropped by the next look at it
+                await self._command("SADD", _DUE_KEY, f"{tenant}/{import_id}")
             if await self._script("import_replace", places, [import_id, stored, _stored(after), int(after.has_ended)]):
                 if after.has_ended:
-                    await self._command("SREM", _OPEN_KEY, f"{tenant}/{import_id}")
+                    for index in (_OPEN_KEY, _DUE_KEY):
+                        await self._command("SREM", index, f"{tenant}/{import_id}")
+                elif after.is_due:
+                    await self._command(
+                        "SADD", _DUE_KEY, f"{tenant}/{import_id}"
+                    )  # it may have been dropped just before
                 return after
         raise StoreUnavailable(f"The import {import_id} is being changed by too many at once; try again.")
 
     async def open(self) -> Sequence[ImportRecord]:
         """Every tenant's that have not ended."""
+        return await self._indexed(_OPEN_KEY, lambda record: not record.has_ended)
+
+    async def due(self) -> Sequence[ImportRecord]:
+        """Those of them that somebody is to work on."""
+        return await self._indexed(_DUE_KEY, lambda record: record.is_due)
+
+    async def _indexed(self, index: str, belongs: Callable[[ImportRecord], bool]) -> Sequence[ImportRecord]:
+        """The records of an index; what does not belong there any more is dropped from it."""
         found = []
-        for member in sorted(await self._command("SMEMBERS", _OPEN_KEY)):
+        for member in sorted(await self._command("SMEMBERS", index)):
             tenant, _, import_id = member.partition("/")
             try:
                 record = await self.get(tenant, import_id)
             except NotPublished:
                 record = None
-            if record is None or record.has_ended:
-                await self._command("SREM", _OPEN_KEY, member)
+            if record is None or not belongs(record):
+                await self._command("SREM", index, member)
             else:
                 found.append(record)
         return found

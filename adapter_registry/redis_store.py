@@ -13,6 +13,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.changes import Change
 from adapter_registry.errors import BlobMissing, InUse, StoreUnavailable
+from adapter_registry.migrations import count_sizes
 from adapter_registry.records import (
     Access,
     AdapterDraft,
@@ -20,6 +21,7 @@ from adapter_registry.records import (
     AdapterVersion,
     AuditEntry,
     Guard,
+    Lineage,
     SpeculationPolicy,
     Split,
     VersionState,
@@ -152,6 +154,7 @@ class RedisStore(RedisAliases, RedisKeys, Store):
                 keys.sizes,
                 adapter.guards,
                 adapter.outcomes,
+                adapter.noted,
             ],
             [name, "" if version is None else version, by, AUDIT_KEPT],
         )
@@ -159,10 +162,11 @@ class RedisStore(RedisAliases, RedisKeys, Store):
             raise not_published(name)
         if answer[0] == "in_use":
             raise InUse(f"The alias {answer[1]!r} points at {name}@{version}: move or delete the alias first.")
-        removed = _versions(answer[1:])
-        for gone in removed:
-            await self._tell(Change(tenant=tenant, gone=gone.digest))
-        return removed
+        numbers, envelopes, last = answer[1::3], answer[2::3], answer[3::3]
+        for envelope, is_last in zip(envelopes, last, strict=True):
+            if is_last == "1":
+                await self._tell(Change(tenant=tenant, gone=json.loads(envelope)["digest"]))
+        return _versions([word for pair in zip(numbers, envelopes, strict=True) for word in pair])
 
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
         """Say who else may call an adapter; holds for the next request. Raises `NotPublished`."""
@@ -239,6 +243,14 @@ class RedisStore(RedisAliases, RedisKeys, Store):
                 return version_of(number, changed)
         raise not_published(name)
 
+    async def mend_sizes(self, tenant: str) -> None:
+        """Count anew what the tenant stores, in case a gateway of an older version has changed it without counting."""
+
+        async def execute(*words: Any) -> Any:
+            return await self._command(*map(str, words))
+
+        await count_sizes(execute, tenant)
+
     async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:
         """Make garbage of those that are neither in use nor garbage already; returns how many."""
         keys, shas = TenantKeys(tenant), [check_sha256(sha) for sha in sha256s]
@@ -290,7 +302,13 @@ class RedisStore(RedisAliases, RedisKeys, Store):
 
 def _envelope(draft: AdapterDraft) -> str:
     """What is stored for a version. Its number is the hash field, since only the script knows it."""
-    ready = {**draft.model_dump(mode="json"), "state": VersionState.READY, "created_at": utc_now().isoformat()}
+    # Without what is as it was before there was anything else: an older gateway reads it, too.
+    late = {name for name, nothing in (("labels", {}), ("lineage", Lineage())) if getattr(draft, name) == nothing}
+    ready = {
+        **draft.model_dump(mode="json", exclude=late),
+        "state": VersionState.READY,
+        "created_at": utc_now().isoformat(),
+    }
     return json.dumps({"record": ready, "digest": draft.digest, "blobs": draft.blob_sha256s}, allow_nan=False)
 
 

@@ -6,7 +6,7 @@ All of a tenant's keys carry `{tenant}` as cluster hash tag, so each script touc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 
 from adapter_registry.records import check_name
@@ -48,6 +48,7 @@ class AdapterKeys:
     splits: str  # hash: alias -> JSON: what part of its requests goes where
     guards: str  # hash: alias -> JSON: when it rolls back
     outcomes: str  # hash: alias|version|counter|window -> number
+    noted: str  # zset: id of what was told of them -> seconds
 
 
 class TenantKeys:
@@ -73,19 +74,4 @@ class TenantKeys:
     def adapter(self, name: str) -> AdapterKeys:
         """The keys of one of this tenant's adapters."""
         base = f"{self._base}adapter:{check_name(name)}:"
-        return AdapterKeys(
-            *(
-                base + name
-                for name in (
-                    "versions",
-                    "digests",
-                    "aliases",
-                    "access",
-                    "moves",
-                    "before",
-                    "splits",
-                    "guards",
-                    "outcomes",
-                )
-            )
-        )
+        return AdapterKeys(**{field.name: base + field.name for field in fields(AdapterKeys)})

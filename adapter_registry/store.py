@@ -101,11 +101,11 @@ class Store(Protocol):
         """
         ...
 
-    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome) -> str:
+    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome, told_id: str) -> str:
         """Count what became of requests of a watched alias; why it was rolled back by that, or "".
 
-        A rollback is that of `roll_back_alias`, happens once, and ends the guard. Versions that the alias has left are not
-        counted.
+        What is told again under the same id counts once. A rollback is that of `roll_back_alias`, happens once, and ends the
+        guard. Versions that the alias has left are not counted.
         """
         ...
 
@@ -147,6 +147,10 @@ class Store(Protocol):
 
     async def stored_bytes(self, tenant: str) -> int:
         """What counts against the tenant's quota of `storage_bytes`."""
+        ...
+
+    async def mend_sizes(self, tenant: str) -> None:
+        """Count anew what the tenant stores, in case a gateway of an older version has changed it without counting."""
         ...
 
     async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:

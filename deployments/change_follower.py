@@ -9,7 +9,6 @@ from typing import NoReturn, Protocol, runtime_checkable
 from adapter_registry.changes import Change, ChangeFeed
 from adapter_registry.errors import StoreUnavailable
 from deployments.adapter_source import BlobAdapterSource
-from slipstream.errors import EngineFailed
 from slipstream.protocol import AdapterRef
 
 log = logging.getLogger("ray.serve")
@@ -25,8 +24,8 @@ class KeepsAdapters(Protocol):
         """Fetch an adapter that is likely to be asked for soon, if the one that it replaces is here."""
         ...
 
-    async def forget(self, digest: str) -> None:
-        """Let go of an adapter as soon as nobody uses it."""
+    async def forget(self, ref: AdapterRef) -> None:
+        """Let go of an adapter as soon as nobody uses it, unless another tenant has the same one here."""
         ...
 
 
@@ -41,16 +40,20 @@ async def follow(feed: ChangeFeed, engine: KeepsAdapters, source: BlobAdapterSou
         except StoreUnavailable:
             await asyncio.sleep(_PAUSE_S)
             continue
+        except Exception:  # likewise
+            log.exception("following changes failed")
+            await asyncio.sleep(_PAUSE_S)
+            continue
         for change in changes:
             try:
                 await _take(change, engine, source)
-            except (EngineFailed, OSError) as error:
-                log.warning("a change of %s was not followed: %s", change.tenant, error)
+            except Exception as error:  # a task's top loop: nobody else would hear of it, and the next one may be fine
+                log.warning("a change of %s was not followed: %s: %s", change.tenant, type(error).__name__, error)
 
 
 async def _take(change: Change, engine: KeepsAdapters, source: BlobAdapterSource) -> None:
     if change.coming is not None and change.instead_of is not None:
         await engine.prefetch(AdapterRef(change.tenant, change.coming), change.instead_of)
     if change.gone is not None:
-        await engine.forget(change.gone)
+        await engine.forget(AdapterRef(change.tenant, change.gone))
         await source.forget(AdapterRef(change.tenant, change.gone))

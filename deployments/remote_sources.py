@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ SCHEMES = (*BUCKETS, "hf")
 _RETRY_S = 30.0
 _CHUNK_BYTES = 8 << 20
 _HUB_FOLDER = ".hub"
+_BUCKET_URL = re.compile(
+    r"[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._=+-]+)*/?"
+)  # nothing that a parser might undo
 _HUB_NAME = re.compile(
     r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@([A-Za-z0-9._/-]{1,100}))?"
 )
@@ -50,15 +54,20 @@ class RemoteSources(Sources):
         """Raise `InvalidRequest` for what may not be pulled."""
         scheme, _, rest = url.partition("://")
         own = self.blob_url.rstrip("/")
-        if scheme not in SCHEMES or not rest or not url.isprintable() or "/../" in f"{url}/":
+        if scheme not in SCHEMES or not rest:
             raise _refused(f"'source' is a URL that begins with {', '.join(f'{each}://' for each in SCHEMES)}.")
         if scheme == "hf" and not _HUB_NAME.fullmatch(rest):
             raise _refused(
                 "A source on the Hugging Face hub is written as hf://owner/name or hf://owner/name@revision."
             )
+        if scheme != "hf" and (not _BUCKET_URL.fullmatch(url) or {".", ".."} & set(rest.split("/"))):
+            raise _refused("A bucket's folder is written as s3://bucket/folder, of letters, digits and '._=+-'.")
         # With a slash behind both: `s3://models` must not open `s3://models-of-others`.
-        is_allowed = any(f"{url}/".startswith(prefix) for prefix in self.allowed)
-        if not is_allowed or (own and f"{url}/".startswith(f"{own}/")):
+        place = f"{url.partition('@')[0].rstrip('/')}/"
+        is_allowed = any(
+            place.startswith(f"{prefix.rstrip('/')}/") or prefix == f"{scheme}://" for prefix in self.allowed
+        )
+        if not is_allowed or (own and place.startswith(f"{own}/")):
             raise _refused(
                 f"'{url[:200]}' is not among the places that this server pulls from. Ask its operator to add it to "
                 "SLIPSTREAM_PULL_SOURCES, or upload the files.",
@@ -69,7 +78,7 @@ class RemoteSources(Sources):
         """Put the files at `url` into an empty folder; returns the URL of exactly what came."""
         self.check(url)  # settings may have changed since it was asked for
         if url.startswith("hf://"):
-            return await run_to_end(lambda: _from_hub(url, folder, max_bytes, progress, self.hub))
+            return await _from_hub(url, folder, max_bytes, progress, self.hub)
         try:
             return await _from_bucket(url, folder, max_bytes, progress)
         except (NotFoundError, FileNotFoundError):
@@ -102,12 +111,14 @@ async def _from_bucket(url: str, folder: Path, max_bytes: int, progress: Progres
     return url
 
 
-def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress, hub: str | None) -> str:
+async def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress, hub: str | None) -> str:
     name = _HUB_NAME.fullmatch(url.removeprefix("hf://"))
     assert name is not None  # `check` saw to it
     repo, revision = name.groups()
     try:
-        info = HfApi(endpoint=hub, token=False).model_info(repo, revision=revision, files_metadata=True)
+        info = await run_to_end(
+            lambda: HfApi(endpoint=hub, token=False).model_info(repo, revision=revision, files_metadata=True)
+        )
         sizes = {
             each.rfilename: each.size or 0
             for each in info.siblings or []
@@ -115,21 +126,25 @@ def _from_hub(url: str, folder: Path, max_bytes: int, progress: Progress, hub: s
         }
         _check(sizes, max_bytes)
         received = 0
-        for file in sorted(sizes):
-            path = hf_hub_download(
-                repo, file, revision=info.sha, token=False, local_dir=folder / _HUB_FOLDER, endpoint=hub
-            )
-            Path(path).rename(folder / file)
-            received += (folder / file).stat().st_size
+        for file in sorted(sizes):  # one after the other: whoever gives up waits for one of them at most
+            received += await run_to_end(partial(_download, repo, file, info.sha, folder, hub))
             _check({file: received}, max_bytes)
             progress(received)
     except (RepositoryNotFoundError, RevisionNotFoundError):  # private ones look the same
         raise _missing(url) from None
     except (HTTPError, OSError) as error:
         raise Unavailable(f"'{url[:200]}' could not be read.", code="source_unavailable") from error
+    except ValueError as error:  # a name that the hub's own rules do not allow
+        raise _refused(f"'{url[:200]}' cannot be on the hub.") from error
     finally:
-        shutil.rmtree(folder / _HUB_FOLDER, ignore_errors=True)
+        await run_to_end(lambda: shutil.rmtree(folder / _HUB_FOLDER, ignore_errors=True))
     return f"hf://{repo}@{info.sha}"
+
+
+def _download(repo: str, file: str, revision: str | None, folder: Path, hub: str | None) -> int:
+    path = hf_hub_download(repo, file, revision=revision, token=False, local_dir=folder / _HUB_FOLDER, endpoint=hub)
+    Path(path).rename(folder / file)
+    return (folder / file).stat().st_size
 
 
 def _check(sizes: dict[str, int], max_bytes: int) -> None:

@@ -6,6 +6,11 @@ local function is_ready(number)
   return stored and cjson.decode(stored).record.state == 'ready'
 end
 
+local function digest_of(number)
+  local stored = number and redis.call('HGET', KEYS[1], number)
+  return stored and cjson.decode(stored).digest
+end
+
 local function put(key, alias, json)
   if json ~= '' then redis.call('HSET', key, alias, json) else redis.call('HDEL', key, alias) end
 end

@@ -1,9 +1,9 @@
 -- With blobs.lua.
 -- Remove one version, or (version '') all of them with their aliases; blobs that nothing refers to become garbage.
 -- KEYS: names, versions, digests, aliases, refs, garbage, access, log of aliases, where aliases were, audit,
--- splits, sizes, guards, outcomes.
+-- splits, sizes, guards, outcomes, what was told of them.
 -- ARGV: name, version or '', who, audit entries to keep.
--- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, number, envelope...}.
+-- Answers {'missing'}, {'in_use', alias} or {'removed', number, envelope, '1' if nothing has its content any more, ...}.
 local doomed = {}
 if ARGV[2] == '' then
   doomed = redis.call('HKEYS', KEYS[2])
@@ -33,9 +33,10 @@ for _, number in ipairs(doomed) do
   )
   answer[#answer + 1] = number
   answer[#answer + 1] = stored
+  answer[#answer + 1] = redis.call('HEXISTS', KEYS[5], string.sub(envelope.digest, 8)) == 1 and '0' or '1'
 end
 if redis.call('HLEN', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9], KEYS[11], KEYS[13], KEYS[14])  -- a name that is used again is not shared, and has no past
+  redis.call('DEL', KEYS[4], KEYS[7], KEYS[8], KEYS[9], KEYS[11], KEYS[13], KEYS[14], KEYS[15])  -- a name that is used again is not shared, and has no past
   redis.call('SREM', KEYS[1], ARGV[1])
 end
 return answer

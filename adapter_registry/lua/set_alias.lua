@@ -3,10 +3,6 @@
 -- adapter's name; audit entries to keep; split as JSON, or ''; guard as JSON, or ''.
 -- Answers {1, version or 0, then digests: one that requests now go to and the one that they went to before, ...}, or {0} when
 -- there is no such version, or nothing to go back to or remove.
-local function digest_of(number)
-  local stored = number and redis.call('HGET', KEYS[1], number)
-  return stored and cjson.decode(stored).digest
-end
 local was = digest_of(redis.call('HGET', KEYS[2], ARGV[1]))
 local version = ARGV[2]
 if version == 'back' then

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from adapter_registry.records import AdapterDraft, AdapterVersion, VersionWish, canonical_manifest, check_name
+from adapter_registry.errors import RegistryError
+from adapter_registry.records import (
+    SHA256_PATTERN,
+    AdapterDraft,
+    AdapterVersion,
+    VersionWish,
+    canonical_manifest,
+    check_name,
+)
 from adapter_registry.store import BlobStore, Store
 from slipstream.adapters.validate import InspectedAdapter, inspect_adapter
 from slipstream.protocol import BaseModelSpec
@@ -16,7 +25,7 @@ from slipstream.protocol import BaseModelSpec
 log = logging.getLogger("slipstream.publishing")
 T = TypeVar("T")
 _ADOPTED_AT_ONCE = 500
-_ORPHANS_EVERY_S = 86_400.0
+_MEND_EVERY_S = 86_400.0
 Check = Callable[[AdapterDraft], Awaitable[None]]
 
 
@@ -77,28 +86,35 @@ async def sweep_blobs(store: Store, blobs: BlobStore, older_than_s: float) -> in
     return swept
 
 
-async def adopt_orphans(store: Store, blobs: BlobStore) -> int:
-    """Have later sweeps delete every tenant's blobs that the registry does not know; returns how many there are."""
+async def mend(store: Store, blobs: BlobStore) -> int:
+    """Put right what no single step can see: blobs that the registry does not know become garbage for later sweeps, and each
+    tenant's sum of stored bytes is counted anew. Returns how many such blobs there were; what fails for one tenant does not
+    keep it from the others."""
     found = 0
     for tenant in await store.tenants():
-        some: list[str] = []
-        async for sha256 in blobs.list(tenant):
-            some.append(sha256)
-            if len(some) == _ADOPTED_AT_ONCE:
-                found += await store.adopt_blobs(tenant, some)
-                some.clear()
-        found += await store.adopt_blobs(tenant, some)
+        try:
+            await store.mend_sizes(tenant)
+            some: list[str] = []
+            async for sha256 in blobs.list(tenant):
+                if re.fullmatch(SHA256_PATTERN, sha256):  # a folder may hold other things, too
+                    some.append(sha256)
+                if len(some) == _ADOPTED_AT_ONCE:
+                    found += await store.adopt_blobs(tenant, some)
+                    some.clear()
+            found += await store.adopt_blobs(tenant, some)
+        except RegistryError as error:
+            log.warning("looking for blobs of %s that nobody knows failed: %s", tenant, error)
     return found
 
 
 async def keep_sweeping(store: Store, blobs: BlobStore, *, every_s: float, older_than_s: float) -> NoReturn:
-    """Sweep now and then, until cancelled; look for orphans at first and then once a day."""
+    """Sweep now and then, and mend at first and then once a day, until cancelled."""
     rounds = 0
     while True:
+        rounds += 1
         try:
-            if rounds % max(1, round(_ORPHANS_EVERY_S / every_s)) == 0:
-                log.info("%d blobs are not in the registry", await adopt_orphans(store, blobs))
-            rounds += 1
+            if (rounds - 1) % max(1, round(_MEND_EVERY_S / every_s)) == 0:
+                log.info("%d blobs are not in the registry", await mend(store, blobs))
             swept = await sweep_blobs(store, blobs, older_than_s)
             log.info("swept %d blobs", swept)
         except Exception as error:  # a task's top loop: nobody else would hear of it, and the next sweep may succeed

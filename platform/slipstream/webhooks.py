@@ -14,9 +14,12 @@ import json
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -34,6 +37,8 @@ TIMEOUT_S = 10.0  # of one delivery
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0  # between tries; twice as long each time
 GIVEN_UP_S = 24 * 3600.0  # an event that nobody took for so long is passed over
 AT_A_TIME = 100  # events of a webhook in one round
+_TRANSLATED = [ipaddress.ip_network(each) for each in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
+_RESOLVERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="slipstream-webhook-names")
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
@@ -43,7 +48,9 @@ class _Refused(Exception):
 
 async def resolve(host: str, port: int) -> Sequence[str]:
     """The addresses of a host."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # In threads of their own: names that tenants chose may take as long as they like.
+    asked = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, asked)
     return [str(each[4][0]) for each in found]
 
 
@@ -52,12 +59,13 @@ def check_url(url: str, private: Sequence[str]) -> None:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
+        host.encode("idna")  # as looking it up will
     except ValueError:
         host, parts = "", urlsplit("")
     if (
         parts.scheme not in ("https", "http")
         or not host
-        or parts.username
+        or "@" in parts.netloc
         or not url.isascii()
         or not url.isprintable()
     ):
@@ -80,14 +88,38 @@ class Courier:
     now: Callable[[], datetime] = utc_now
     transport: httpx.AsyncBaseTransport | None = None
     holder: str = field(default_factory=lambda: secrets.token_hex(8))
+    _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # webhook → who delivers to it
+    _tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)  # takes a while to make
     _waits: dict[str, tuple[str, int, datetime]] = field(default_factory=dict)  # webhook → event, tries, not before
 
     async def make(self) -> None:
-        """Deliver what there is to every tenant whose lease is to be had."""
+        """Begin to deliver what there is, to every tenant whose lease is to be had; a slow receiver keeps nobody waiting."""
         leased = [t for t in await self.webhooks.tenants() if await self.webhooks.lease(t, self.holder, LEASE_S)]
         known = [webhook for tenant in leased for webhook in await self.webhooks.list(tenant)]
         self._waits = {webhook.id: self._waits[webhook.id] for webhook in known if webhook.id in self._waits}
-        await asyncio.gather(*map(self._deliver, known))
+        for webhook in known:
+            if webhook.id not in self._running:
+                task = asyncio.create_task(self._keep_in_bounds(webhook))
+                self._running[webhook.id] = task
+                task.add_done_callback(lambda _, id_=webhook.id: self._running.pop(id_, None))  # type: ignore[misc]
+
+    async def settled(self) -> None:
+        """Wait until nothing is being delivered."""
+        while self._running:
+            await asyncio.wait(list(self._running.values()))
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """Stop; another gateway goes on when the leases are over."""
+        for task in self._running.values():
+            task.cancel()
+        await self.settled()
+
+    async def _keep_in_bounds(self, webhook: WebhookRecord) -> None:
+        try:
+            await self._deliver(webhook)
+        except Exception as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
+            log.warning("webhook %s of %s: %s: %s", webhook.id, webhook.tenant, type(error).__name__, error)
 
     async def _deliver(self, webhook: WebhookRecord) -> None:
         for entry in await self.webhooks.pending(webhook.tenant, webhook.id, AT_A_TIME):
@@ -133,13 +165,15 @@ class Courier:
             async with asyncio.timeout(TIMEOUT_S):
                 url, more, extensions = await self._pinned(webhook.url)
                 async with (
-                    httpx.AsyncClient(transport=self.transport, trust_env=False, follow_redirects=False) as client,
+                    httpx.AsyncClient(
+                        transport=self.transport, verify=self._tls, trust_env=False, follow_redirects=False
+                    ) as client,
                     client.stream("POST", url, content=body, headers=headers | more, extensions=extensions) as answer,
                 ):
                     return answer.status_code, ""  # its body may be of any length, and says nothing to us
         except _Refused as error:
             return None, str(error)
-        except (httpx.HTTPError, OSError, TimeoutError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: no answer"
 
     async def _pinned(self, url: str) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -157,12 +191,17 @@ class Courier:
 
 async def keep_delivering(courier: Courier, every_s: float) -> NoReturn:
     """A round now and then, until cancelled."""
-    while True:
-        try:
-            await courier.make()
-        except Exception as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
-            log.warning("delivering webhooks failed: %s: %s", type(error).__name__, error)
-        await asyncio.sleep(every_s)
+    try:
+        while True:
+            try:
+                await courier.make()
+            except (
+                Exception
+            ) as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
+                log.warning("delivering webhooks failed: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(every_s)
+    finally:
+        await courier.close()
 
 
 def payload(tenant: str, entry: AuditEntry) -> dict[str, Any]:
@@ -186,8 +225,13 @@ def _is_number(host: str) -> bool:
 
 def _is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return (mapped or found).is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return _is_public(str(found.ipv4_mapped))
+        # Others that hold an IPv4 address, which a gateway of the network may lead to: 6to4, Teredo, NAT64, `::10.0.0.1`.
+        if found.sixtofour or found.teredo or any(found in network for network in _TRANSLATED):
+            return False
+    return found.is_global and not found.is_multicast
 
 
 def _bad_url(message: str) -> InvalidRequest:

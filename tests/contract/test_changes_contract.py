@@ -25,7 +25,11 @@ async def test_aliases_that_move_and_versions_that_go(store: Store, changes: Cha
     await store.set_alias("acme", "sql", "prod", 2, split=Split(version=3, weight=0.1))
     await store.roll_back_alias("acme", "sql", "prod")  # the split goes
     await store.roll_back_alias("acme", "sql", "prod")
+    copy = await publish(store, draft("c", name="copy"))  # the same content elsewhere: it is not gone with the first
     await store.delete("acme", "sql", 3)
+    assert (await changes.listen(place, 0.05))[0][-1].gone is None
+    assert copy.digest == three
+    await store.delete("acme", "copy")
     assert await heard(changes, place) == [
         Change(tenant="acme", coming=two, instead_of=one),
         Change(tenant="acme", coming=three, instead_of=two),

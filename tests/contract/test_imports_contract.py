@@ -111,12 +111,18 @@ async def test_the_last_to_hold_a_blob_takes_its_weight_along(store: Store, impo
 async def test_nothing_is_added_to_one_that_has_all_or_has_ended(store: Store, imports: ImportStore) -> None:
     made = record()
     await imports.add(made)
+    assert await imports.due() == []
     full = await imports.update("acme", made.id, lambda found: found.changed(state=VersionState.VALIDATING))
+    assert await imports.due() == [full]
     assert full.state is VersionState.VALIDATING
     with pytest.raises(ImportEnded, match="validating"):
         await put(store, imports, made, 0, "late")
     ended = await imports.update("acme", made.id, rejected)
+    assert await imports.due() == await imports.open() == []
     assert await imports.get("acme", made.id) == ended
+    pulled = record().changed(files=(), source="hf://owner/name")
+    await imports.add(pulled)
+    assert await imports.due() == [pulled]
     with pytest.raises(ImportEnded, match="rejected"):
         await imports.update("acme", made.id, rejected)
     with pytest.raises(NotPublished):

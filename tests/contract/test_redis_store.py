@@ -199,6 +199,10 @@ async def test_data_of_schema_1_learns_what_it_weighs(server: RedisServer, raw: 
     new = [RedisStore.from_url(server.url) for _ in range(3)]
     assert await asyncio.gather(*(each.stored_bytes("acme") for each in new)) == [weight] * 3
     assert await raw.get(SCHEMA_KEY) == str(SCHEMA)
+    await raw.hset("slipstream:{acme}:sizes", sha("gone"), 99)  # as an older gateway's delete leaves it
+    await raw.hincrby("slipstream:{acme}:sizes", "total", 99)
+    await store.mend_sizes("acme")
+    assert await store.stored_bytes("acme") == weight
     await new[0].delete("acme", "sql")
     assert await store.stored_bytes("acme") == 4
     for each in (*new, jobs):

@@ -119,7 +119,8 @@ async def test_what_takes_over_is_here_before_anybody_asks_and_what_is_gone_goes
         assert source.fetches == ["sha256:0", "sha256:1"]
         running = asyncio.create_task(collect(engine, request("long", "sha256:0", max_tokens=60)))
         await asyncio.sleep(0.02)
-        await engine.forget("sha256:0")
+        await engine.forget(AdapterRef("another", "sha256:0"))
+        await engine.forget(AdapterRef("t", "sha256:0"))
         assert len(tokens(await running)) == 60, "what runs is finished"
         await until("sha256:0", "absent")
         assert tokens(await collect(engine, request("one", "sha256:0"))) == tokens(before)

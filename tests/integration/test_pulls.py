@@ -93,6 +93,16 @@ async def test_a_bucket_that_does_not_answer(
         ("s3://models/team", True),
         ("s3://models/teamsters/sql", False),
         ("s3://models/team/../others/sql", False),
+        ("s3://models/team/./registry/x", False),
+        ("s3://models/team//registry/x", False),
+        ("s3://models/team/%2e%2e/others", False),
+        ("s3://models/team/%72egistry/x", False),
+        ("s3://models:99/team/sql", False),
+        ("s3://models/team/sql?versionId=1", False),
+        ("s3://key@models/team/sql", False),
+        ("s3://whole/anything", True),
+        ("s3://whole-of-others/anything", False),
+        ("hf://org/a..b", True),
         ("s3://models", False),
         ("s3://models/team/registry/acme/blobs", False),
         ("s3://models/team/registry", False),
@@ -106,7 +116,7 @@ async def test_a_bucket_that_does_not_answer(
     ],
 )
 def test_only_what_the_operator_named_may_be_pulled(url: str, allowed: bool) -> None:
-    sources = RemoteSources(("s3://models/team/", "hf://org/"), blob_url="s3://models/team/registry")
+    sources = RemoteSources(("s3://models/team/", "hf://org/", "s3://whole"), blob_url="s3://models/team/registry")
     if allowed:
         sources.check(url)
         return
@@ -144,6 +154,8 @@ async def test_from_the_hub(here: Path, lora: dict[str, bytes], monkeypatch: pyt
         assert seen[-1] == sum(map(len, lora.values()))
         with pytest.raises(AdapterRejected):
             await sources.fetch("hf://org/sql@main", here, 10, seen.append)
+        with pytest.raises(InvalidRequest):
+            await sources.fetch("hf://org/a--b", here, MAX, seen.append)
         with pytest.raises(InvalidRequest) as missing:
             await sources.fetch("hf://org/other", here, MAX, seen.append)
         assert missing.value.code == "source_not_found"

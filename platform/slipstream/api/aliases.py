@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import Guard, Role, Split, check_alias, check_name
+from adapter_registry.records import AdapterSummary, Guard, Role, Split, check_alias, check_name
 from slipstream.api.adapters import no_version, visible
 from slipstream.api.auth import CallerDep
 from slipstream.api.runtime import RuntimeDep
@@ -64,6 +64,8 @@ async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep,
         )
     if split is not None and split.version == body.version:
         raise InvalidRequest("'split' names the alias's own version.", code="invalid_value", param="split.version")
+    if split is not None:
+        _check_alike(await store.get(tenant, check_name(name)), body.version, split.version)
     try:
         await store.set_alias(tenant, check_name(name), check_alias(alias), body.version, caller.key_id, split, guard)
     except NotPublished:
@@ -71,6 +73,18 @@ async def set_alias(name: str, alias: str, body: AliasTarget, caller: CallerDep,
             raise no_version(name, body.version) from None
         raise NotPublished(f"'{name}' has not both versions, {body.version} and {split.version}.") from None
     return {"object": "adapter.alias", "name": name, "alias": alias, **body.model_dump()}
+
+
+def _check_alike(summary: AdapterSummary, one: int, other: int) -> None:
+    """The same requests reach both: what one cannot take would fail for a part of the callers, and only there."""
+    found = {version.version: version for version in summary.versions}
+    if one in found and other in found and found[one].prompt_format != found[other].prompt_format:
+        raise InvalidRequest(
+            f"Version {one} takes {found[one].prompt_format} prompts and version {other} {found[other].prompt_format}: the "
+            "same requests cannot go to both.",
+            code="invalid_value",
+            param="split.version",
+        )
 
 
 @router.delete("/v1/adapters/{name}/aliases/{alias}", status_code=204)

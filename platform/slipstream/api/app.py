@@ -67,8 +67,10 @@ def create_app(services: ApiServices) -> FastAPI:
                 task.cancel()
             await asyncio.wait(tasks)
             await runtime.shadows.close()
-            await runtime.outcomes.tell()
-            await runtime.meter.flush()
+            try:
+                await runtime.outcomes.tell()
+            finally:
+                await runtime.meter.flush()
 
     def body_limit(method: str, path: str) -> int:
         if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from fastapi import Request
 
-from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
 from slipstream.api.connection import while_connected
-from slipstream.api.generation import Generation
+from slipstream.api.generation import Ending, Generation
 from slipstream.api.metering import needed_tokens
 from slipstream.api.runtime import Runtime
 from slipstream.protocol import GenerateRequest
@@ -26,12 +25,13 @@ async def begin(
     tokens = sum(needed_tokens(_prompts(each), each.params.n, each.params.max_tokens) for each in wanted)
     ticket = await runtime.meter.admit(call_id, wanted[0].tenant, target.served_as, tokens)
     wanted = [replace(each, weight=ticket.weight) for each in wanted]
+    own = [replace(each, speculation=target.speculation(each.speculation)) for each in wanted]
 
-    def settle(counts: UsageCounts, error: Exception | None) -> None:
-        runtime.meter.settle(ticket, counts)
-        runtime.outcomes.note(target, counts, error)
+    def settle(ending: Ending) -> None:
+        runtime.meter.settle(ticket, ending.counts)
+        runtime.outcomes.note(target, ending)
 
-    generation = Generation(target, wanted, runtime.services.request_timeout_s, runtime.metrics, settle)
+    generation = Generation(target, own, runtime.services.request_timeout_s, runtime.metrics, settle)
     try:
         await while_connected(request.receive, generation.start())
     except BaseException:  # also a cancellation just when it had started: nobody else would end it

@@ -30,6 +30,7 @@ class Target:
     shared: bool = False  # the adapter is another tenant's
     watch: Watch | None = None  # the alias that led here, if what becomes of its requests is counted
     shadow: AdapterVersion | None = None  # answers this request as well, unseen
+    keeps_texts: bool = False  # answers are compared when they are complete
 
     @property
     def served_as(self) -> str:
@@ -140,13 +141,15 @@ class Catalog:
             raise unknown from None
         assert route is not None  # `route` raises instead
         target = await self._on_its_base(route.version)
-        return replace(target, shared=route.version.tenant != tenant, watch=route.watch, shadow=route.shadow)
+        shared = route.version.tenant != tenant
+        shadow = None if shared else route.shadow  # nobody pays for what another tenant tries out
+        return replace(target, shared=shared, watch=route.watch, shadow=shadow, keeps_texts=shadow is not None)
 
     async def shadow_of(self, target: Target) -> Target | None:
         """Where the copy of a request goes, if it has one."""
         if target.shadow is None:
             return None
-        return replace(await self._on_its_base(target.shadow), shared=target.shared, watch=target.watch)
+        return replace(await self._on_its_base(target.shadow), watch=target.watch, keeps_texts=True)
 
     def forget(self, tenant: str, name: str) -> None:
         """Versions of this adapter were removed: an outage must not bring them back."""

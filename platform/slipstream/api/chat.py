@@ -120,7 +120,7 @@ async def chat_completions(request: Request, body: ChatRequest, caller: CallerDe
         params=body.sampling((body.top_logprobs or 0) if body.logprobs else None),
         messages=tuple(message.plain() for message in body.messages),
         adapter=target.adapter,
-        speculation=target.speculation(body.speculation),
+        speculation=body.speculation,
         stream=bool(body.stream),
         priority=body.priority or 0,
         max_wait_s=body.max_wait_s,

@@ -119,7 +119,7 @@ async def completions(request: Request, body: CompletionRequest, caller: CallerD
             text=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else prompt,
             adapter=target.adapter,
-            speculation=target.speculation(body.speculation),
+            speculation=body.speculation,
             stream=bool(body.stream),
             priority=body.priority or 0,
             max_wait_s=body.max_wait_s,

@@ -32,6 +32,15 @@ class Choice:
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a call ended."""
+
+    counts: UsageCounts
+    error: Exception | None
+    whole: bool  # every choice was finished; without an error, its client has left otherwise
+
+
 class Generation:
     """The streams of one call: one per prompt. Choices are numbered prompt x n + choice.
 
@@ -44,9 +53,9 @@ class Generation:
         requests: Sequence[GenerateRequest],
         timeout_s: float,
         metrics: HttpMetrics,
-        settle: Callable[[UsageCounts, Exception | None], None],
+        settle: Callable[[Ending], None],
     ) -> None:
-        """`settle` is told what was used and what went wrong, when it is over."""
+        """`settle` is told how it ended."""
         self._target = target
         self._n = requests[0].params.n
         self._streamed = requests[0].stream
@@ -56,7 +65,7 @@ class Generation:
         self._metrics = metrics
         self._settle = settle
         self._error: Exception | None = None
-        self._texts: dict[int, list[str]] = {}  # of each choice, so far
+        self._texts: dict[int, list[str]] | None = {} if target.keeps_texts else None  # of each choice, so far
         self._ended = asyncio.Event()
         self._pulls: dict[asyncio.Task[Batch | None], int] = {}
         self._open = set(range(len(requests) * self._n))
@@ -124,7 +133,7 @@ class Generation:
         finally:
             if not self._ended.is_set():
                 self._ended.set()
-                self._settle(self._used(), self._error)
+                self._settle(Ending(self._used(), self._error, not self._open))
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -141,9 +150,11 @@ class Generation:
         return list(choices.values())
 
     async def texts(self) -> list[str] | None:
-        """Wait for the end; what each choice said, or None unless all were finished."""
+        """Wait for the end; what each choice said, or None unless all were finished, of a target that keeps it."""
         await self._ended.wait()
-        return None if self._open else ["".join(pieces) for _, pieces in sorted(self._texts.items())]
+        if self._open or self._texts is None:
+            return None
+        return ["".join(pieces) for _, pieces in sorted(self._texts.items())]
 
     def by_prompt(self) -> Iterable[list[Usage]]:
         """The usages of each prompt's choices."""
@@ -175,7 +186,8 @@ class Generation:
 
     def _note(self, event: GenerateEvent) -> GenerateEvent:
         self._came[event.index] += len(event.token_ids)
-        self._texts.setdefault(event.index, []).append(event.text)
+        if self._texts is not None:
+            self._texts.setdefault(event.index, []).append(event.text)
         if event.usage is not None:
             self._sofar[event.index] = event.usage
         if event.finish_reason is FinishReason.ABORTED:

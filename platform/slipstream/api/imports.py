@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapter_registry.errors import InUse, NotPublished
 from adapter_registry.imports import (
     IMPORT_PREFIX,
+    IMPORTS_KEPT,
     PART_BYTES,
     ImportFault,
     ImportRecord,
@@ -200,8 +201,13 @@ async def _check_files(runtime: Runtime, record: ImportRecord) -> None:
     if size > services.max_upload_bytes:
         raise PayloadTooLarge(f"The files have {size} bytes; {services.max_upload_bytes} are taken here.")
     quota = (await services.tenants.get_tenant(record.tenant)).quota.storage_bytes
-    if quota is not None and size > quota:  # whether it fits beside what is there is known when it is there
-        raise storage_full(quota, await services.store.stored_bytes(record.tenant), size)
+    if quota is not None and size:
+        # Equal content counts once, so whether it fits beside what is stored is known when it is there; but not more may be
+        # on its way at once than there may be.
+        page = await services.imports.list(record.tenant, PageQuery(limit=IMPORTS_KEPT))
+        coming = sum(each.size_bytes for each in page.items if not each.has_ended)
+        if coming + size > quota:
+            raise storage_full(quota, await services.store.stored_bytes(record.tenant), coming + size)
 
 
 async def _found(runtime: Runtime, caller: Caller, import_id: str) -> ImportRecord:
@@ -267,6 +273,7 @@ def _body(record: ImportRecord, parts: Mapping[tuple[str, int], str] | None) -> 
         "created_at": record.created_at.isoformat(),
         "name": record.name,
         "base": record.base,
+        "labels": record.wish.labels,
         "state": record.state,
         "source": record.source or None,
         "part_bytes": PART_BYTES,

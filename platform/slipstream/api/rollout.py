@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.records import Outcome, Watch
 from adapter_registry.store import Store
-from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Catalog, Target
-from slipstream.api.generation import Generation
+from slipstream.api.generation import Ending, Generation
 from slipstream.api.metering import Meter
 from slipstream.api.metrics import HttpMetrics
 from slipstream.errors import ClientError, SlipstreamError
@@ -22,9 +23,21 @@ from slipstream.protocol import GenerateRequest
 log = logging.getLogger("slipstream.api")
 
 TELL_EVERY_S = 1.0
-MAX_SHADOWS = 16  # at once, of one gateway; requests beyond have none
+MAX_SHADOWS = 16  # answers at once, of one gateway; requests beyond have none
+MAX_COMPARISONS = 256  # shadows that have answered and wait for the answer that they are compared with
+MAX_UNTOLD = 10_000  # alias and version and second, while the store is away
 SHADOW_PRIORITY = 1_000_000  # behind everything else of its tenant
 SHADOW_MAX_WAIT_S = 2.0  # an engine that is busier has no time for copies
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is on its way to the store, under an id: told twice it counts once."""
+
+    id: str
+    watch: Watch
+    version: int
+    outcome: Outcome
 
 
 class Outcomes:
@@ -33,38 +46,50 @@ class Outcomes:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._gathered: dict[tuple[Watch, int], Outcome] = {}
+        self._telling: deque[_Told] = deque(maxlen=MAX_UNTOLD)
 
-    def note(self, target: Target, counts: UsageCounts, error: Exception | None, same: bool | None = None) -> None:
-        """One request has ended. What a client did wrong, or was refused, says nothing about a version."""
-        if target.watch is None or target.version is None or isinstance(error, ClientError):
+    def note(self, target: Target, ending: Ending) -> None:
+        """One request has ended. What a client did wrong, was refused or did not wait for says nothing about a version."""
+        if target.watch is None or target.version is None or isinstance(ending.error, ClientError):
             return
-        if error is None and not counts.requests:  # its client went away before it began
+        if ending.error is None and not ending.whole:  # its client left
             return
         outcome = Outcome(
             requests=1,
-            errors=int(error is not None),
-            drafted_tokens=counts.drafted_tokens,
-            accepted_tokens=counts.accepted_tokens,
-            compared=int(same is not None),
-            same=int(bool(same)),
+            errors=int(ending.error is not None),
+            drafted_tokens=ending.counts.drafted_tokens,
+            accepted_tokens=ending.counts.accepted_tokens,
         )
-        place = (target.watch, target.version.version)
-        self._gathered[place] = self._gathered.get(place, Outcome()).plus(outcome)
+        self._add(target.watch, target.version.version, outcome)
+
+    def compare(self, target: Target, same: bool) -> None:
+        """A shadow's answer and the caller's are both complete."""
+        assert target.watch is not None
+        assert target.version is not None
+        self._add(target.watch, target.version.version, Outcome(compared=1, same=int(same)))
+
+    def _add(self, watch: Watch, version: int, outcome: Outcome) -> None:
+        self._gathered[watch, version] = self._gathered.get((watch, version), Outcome()).plus(outcome)
 
     async def tell(self) -> None:
         """Once. What the store does not take now it is offered again."""
         gathered, self._gathered = self._gathered, {}
         for (watch, version), outcome in gathered.items():
+            self._telling.append(_Told(secrets.token_hex(8), watch, version, outcome))
+        while self._telling:
+            told = self._telling[0]
             try:
-                reason = await self._store.note_outcome(watch, version, outcome)
-            except NotPublished:  # the adapter is gone
-                continue
+                reason = await self._store.note_outcome(told.watch, told.version, told.outcome, told.id)
             except StoreUnavailable:
-                kept = self._gathered.get((watch, version), Outcome())
-                self._gathered[watch, version] = kept.plus(outcome)
-                continue
+                return
+            except NotPublished:  # the adapter is gone
+                reason = ""
+            if self._telling and self._telling[0] is told:
+                self._telling.popleft()
             if reason:
-                log.warning("%s/%s@%s was rolled back: %s", watch.tenant, watch.name, watch.alias, reason)
+                log.warning(
+                    "%s/%s@%s was rolled back: %s", told.watch.tenant, told.watch.name, told.watch.alias, reason
+                )
 
     async def keep_telling(self) -> NoReturn:
         """Until cancelled."""
@@ -77,56 +102,77 @@ class Outcomes:
 
 
 class Shadows:
-    """Copies of requests, answered by an alias's shadow. They are not charged beforehand and wait behind everything else."""
+    """Copies of requests, answered by an alias's shadow. They are not charged beforehand, wait behind everything else of
+    their tenant, and are not begun where anybody waits."""
 
     def __init__(
         self, catalog: Catalog, meter: Meter, outcomes: Outcomes, metrics: HttpMetrics, timeout_s: float
     ) -> None:
         self._catalog, self._meter, self._outcomes = catalog, meter, outcomes
         self._metrics, self._timeout_s = metrics, timeout_s
-        self._running: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers = 0  # being computed
 
     def send(self, target: Target, requests: Sequence[GenerateRequest], answered: Generation) -> None:
-        """Copy a request whose answer has begun, if its target has a shadow."""
-        if target.shadow is None or len(self._running) >= MAX_SHADOWS:
+        """Copy a request whose answer has begun, if its target has a shadow. `requests`: as they were asked."""
+        answers = sum(request.params.n for request in requests)
+        if target.shadow is None or self._answers + answers > MAX_SHADOWS or len(self._tasks) >= MAX_COMPARISONS:
             return
-        task = asyncio.create_task(self._answer(target, requests, answered))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._answers += answers
+        task = asyncio.create_task(self._answer(target, requests, answered, answers))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """End those that run."""
-        for task in self._running:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _answer(self, target: Target, requests: Sequence[GenerateRequest], answered: Generation) -> None:
+    async def _answer(
+        self, target: Target, requests: Sequence[GenerateRequest], answered: Generation, answers: int
+    ) -> None:
         try:
-            shadow = await self._catalog.shadow_of(target)
-            assert shadow is not None  # `send` saw to it
-            copies = [
-                replace(
-                    request,
-                    request_id=f"{request.request_id}-shadow",
-                    adapter=shadow.adapter,
-                    stream=False,
-                    priority=SHADOW_PRIORITY,
-                    max_wait_s=SHADOW_MAX_WAIT_S,
-                )
-                for request in requests
-            ]
-            used: list[tuple[UsageCounts, Exception | None]] = []
-            generation = Generation(shadow, copies, self._timeout_s, self._metrics, lambda *ended: used.append(ended))
             try:
-                await generation.start()
-                await generation.collect()
-            except SlipstreamError:
-                pass  # `used` has it
+                shadow = await self._catalog.shadow_of(target)
+                assert shadow is not None  # `send` saw to it
+                ours = await self._generate(shadow, requests)
             finally:
-                await generation.aclose()
-            counts, error = used[0]
-            self._meter.count(copies[0].request_id, copies[0].tenant, f"{shadow.served_as} (shadow)", counts)
-            theirs, ours = await answered.texts(), await generation.texts()
-            self._outcomes.note(shadow, counts, error, None if None in (theirs, ours) else theirs == ours)
+                self._answers -= answers
+            theirs = await answered.texts()  # its client may take its time
+            if ours is not None and theirs is not None:
+                self._outcomes.compare(shadow, ours == theirs)
         except Exception as error:  # a task's top: nobody waits for it
             log.warning("a shadow of %s failed: %s: %s", target.served_as, type(error).__name__, error)
+
+    async def _generate(self, shadow: Target, requests: Sequence[GenerateRequest]) -> list[str] | None:
+        """What the shadow says, if it comes to its end."""
+        if (await shadow.engine.stats()).waiting:
+            return None
+        copies = [
+            replace(
+                request,
+                request_id=f"{request.request_id}-shadow",
+                adapter=shadow.adapter,
+                speculation=shadow.speculation(request.speculation),
+                stream=False,
+                priority=SHADOW_PRIORITY,
+                max_wait_s=SHADOW_MAX_WAIT_S,
+            )
+            for request in requests
+        ]
+
+        def settle(ending: Ending) -> None:
+            model = f"{shadow.served_as} (shadow)"
+            self._meter.count(copies[0].request_id, copies[0].tenant, model, ending.counts)
+            self._outcomes.note(shadow, ending)
+
+        generation = Generation(shadow, copies, self._timeout_s, self._metrics, settle)
+        try:
+            await generation.start()
+            await generation.collect()
+        except SlipstreamError:
+            return None  # `settle` was told
+        finally:
+            await generation.aclose()
+        return await generation.texts()

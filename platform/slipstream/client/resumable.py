@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ async def push_in_parts(
     POST /v1/imports. Raises `AdapterRejected` with the server's reason, and what the last try of a part raised.
     """
     files, entries = await asyncio.to_thread(_listed, path)
-    found = await _begun_before(client, name, entries) or await client.begin_import(name=name, files=entries, **wishes)
+    found = await _begun_before(client, name, entries, wishes) or await client.begin_import(
+        name=name, files=entries, **wishes
+    )
     total = sum(entry["size"] for entry in entries)
     missing = {entry["path"]: list(entry["missing_parts"]) for entry in found["files"]}
     size = found["part_bytes"]
@@ -49,7 +51,7 @@ async def push_in_parts(
             await _patiently(partial(client.put_part, found["id"], file.name, index, data))
             left -= len(data)
             progress(total - left, total)
-    await client.complete_import(found["id"])
+    await _patiently(partial(client.complete_import, found["id"]))
     return await outcome(client, found["id"])
 
 
@@ -84,11 +86,16 @@ async def outcome(
         await asyncio.sleep(_POLL_S)
 
 
-async def _begun_before(client: SlipstreamClient, name: str, entries: Sequence[Json]) -> Json | None:
-    """An upload of the same that was cut off."""
+async def _begun_before(
+    client: SlipstreamClient, name: str, entries: Sequence[Json], wishes: Mapping[str, Any]
+) -> Json | None:
+    """An upload of the same, for which the same was wished, that was cut off."""
+    if set(wishes) - {"base", "labels"}:  # what an import does not show cannot be compared
+        return None
+    wanted = (name, wishes.get("base"), wishes.get("labels") or {})
     for each in await client.list_imports():
         same = [{key: file[key] for key in ("path", "size", "sha256")} for file in each["files"]] == list(entries)
-        if each["state"] == VersionState.REGISTERED and each["name"] == name and same:
+        if each["state"] == VersionState.REGISTERED and (each["name"], each["base"], each["labels"]) == wanted and same:
             return await client.get_import(each["id"])
     return None
 

@@ -149,7 +149,8 @@ class EngineCore(Generic[P]):
             self._work += len(emission.tokens)
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
-        self._free(self.residency.let_go())  # not at the next step: there may be none for hours
+        # Not at the next step: there may be none for hours.
+        self._free(self.residency.let_go(set(self.scheduler.waiting_adapters())))
         started, running = self.scheduler.counters.started, self.scheduler.num_running
         self._starts.observe(self._clock(), len(self._queue()), started, running)
         return outcome

@@ -6,7 +6,7 @@ scheduled yet, and everybody else goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -111,7 +111,6 @@ class ResidencyManager:
         for digest in wanted:
             entry = self._entries.setdefault(digest, _Entry())
             entry.used = self._tick
-            entry.doomed = False
             if entry.state in (Residency.ABSENT, Residency.FAILED):
                 self._move(entry, Residency.FETCHING)
                 plan.fetch.append(digest)
@@ -151,11 +150,11 @@ class ResidencyManager:
         if entry is not None:
             entry.doomed = True
 
-    def let_go(self) -> ResidencyPlan:
-        """What is doomed and not in use goes now. For the end of a tick: `plan` has saved what is waited for."""
+    def let_go(self, wanted: Container[str] = ()) -> ResidencyPlan:
+        """What is doomed and neither in use nor waited for goes now."""
         plan = ResidencyPlan()
         for digest, entry in list(self._entries.items()):
-            if entry.doomed and not entry.pins and entry.state in _HELD:
+            if entry.doomed and not entry.pins and entry.state in _HELD and digest not in wanted:
                 if entry.slot >= 0:
                     plan.unload.append((digest, self._leave_slot(entry)))
                 plan.drop.append(digest)

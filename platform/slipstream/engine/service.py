@@ -55,6 +55,7 @@ Clock = Callable[[], float]
 
 INLINE_CHARS = 8192  # prompts up to this long are tokenised on the event loop
 _NO_ROOM = "This replica has no room for the adapter on its device now. Try again; if it stays, tell the operator."
+_OWNERS_KEPT = 4096
 _BROKEN = "The adapter's weights overflow on this prompt, so that no answer can be computed. Train or scale it anew."
 
 
@@ -109,6 +110,7 @@ class EngineService:
         self._failure: BaseException | None = None
         self._fetches: set[asyncio.Task[None]] = set()
         self._thread: threading.Thread | None = None
+        self._owners: dict[str, set[str]] = {}  # digest → tenants that have it, of those used here
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -175,6 +177,8 @@ class EngineService:
         admitted = await self._admit(request)
         self._gate.check(request, len(admitted.choices), self._open, self._stats)
         call = self._make_call(request, admitted)
+        if request.adapter is not None:
+            self._note_owner(request.adapter)
         self._post(lambda: self._submit(call))
         unfinished = len(call.choices)
         self._open[request.tenant] += unfinished
@@ -351,6 +355,7 @@ class EngineService:
 
     async def prefetch(self, ref: AdapterRef, instead_of: str) -> None:
         """Fetch an adapter that is likely to be asked for soon, if the one that it replaces is on this replica."""
+        self._note_owner(ref)
 
         def begin() -> None:
             if self._core.residency.prefetch(ref.digest, instead_of):
@@ -358,9 +363,19 @@ class EngineService:
 
         self._post(begin)
 
-    async def forget(self, digest: str) -> None:
-        """Let go of an adapter as soon as nobody uses it."""
-        self._post(lambda: self._core.residency.doom(digest))
+    async def forget(self, ref: AdapterRef) -> None:
+        """Let go of an adapter as soon as nobody uses it, unless another tenant has the same one here."""
+        owners = self._owners.pop(ref.digest, set()) - {ref.tenant}
+        if owners:
+            self._owners[ref.digest] = owners
+        else:
+            self._post(lambda: self._core.residency.doom(ref.digest))
+
+    def _note_owner(self, ref: AdapterRef) -> None:
+        self._owners.setdefault(ref.digest, set()).add(ref.tenant)
+        if len(self._owners) > _OWNERS_KEPT:
+            here = self._stats.adapters
+            self._owners = {digest: owners for digest, owners in self._owners.items() if digest in here}
 
     def _start_fetch(self, ref: AdapterRef) -> None:
         task = self._loop.create_task(self._fetch(ref))

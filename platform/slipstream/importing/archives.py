@@ -13,7 +13,6 @@ import stat
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ from typing import IO, Any, BinaryIO, Protocol, cast
 
 from slipstream.adapters.folder import MAX_FILES, is_file_name
 from slipstream.adapters.rejection import Rule, reject, show
+from slipstream.errors import AdapterRejected
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 _CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20  # of a tar's extended headers, and of a zip's directory: sixty-four names need far less
+_MAX_TAR_HEADER_BYTES = 128 << 10  # of all that stands before one member
 _MAX_MEMBERS = 4 * MAX_FILES  # folders and macOS's own files among them
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error, ValueError, RuntimeError)
 _UNPACKED = ".unpacked"
 
 
@@ -62,12 +62,7 @@ def unpacked(folder: Path, max_bytes: int) -> Path:
     inner = folder / _UNPACKED
     inner.mkdir()
     with _opened(folder / names[0], max_bytes) as archive:
-        try:
-            _unpack(archive, inner, max_bytes)
-        except _BROKEN as error:
-            reject(
-                Rule.BAD_ARCHIVE, f"{names[0]} cannot be unpacked: {show(str(error))}. Pack the folder anew.", names[0]
-            )
+        _unpack(archive, inner, max_bytes)
     return inner
 
 
@@ -107,9 +102,12 @@ def _opened(path: Path, max_bytes: int) -> Iterator[_Archive]:
             else:
                 plain = path.name.lower().endswith(".tar")
                 stream = _Sipped(file if plain else stack.enter_context(gzip.GzipFile(fileobj=file)))
+                stream.left = _MAX_TAR_HEADER_BYTES
                 opened = stack.enter_context(tarfile.open(fileobj=cast(Any, stream), mode="r:", errorlevel=1))
-                yield _Tar(opened, max_bytes)
-    except _BROKEN as error:
+                yield _Tar(opened, stream, max_bytes)
+    except AdapterRejected:
+        raise
+    except Exception as error:  # both modules raise what comes to mind on bytes that were made to break them
         reject(Rule.BAD_ARCHIVE, f"{path.name} is not the archive that its name says: {show(str(error))}.", path.name)
 
 
@@ -154,7 +152,7 @@ def _check_directory(path: Path) -> None:
         file.seek(max(0, size - (22 + 0xFFFF)))
         tail = file.read()
     at = tail.rfind(b"PK\5\6")
-    if at < 0:
+    if at < 0 or at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little") != len(tail):
         reject(Rule.BAD_ARCHIVE, f"{path.name} is not a zip file, or it was cut short.", path.name)
     length = struct.unpack_from("<I", tail, at + 12)[0]
     if length > _MAX_HEADER_BYTES or tail[max(0, at - 20) : at].startswith(b"PK\6\7"):
@@ -162,26 +160,33 @@ def _check_directory(path: Path) -> None:
 
 
 class _Tar:
-    def __init__(self, archive: tarfile.TarFile, max_bytes: int) -> None:
+    def __init__(self, archive: tarfile.TarFile, stream: _Sipped, max_bytes: int) -> None:
         self._tar = archive
+        self._stream = stream
         self._max_bytes = max_bytes
 
     def members(self) -> Iterator[_Member]:
         count, total = 0, 0
-        while (info := self._tar.next()) is not None:
+        while (info := self._next()) is not None:
             count += 1
             _check_count(count)
             path = _clean(info.name)
-            if info.size > self._max_bytes:
-                reject(Rule.ADAPTER_TOO_LARGE, f"{show(info.name)} is larger than {self._max_bytes} bytes.")
+            total += info.size
+            if total > self._max_bytes:  # before it is passed over, which would unzip it
+                reject(Rule.ADAPTER_TOO_LARGE, f"The archive unpacks to more than {self._max_bytes} bytes.")
+            if info.size < 0:
+                raise tarfile.ReadError("a member has less than no bytes")
             if info.isdir() or _is_junk(path):
                 continue
             if not info.isreg() or info.issparse():
                 reject(Rule.SYMLINK, f"{show(info.name)} is a link or a special file.", show(info.name))
-            total += info.size
-            if total > self._max_bytes:  # before it is passed over, which would unzip it
-                reject(Rule.ADAPTER_TOO_LARGE, f"The archive unpacks to more than {self._max_bytes} bytes.")
             yield _Member(path, info.size, info)
+
+    def _next(self) -> tarfile.TarInfo | None:
+        self._stream.left = _MAX_TAR_HEADER_BYTES
+        found = self._tar.next()
+        self._stream.left = None
+        return found
 
     def open(self, member: _Member) -> IO[bytes]:
         assert isinstance(member.name, tarfile.TarInfo)
@@ -191,14 +196,19 @@ class _Tar:
 
 
 class _Sipped:
-    """A file that nobody may read at once: `tarfile` reads headers of whatever length they say that they have."""
+    """A file that nobody may read at once, nor too much of for one header: `tarfile` reads headers of whatever length, and
+    maps of whatever number of holes, they say that they have."""
+
+    left: int | None = None  # bytes that may still be read; None = any number
 
     def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError("a header is too large")
+        if not 0 <= size <= _MAX_HEADER_BYTES or (self.left is not None and size > self.left):
+            raise ValueError("a header is too large")
+        if self.left is not None:
+            self.left -= size
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0) -> int:

@@ -37,6 +37,7 @@ LEASE_S = 30.0
 MAX_ATTEMPTS = 5
 ABANDONED_S = 24 * 3600.0  # an upload that nobody completes
 AT_ONCE = 2  # imports that one gateway works on
+LOOK_FOR_ABANDONED = 600  # rounds
 T = TypeVar("T")
 
 
@@ -58,36 +59,56 @@ class ImportRounds:
     now: Callable[[], datetime] = utc_now
     lease_s: float = LEASE_S
     holder: str = field(default_factory=lambda: secrets.token_hex(8))
-    _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _running: dict[str, tuple[str, asyncio.Task[None]]] = field(
+        default_factory=dict
+    )  # id → tenant, and who works on it
+    _rounds: int = 0
 
     async def make(self) -> None:
-        """Look at every import that has not ended."""
+        """Look at every import that there is something to do about, and now and then at the others."""
+        if self._rounds % LOOK_FOR_ABANDONED == 0:
+            await self._end_abandoned()
+        self._rounds += 1
+        due = [each for each in await self.imports.due() if each.id not in self._running and self._is_free(each)]
+        while due and len(self._running) < AT_ONCE:
+            # Tenants take turns: who has the fewest at work, and of its own the one that waits the longest.
+            record = min(due, key=lambda each: (self._at_work(each.tenant), each.created_at))
+            due.remove(record)
+            task = asyncio.create_task(self._work(record))
+            self._running[record.id] = (record.tenant, task)
+            task.add_done_callback(lambda _, id_=record.id: self._running.pop(id_, None))  # type: ignore[misc]
+
+    async def _end_abandoned(self) -> None:
         for record in await self.imports.open():
-            if record.id in self._running or not self._is_free(record):
-                continue
-            if self._is_due(record) and len(self._running) < AT_ONCE:
-                task = asyncio.create_task(self._work(record))
-                self._running[record.id] = task
-                task.add_done_callback(lambda _, id_=record.id: self._running.pop(id_, None))  # type: ignore[misc]
-            elif not self._is_due(record) and self.now() - record.created_at > timedelta(seconds=ABANDONED_S):
+            if not record.is_due and self.now() - record.created_at > timedelta(seconds=ABANDONED_S):
                 fault = ImportFault(code="upload_abandoned", message="It was not completed within a day. Begin anew.")
-                await self.change(record, state=VersionState.REJECTED, fault=fault)
+                await self.change(record, state=VersionState.REJECTED, fault=fault, smoke=())
+
+    def _at_work(self, tenant: str) -> int:
+        return sum(owner == tenant for owner, _ in self._running.values())
+
+    async def settled(self) -> None:
+        """Wait until nothing is at work."""
+        while self._running:
+            await asyncio.wait([task for _, task in self._running.values()])
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Stop. Another gateway goes on when the leases are over."""
-        running = list(self._running.values())
+        running = [task for _, task in self._running.values()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-    def _is_due(self, record: ImportRecord) -> bool:
-        return record.state is VersionState.VALIDATING or bool(record.source)
 
     def _is_free(self, record: ImportRecord) -> bool:
         return record.lease is None or record.lease.until <= self.now()
 
     async def _work(self, record: ImportRecord) -> None:
         try:
+            if record.attempts >= MAX_ATTEMPTS:  # whoever worked on it died each time
+                fault = ImportFault(code="import_failed", message=f"It failed {MAX_ATTEMPTS} times. Begin anew.")
+                await self.change(record, state=VersionState.REJECTED, fault=fault, lease=None, smoke=())
+                return
             taken = await self.change(record, lease=self.lease(), attempts=record.attempts + 1)
             await _Work(self, taken).run()
         except (LostLease, ImportEnded, NotPublished):
@@ -134,9 +155,9 @@ class _Work:
             await self._reject(error.code, str(error), error.param)
         except (BlobMissing, BlobCorrupt):
             await self._reject("incomplete_upload", "Parts of the files are not here any more. Upload them again.")
-        except (SlipstreamError, RegistryError) as error:
-            if isinstance(error, ImportEnded):
-                raise
+        except (LostLease, ImportEnded, NotPublished):
+            raise
+        except Exception as error:  # whatever it is: it may pass, and if it does not there is an end to it
             await self._later(error)
         else:
             await self._end(state=VersionState.READY, version=version, is_new=is_new)
@@ -184,9 +205,13 @@ class _Work:
         running = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait({running}, timeout=self.rounds.lease_s / 3))[0]:
-                self.record = await self.rounds.change(
-                    self.record, lease=self.rounds.lease(), received_bytes=self.received
-                )
+                try:
+                    self.record = await self.rounds.change(
+                        self.record, lease=self.rounds.lease(), received_bytes=self.received
+                    )
+                except StoreUnavailable:
+                    if self.record.lease is None or self.record.lease.until <= self.rounds.now():
+                        raise
             return running.result()
         finally:
             running.cancel()
@@ -196,10 +221,12 @@ class _Work:
         self.received = received
 
     async def _later(self, error: Exception) -> None:
-        log.warning("import %s, attempt %d: %s", self.record.id, self.record.attempts, error)
+        log.warning("import %s, attempt %d: %s: %s", self.record.id, self.record.attempts, type(error).__name__, error)
         if self.record.attempts >= MAX_ATTEMPTS:
-            code = getattr(error, "code", "") or "import_failed"
-            await self._reject(code, f"It failed {MAX_ATTEMPTS} times, at last with: {error}")
+            known = isinstance(error, SlipstreamError | RegistryError)
+            code = getattr(error, "code", "import_failed") if known else "import_failed"
+            last = f", at last with: {error}" if known else ""
+            await self._reject(code, f"It failed {MAX_ATTEMPTS} times{last}. Begin anew.")
         else:
             await self.rounds.change(self.record, lease=self.rounds.lease())  # until then it rests
 
@@ -207,7 +234,7 @@ class _Work:
         await self._end(state=VersionState.REJECTED, fault=ImportFault(code=code, message=message, param=param))
 
     async def _end(self, **changes: object) -> None:
-        await self.rounds.change(self.record, lease=None, received_bytes=self.received, **changes)
+        await self.rounds.change(self.record, lease=None, received_bytes=self.received, smoke=(), **changes)
 
 
 async def keep_importing(rounds: ImportRounds, every_s: float) -> NoReturn:

@@ -12,7 +12,7 @@ from slipstream.adapters.rejection import Rule, reject, show
 from slipstream.errors import AdapterUnavailable, ClientError, EngineFailed, Overloaded, Unavailable
 from slipstream.protocol import AdapterRef, BaseModelSpec, ChatMessage, EngineClient, GenerateRequest, SamplingParams
 
-_PATIENCE_S = 60.0  # for an engine that is busy
+_PATIENCE_S = 20.0  # for an engine that is busy, or an adapter that does not come
 _PAUSE_S = 0.5
 
 
@@ -43,6 +43,9 @@ async def _patiently(engine: EngineClient, request: GenerateRequest) -> str:
     while True:
         try:
             return "".join([event.text async for batch in engine.generate(request) for event in batch])
+        except AdapterUnavailable:  # it may be slow to come, or the blob store away for a moment
+            if loop.time() > deadline:
+                raise
         except (Overloaded, EngineFailed, Unavailable) as error:
             if loop.time() > deadline:
                 raise Unavailable("The engine could not be asked for a smoke test in time.") from error

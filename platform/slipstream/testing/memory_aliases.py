@@ -48,6 +48,7 @@ class MemoryAdapter:
     splits: dict[str, Split] = field(default_factory=dict)
     guards: dict[str, Guard] = field(default_factory=dict)
     outcomes: dict[tuple[str, int], dict[int, Outcome]] = field(default_factory=dict)  # by half window
+    noted: deque[str] = field(default_factory=lambda: deque(maxlen=1000))  # ids of what was told
     before: dict[str, int] = field(default_factory=dict)  # alias -> version before its last move
     moves: deque[AliasMove] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))  # newest first
 
@@ -131,14 +132,15 @@ class MemoryAliases:
         self._move(tenant, name, alias, to, by)
         return to
 
-    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome) -> str:
+    async def note_outcome(self, watch: Watch, version: int, outcome: Outcome, told_id: str) -> str:
         """Count what became of requests; why the alias was rolled back by it, or ""."""
         adapter, alias = self._adapter(watch.tenant, watch.name), watch.alias
         split, guard = adapter.splits.get(alias), adapter.guards.get(alias)
         current = adapter.aliases.get(alias)
         newest = current if split is None else split.version
-        if version not in (newest, current):
+        if version not in (newest, current) or (split is None and guard is None) or told_id in adapter.noted:
             return ""
+        adapter.noted.append(told_id)
         half = (UNGUARDED_WINDOW_S if guard is None else guard.window_s) / 2
         bucket = int(self._clock() / half)
         windows = adapter.outcomes.setdefault((alias, version), {})
@@ -155,7 +157,13 @@ class MemoryAliases:
     async def outcomes(self, tenant: str, name: str) -> Mapping[tuple[str, int], Outcome]:
         """(alias, version) → what became of requests lately, of aliases that are watched."""
         mine = self._look(tenant).adapters.get(check_name(name), MemoryAdapter())
-        return {place: _sum(windows.values()) for place, windows in sorted(mine.outcomes.items())}
+        found = {}
+        for (alias, version), windows in sorted(mine.outcomes.items()):
+            half = (mine.guards[alias].window_s if alias in mine.guards else UNGUARDED_WINDOW_S) / 2
+            recent = [outcome for bucket, outcome in windows.items() if bucket >= int(self._clock() / half) - 1]
+            if recent:
+                found[alias, version] = _sum(recent)
+        return found
 
     async def delete_alias(self, tenant: str, name: str, alias: str, by: str = "") -> None:
         """Remove an alias. Raises `NotPublished`."""
@@ -186,7 +194,7 @@ class MemoryAliases:
         wanted = [number for number in (version, split.version if split else None) if number is not None]
         if any(not self._is_ready(adapter, number) for number in wanted):
             raise not_published(name)
-        was = adapter.versions.get(before or 0)
+        was = adapter.versions.get(split_before.version if reason and split_before else before or 0)
         for coming in [adapter.versions[number].digest for number in wanted]:
             if was is not None and was.digest != coming:
                 self.tell(Change(tenant=tenant, coming=coming, instead_of=was.digest))

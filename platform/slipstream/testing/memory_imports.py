@@ -83,5 +83,9 @@ class MemoryImports(ImportStore):
         """Every tenant's that have not ended."""
         return [record for record in self._records.values() if not record.has_ended]
 
+    async def due(self) -> Sequence[ImportRecord]:
+        """Those of them that somebody is to work on."""
+        return [record for record in self._records.values() if record.is_due]
+
     async def close(self) -> None:
         """Nothing to give back."""

@@ -104,12 +104,14 @@ class MemoryStore(MemoryAliases, Store):
             raise InUse(f"The alias {alias!r} points at {name}@{version}: move or delete the alias first.")
         removed = [adapter.versions.pop(number) for number in doomed]
         for gone in removed:
-            self.tell(Change(tenant=tenant, gone=gone.digest))
             self.write_down(tenant, by, AuditAction.VERSION_DELETED, gone.ref, gone.digest)
         if not adapter.versions:
             del mine.adapters[name]
-        for sha in (sha for gone in removed for sha in gone.blob_sha256s):
-            self.release_blob(tenant, sha)
+        for gone in removed:
+            for sha in gone.blob_sha256s:
+                self.release_blob(tenant, sha)
+            if gone.digest.removeprefix("sha256:") not in mine.refs:
+                self.tell(Change(tenant=tenant, gone=gone.digest))
         return removed
 
     async def set_access(self, tenant: str, name: str, access: Access, by: str = "") -> None:
@@ -149,6 +151,9 @@ class MemoryStore(MemoryAliases, Store):
             raise not_published(name)
         adapter.versions[version] = found.model_copy(update=changes)
         return adapter.versions[version]
+
+    async def mend_sizes(self, tenant: str) -> None:
+        """There is no older version to mend after."""
 
     async def adopt_blobs(self, tenant: str, sha256s: Iterable[str]) -> int:
         """Make garbage of those that are neither in use nor garbage already; returns how many."""

@@ -50,7 +50,7 @@ def rounds_of(world: ApiWorld, **changes: Any) -> ImportRounds:
 async def make(rounds: ImportRounds) -> None:
     """One round, to the end of what it starts."""
     await rounds.make()
-    await asyncio.gather(*rounds._running.values())
+    await rounds.settled()
 
 
 def listed(files: dict[str, bytes]) -> list[dict[str, Any]]:
@@ -389,7 +389,7 @@ async def test_who_comes_back_after_its_lease_changes_nothing(
     assert (await state_of(http, id_))["state"] == "ready"
     assert held.hold is not None
     held.hold.set()
-    await asyncio.gather(*slow._running.values())
+    await slow.settled()
     assert (await state_of(http, id_))["state"] == "ready"
 
 

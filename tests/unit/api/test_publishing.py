@@ -14,7 +14,7 @@ from support.api_app import write_adapter
 from adapter_registry.errors import InvalidName
 from adapter_registry.records import AdapterDraft, AdapterVersion, canonical_manifest
 from slipstream.errors import AdapterRejected
-from slipstream.publishing import adopt_orphans, publish_folder, run_to_end, sweep_blobs
+from slipstream.publishing import mend, publish_folder, run_to_end, sweep_blobs
 from slipstream.testing import FAKE_BASE, ManualClock, MemoryBlobs, MemoryStore
 
 
@@ -169,8 +169,8 @@ async def test_orphans_are_found_and_swept(tmp_path: Path, monkeypatch: pytest.M
     version, _ = await publish(diary, write_adapter(tmp_path / "lora"))
     for text in ("a", "b", "c"):  # as a registry that was restored from yesterday would find them
         await diary.blobs.put_bytes("demo", hashlib.sha256(text.encode()).hexdigest(), text.encode())
-    assert await adopt_orphans(diary.store, diary.blobs) == 3
-    assert await adopt_orphans(diary.store, diary.blobs) == 0
+    assert await mend(diary.store, diary.blobs) == 3
+    assert await mend(diary.store, diary.blobs) == 0
     assert await sweep_blobs(diary.store, diary.blobs, 3600) == 0
     assert await sweep_blobs(diary.store, diary.blobs, 0) == 3
     assert {sha async for sha in diary.blobs.list("demo")} == set(version.blob_sha256s)

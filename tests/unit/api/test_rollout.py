@@ -11,7 +11,11 @@ import pytest
 from support.api_app import BASE, ApiWorld
 
 from adapter_registry.errors import StoreUnavailable
+from adapter_registry.records import PromptFormat
+from adapter_registry.tenants import UsageCounts
 from slipstream.api import rollout
+from slipstream.api.caller import Caller
+from slipstream.api.generation import Ending
 from slipstream.api.runtime import Runtime
 from slipstream.errors import AdapterUnavailable, Overloaded
 from slipstream.protocol import GenerateEvent, GenerateRequest
@@ -67,7 +71,7 @@ async def put(http: httpx.AsyncClient, **body: Any) -> httpx.Response:
 async def settle(world: ApiWorld) -> None:
     """Shadows have ended, and outcomes are told."""
     for _ in range(100):
-        if not runtime(world).shadows._running:
+        if not runtime(world).shadows._tasks:
             break
         await asyncio.sleep(0.01)
     await runtime(world).outcomes.tell()
@@ -199,3 +203,43 @@ async def test_rollouts_that_are_refused(
     answer = await http.put("/v1/adapters/sql/aliases/prod", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert (await http.post("/v1/completions", json={**ASK, "model": BASE})).status_code == 200
+
+
+async def test_a_client_that_leaves_counts_for_nothing(
+    world: ApiWorld, http: httpx.AsyncClient, engine: Choosy
+) -> None:
+    await published(world)
+    await put(http, version=1, split={"version": 2, "weight": 0.0001})
+    caller = Caller("demo", "key", is_admin=False)
+    target = await runtime(world).catalog.resolve(caller, "sql", split=True)
+    for error, whole in ((None, False), (Overloaded("full"), False)):
+        runtime(world).outcomes.note(target, Ending(UsageCounts(requests=1), error, whole))
+    await settle(world)
+    assert await outcomes(http) == {}
+    runtime(world).outcomes.note(target, Ending(UsageCounts(requests=1), AdapterUnavailable("no"), whole=False))
+    await settle(world)
+    assert (await outcomes(http))[1]["errors"] == 1
+
+
+async def test_a_shadow_has_its_own_policy_and_is_nobody_else_s_bill(
+    world: ApiWorld, http: httpx.AsyncClient, engine: Choosy
+) -> None:
+    await published(world)
+    await http.put("/v1/adapters/sql/versions/1/speculation", json={"enabled": False})
+    await put(http, version=1, split={"version": 2, "weight": 0.9999, "shadow": True})
+    await http.post("/v1/completions", json=ASK)
+    await settle(world)
+    assert [request.speculation for request in engine.requests] == [False, None]
+    await http.put("/v1/adapters/sql/access", json={"tenants": ["globex"]})
+    async with world.client(await world.key("globex")) as other:
+        assert (await other.post("/v1/completions", json={**ASK, "model": "demo/sql"})).status_code == 200
+        await settle(world)
+        assert len(engine.requests) == 3, "no copy of what another tenant asked"
+        assert len((await other.get("/v1/usage")).json()["data"]) == 1
+
+
+async def test_a_split_between_raw_and_chat_is_refused(world: ApiWorld, http: httpx.AsyncClient) -> None:
+    await world.publish("sql", content="a")
+    await world.publish("sql", content="b", prompt_format=PromptFormat.RAW)
+    answer = await put(http, version=1, split={"version": 2, "weight": 0.5})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "split.version")

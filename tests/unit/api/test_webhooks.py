@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,12 @@ def courier(world: ApiWorld, receiver: Receiver, **more: Any) -> Courier:
     return Courier(world.webhooks, **{"transport": receiver, "resolve": public, **more})
 
 
+async def rounds(mine: Courier) -> None:
+    """One round, to the end of what it starts."""
+    await mine.make()
+    await mine.settled()
+
+
 async def hook(world: ApiWorld, **body: Any) -> dict[str, Any]:
     async with world.client(ADMIN_KEY, **{"X-Slipstream-Tenant": "demo"}) as admin:
         answer = await admin.post("/v1/webhooks", json={"url": URL, **body})
@@ -73,7 +80,7 @@ async def test_what_happens_is_told_signed_and_in_order(world: ApiWorld) -> None
     await world.store.delete_alias("demo", "sql", "prod", "key_1")
     await world.store.delete("demo", "sql", 1)
     await world.key()  # nothing that a webhook is told of
-    await courier(world, receiver).make()
+    await rounds(courier(world, receiver))
     assert [body["type"] for body in receiver.bodies] == [
         "version.published", "alias.moved", "alias.moved", "version.deleted",
     ]  # fmt: skip
@@ -91,7 +98,7 @@ async def test_what_happens_is_told_signed_and_in_order(world: ApiWorld) -> None
         assert request.extensions["sni_hostname"] == "hooks.example.com"  # … with the certificate of the name
     assert len({request.headers["webhook-id"] for request in receiver.requests}) == 4
     assert (await last(world))["ok"]
-    await courier(world, receiver).make()
+    await rounds(courier(world, receiver))
     assert len(receiver.requests) == 4
 
 
@@ -100,7 +107,7 @@ async def test_only_what_was_asked_for(world: ApiWorld) -> None:
     await hook(world, events=["version.deleted"])
     await world.publish("sql")
     await world.store.delete("demo", "sql")
-    await courier(world, receiver).make()
+    await rounds(courier(world, receiver))
     assert [body["type"] for body in receiver.bodies] == ["version.deleted"]
 
 
@@ -111,13 +118,13 @@ async def test_it_is_told_again_until_it_takes_it(world: ApiWorld) -> None:
     await world.publish("other")
     mine = courier(world, receiver, now=lambda: now)
     for pause_s, status in ((1, None), (2, 500), (4, 302)):
-        await mine.make()
-        await mine.make()  # not before its time
+        await rounds(mine)
+        await rounds(mine)  # not before its time
         found = await last(world)
         assert (found["ok"], found["status"]) == (False, status)
         now += timedelta(seconds=pause_s + 0.01)
     assert found["tries"] == 3
-    await mine.make()
+    await rounds(mine)
     assert [body["data"]["adapter"] for body in receiver.bodies] == ["sql"] * 4 + ["other"]
     ids = [request.headers["webhook-id"] for request in receiver.requests]
     assert len(set(ids[:4])) == 1
@@ -130,9 +137,9 @@ async def test_an_event_that_nobody_takes_for_a_day_is_passed_over(world: ApiWor
     await world.publish("sql")
     await world.publish("other")
     mine = courier(world, receiver, now=lambda: now)
-    await mine.make()
+    await rounds(mine)
     now += timedelta(seconds=GIVEN_UP_S + 1)
-    await mine.make()
+    await rounds(mine)
     assert [body["data"]["adapter"] for body in receiver.bodies] == ["sql", "sql", "other"]
 
 
@@ -141,12 +148,12 @@ async def test_one_gateway_tells_and_another_goes_on_when_it_dies(world: ApiWorl
     await hook(world)
     await world.publish("sql")
     dying, other = courier(world, receiver), courier(world, receiver)
-    await dying.make()
+    await rounds(dying)
     await world.publish("other")
-    await other.make()
+    await rounds(other)
     assert len(receiver.requests) == 1
     world.webhooks._clock = lambda: 10**9  # its lease is over
-    await other.make()
+    await rounds(other)
     assert len(receiver.requests) == 2
     assert LEASE_S > 0
 
@@ -167,6 +174,9 @@ async def test_one_gateway_tells_and_another_goes_on_when_it_dies(world: ApiWorl
         "https://0.0.0.0/",
         "https://hooks.example.com:99999/",
         "https://hooks.exämple.com/",
+        "https://a..b/",
+        f"https://{'a' * 70}.com/",
+        "https://:password@hooks.example.com/",
         "https://hooks.example.com/\n",
         "nonsense",
     ],
@@ -177,7 +187,20 @@ async def test_addresses_that_are_refused(world: ApiWorld, url: str) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "url"), answer.text
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "::1", "fe80::1%eth0", "::ffff:192.168.0.1", "224.0.0.1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "::1",
+        "fe80::1%eth0",
+        "::ffff:192.168.0.1",
+        "224.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "2002:7f00:1::",
+        "::127.0.0.1",
+    ],
+)
 async def test_a_name_that_leads_inside_is_not_called(world: ApiWorld, address: str) -> None:
     async def inside(host: str, port: int) -> Sequence[str]:
         return [PUBLIC, address]
@@ -185,7 +208,7 @@ async def test_a_name_that_leads_inside_is_not_called(world: ApiWorld, address: 
     receiver = Receiver()
     await hook(world)
     await world.publish("sql")
-    await courier(world, receiver, resolve=inside).make()
+    await rounds(courier(world, receiver, resolve=inside))
     assert receiver.requests == []
     assert "inside" in (await last(world))["error"]
 
@@ -214,7 +237,37 @@ async def test_a_real_receiver_inside_the_network(world: ApiWorld) -> None:
         world.rebuild(webhook_private_hosts=("127.0.0.1",))
         made = await hook(world, url=f"{url}/hooks")
         await world.publish("sql")
-        await Courier(world.webhooks, ("127.0.0.1",)).make()
+        await rounds(Courier(world.webhooks, ("127.0.0.1",)))
     [(body, headers)] = got
     assert Webhook(made["secret"]).verify(body, headers)["data"]["ref"] == "sql@1"
     assert (await last(world))["ok"]
+
+
+async def test_a_receiver_that_is_slow_or_breaks_us_keeps_nobody_waiting(world: ApiWorld) -> None:
+    release = asyncio.Event()
+
+    async def slow(host: str, port: int) -> Sequence[str]:
+        if host.startswith("slow"):
+            await release.wait()
+        if host.startswith("odd"):
+            raise UnicodeError("label too long")
+        return [PUBLIC]
+
+    receiver = Receiver()
+    for url in ("https://slow.example.com/", "https://odd.example.com/", URL):
+        await hook(world, url=url)
+    await world.publish("sql")
+    mine = courier(world, receiver, resolve=slow)
+    await mine.make()
+    await mine.make()  # the slow one is still at it, and is not begun twice
+    async with asyncio.timeout(5):
+        while not receiver.requests:
+            await asyncio.sleep(0.01)
+    assert receiver.requests[0].headers["host"] == "hooks.example.com"
+    release.set()
+    await mine.settled()
+    assert len(receiver.requests) == 2
+    deliveries = {each.url: await world.webhooks.last("demo", each.id) for each in await world.webhooks.list("demo")}
+    odd = deliveries["https://odd.example.com/"]
+    assert odd is not None
+    assert not odd.ok

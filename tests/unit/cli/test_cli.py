@@ -311,7 +311,7 @@ def test_rollouts_and_webhooks(shell: Shell, folder: Path, tmp_path: Path) -> No
     assert adapter["guards"]["prod"]["max_error_rate"] == 0.05
     watch = Watch(tenant="demo", name="sql", alias="prod")
     counted = Outcome(requests=4, errors=1, drafted_tokens=10, accepted_tokens=7, compared=2, same=1)
-    asyncio.run(shell.world.store.note_outcome(watch, 2, counted))
+    asyncio.run(shell.world.store.note_outcome(watch, 2, counted, "told"))
     row = shell("aliases", "outcomes", "sql").stdout.splitlines()[-1].split()
     assert row == ["sql@prod", "2", "4", "1", "70%", "50%"]
 

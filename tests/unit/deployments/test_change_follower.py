@@ -33,9 +33,9 @@ class NotingEngine:
             raise EngineFailed("stopped")
         self.told.append((ref, instead_of))
 
-    async def forget(self, digest: str) -> None:
+    async def forget(self, ref: AdapterRef) -> None:
         """One that is gone."""
-        self.told.append(digest)
+        self.told.append(ref.digest)
 
 
 class AwayAtTimes(MemoryChanges):

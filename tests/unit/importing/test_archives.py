@@ -207,3 +207,42 @@ def test_whatever_the_bytes_are_nothing_breaks_out(
         with suppress(AdapterRejected):
             assert sum(map(len, unpack(inner, name, bytes(data)).values())) <= MAX
         assert [path.name for path in Path(root).iterdir()] == ["in"]
+
+
+def test_a_map_of_holes_larger_than_the_memory(tmp_path: Path) -> None:
+    """GNU's sparse files: `tarfile` parses their maps before anybody can ask whether they are sparse."""
+    holes = b"200000\n" + b"0\n" * 400_000
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        info = tarfile.TarInfo("a.safetensors")
+        info.size = len(holes) + 512
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10"}
+        archive.addfile(info, io.BytesIO(holes + bytes(512)))
+    (tmp_path / "a.tar.gz").write_bytes(out.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterRejected):
+            unpacked(tmp_path, 1 << 30)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    old = bytearray(tarfile.TarInfo("a.safetensors").tobuf(tarfile.GNU_FORMAT))
+    old[156:157] = tarfile.GNUTYPE_SPARSE
+    old[482] = 1  # another header of holes follows, and does not come
+    old[148:156] = b" " * 8
+    old[148:156] = b"%06o\0 " % sum(old)
+    (tmp_path / "old").mkdir()
+    assert refusal(tmp_path / "old", "a.tar", bytes(old)) == "bad_archive"
+
+
+def test_what_is_left_out_counts_as_well(tmp_path: Path) -> None:
+    junk = gz_of({f"__MACOSX/._{i}": bytes(MAX // 2) for i in range(3)} | FLAT)
+    assert refusal(tmp_path, "a.tar.gz", junk) == "adapter_too_large"
+
+
+def test_a_zip_whose_end_is_not_its_end(tmp_path: Path) -> None:
+    whole = zip_of({f"{i}.json": b"" for i in range(10)})
+    at = whole.rindex(b"PK\5\6")
+    assert refusal(tmp_path, "a.zip", whole[: at + 4] + b"PK\5\6" + whole[at + 8 :]) == "bad_archive"
+    (tmp_path / "more").mkdir()
+    assert refusal(tmp_path / "more", "a.zip", whole + b"more") == "bad_archive"
