@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pydantic import ValidationError
-from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.changes import CHANGES_KEPT, Change, ChangeFeed
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import CHANGES_KEY
 
 _LONGEST_WAIT_S = 1.0  # of one command: well below the time after which a silent server is given up
@@ -17,15 +16,6 @@ _LONGEST_WAIT_S = 1.0  # of one command: well below the time after which a silen
 
 class RedisChanges(RedisConnection, ChangeFeed):
     """Build it with `from_url`; one instance serves one event loop."""
-
-    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 4) -> None:
-        super().__init__(client, (), max_connections)
-
-    @classmethod
-    def from_url(cls, url: str, *, timeout_s: float = 2.0, retries: int = 0, max_connections: int = 4) -> RedisChanges:
-        """As `RedisStore.from_url`."""
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections)
 
     async def tell(self, change: Change) -> None:
         """Tell everybody who listens."""

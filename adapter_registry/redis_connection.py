@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster
@@ -88,13 +88,29 @@ def _behind_sentinels(url: str, options: dict[str, Any]) -> Redis:
 class RedisConnection:
     """A client that may have at most `max_connections` commands under way; one instance serves one event loop."""
 
-    def __init__(self, client: Redis | RedisCluster, scripts: Sequence[str], max_connections: int) -> None:
+    SCRIPTS: ClassVar[Sequence[str]] = ()  # that it runs
+
+    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64) -> None:
         self._client = client
         # One command holds one connection. The cluster client refuses rather than waits when it runs out of them.
         self._connections = asyncio.Semaphore(max_connections)
-        self._scripts = {name: client.register_script(load_script(name)) for name in scripts}
+        self._scripts = {name: client.register_script(load_script(name)) for name in self.SCRIPTS}
         self._schema_checked = False
         self._migrating = asyncio.Lock()
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, timeout_s: float = 2.0, retries: int = 2, max_connections: int = 64, **own: float
+    ) -> Self:
+        """One at any URL that `connect` takes: one server, a cluster, or behind sentinels. `own`: what the class's own
+        constructor takes.
+
+        Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them. Every
+        write may safely run twice, which is what a retry after a lost answer does; but a delete whose first try went
+        through then finds nothing and raises `NotPublished`.
+        """
+        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
+        return cls(client, max_connections=max_connections, **own)
 
     async def ping(self) -> None:
         """Raises `StoreUnavailable` when the store does not answer."""

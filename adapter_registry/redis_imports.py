@@ -6,8 +6,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from redis.asyncio import Redis, RedisCluster
-
 from adapter_registry.errors import BlobMissing, NotPublished, StoreUnavailable
 from adapter_registry.imports import (
     IMPORTS_KEPT,
@@ -20,7 +18,7 @@ from adapter_registry.imports import (
 )
 from adapter_registry.jobs import Page, PageQuery, not_in_list
 from adapter_registry.records import check_name, check_sha256
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 
 IMPORT_SCRIPTS = ("import_add", "import_part", "import_replace", "list_page")
@@ -49,14 +47,7 @@ class _Keys(TenantKeys):
 class RedisImports(RedisConnection, ImportStore):
     """Build it with `from_url`; one instance serves one event loop."""
 
-    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64) -> None:
-        super().__init__(client, IMPORT_SCRIPTS, max_connections)
-
-    @classmethod
-    def from_url(cls, url: str, *, timeout_s: float = 2.0, retries: int = 2, max_connections: int = 64) -> RedisImports:
-        """As `RedisStore.from_url`; every write may run twice."""
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections)
+    SCRIPTS = IMPORT_SCRIPTS
 
     async def add(self, record: ImportRecord) -> None:
         """Keep a new one. Raises `InUse` when `MAX_OPEN` of the tenant have not ended."""

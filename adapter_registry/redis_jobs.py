@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from redis.asyncio import Redis, RedisCluster
-
 from adapter_registry.errors import BlobMissing, NotPublished, StoreUnavailable
 from adapter_registry.jobs import (
     MAX_CHECKPOINTS,
@@ -27,7 +25,7 @@ from adapter_registry.jobs import (
     not_in_list,
 )
 from adapter_registry.records import Frozen, check_name
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 from adapter_registry.store import storage_full
 
@@ -60,14 +58,7 @@ class _Keys(TenantKeys):
 class RedisJobs(RedisConnection, JobStore):
     """Build it with `from_url`; one instance serves one event loop."""
 
-    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64) -> None:
-        super().__init__(client, JOB_SCRIPTS, max_connections)
-
-    @classmethod
-    def from_url(cls, url: str, *, timeout_s: float = 2.0, retries: int = 2, max_connections: int = 64) -> RedisJobs:
-        """As `RedisStore.from_url`; every write may run twice."""
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections)
+    SCRIPTS = JOB_SCRIPTS
 
     async def add_file(self, file: FileRecord) -> None:
         """Make an uploaded file visible. Raises `BlobMissing` unless its content was claimed and put."""

@@ -30,7 +30,6 @@ from adapter_registry.records import (
     utc_now,
 )
 from adapter_registry.redis_aliases import RedisAliases, not_published, version_of
-from adapter_registry.redis_connection import connect
 from adapter_registry.redis_keys import RedisKeys
 from adapter_registry.scripts import PUBLIC_KEY, SCRIPTS, TENANTS_KEY, TenantKeys
 from adapter_registry.store import AUDIT_KEPT, Store, storage_full
@@ -44,6 +43,8 @@ _CLAIM_POLL_S = (0.02, 0.5)  # first and longest pause while a sweeper finishes
 class RedisStore(RedisAliases, RedisKeys, Store):
     """The registry's truth. Build it with `from_url`; one instance serves one event loop."""
 
+    SCRIPTS = SCRIPTS
+
     def __init__(
         self,
         client: Redis | RedisCluster,
@@ -52,30 +53,10 @@ class RedisStore(RedisAliases, RedisKeys, Store):
         claim_wait_s: float = 10.0,
         sweep_lease_s: float = 900.0,
     ) -> None:
-        super().__init__(client, SCRIPTS, max_connections)
+        super().__init__(client, max_connections=max_connections)
         self._claim_wait_s = claim_wait_s
         # Longer than any sweep takes: a sweeper that is merely slow must not meet a publisher who thinks it died.
         self._sweep_lease_s = sweep_lease_s
-
-    @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        timeout_s: float = 2.0,
-        retries: int = 2,
-        max_connections: int = 64,
-        claim_wait_s: float = 10.0,
-        sweep_lease_s: float = 900.0,
-    ) -> RedisStore:
-        """A store at any URL that `connect` takes: one server, a cluster, or behind sentinels.
-
-        Nothing is connected yet. Each attempt takes at most `timeout_s`, and there are `retries` more of them. Every
-        write may safely run twice, which is what a retry after a lost answer does; but a delete whose first try went
-        through then finds nothing and raises `NotPublished`.
-        """
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections, claim_wait_s=claim_wait_s, sweep_lease_s=sweep_lease_s)
 
     async def claim_blobs(self, tenant: str, sha256s: Iterable[str]) -> None:
         """Protect these blobs from the sweep for the grace period. Call before putting them."""

@@ -11,7 +11,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from adapter_registry.limits import Exceeded, Verdict
 from adapter_registry.records import check_name, utc_now
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 from adapter_registry.store import AUDIT_KEPT
 from adapter_registry.tenants import (
@@ -49,23 +49,11 @@ class _Keys(TenantKeys):
 class RedisTenants(RedisConnection, TenantStore):
     """Build it with `from_url`; one instance serves one event loop."""
 
-    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64, lease_s: float = LEASE_S) -> None:
-        super().__init__(client, TENANT_SCRIPTS, max_connections)
-        self._lease_ms = round(lease_s * 1000)
+    SCRIPTS = TENANT_SCRIPTS
 
-    @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        timeout_s: float = 2.0,
-        retries: int = 2,
-        max_connections: int = 64,
-        lease_s: float = LEASE_S,
-    ) -> RedisTenants:
-        """As `RedisStore.from_url`; every write may run twice."""
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections, lease_s=lease_s)
+    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64, lease_s: float = LEASE_S) -> None:
+        super().__init__(client, max_connections=max_connections)
+        self._lease_ms = round(lease_s * 1000)
 
     async def put_tenant(self, record: TenantRecord, by: str = "") -> None:
         """Keep a tenant's settings; they hold from its next request on."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from redis.asyncio import Redis, RedisCluster
-
 from adapter_registry.records import AuditEntry, check_name
-from adapter_registry.redis_connection import RedisConnection, connect
+from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.redis_store import audit_entry
 from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 from adapter_registry.webhooks import (
@@ -38,16 +36,7 @@ class _Keys(TenantKeys):
 class RedisWebhooks(RedisConnection, WebhookStore):
     """Build it with `from_url`; one instance serves one event loop."""
 
-    def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64) -> None:
-        super().__init__(client, WEBHOOK_SCRIPTS, max_connections)
-
-    @classmethod
-    def from_url(
-        cls, url: str, *, timeout_s: float = 2.0, retries: int = 2, max_connections: int = 64
-    ) -> RedisWebhooks:
-        """As `RedisStore.from_url`; every write may run twice."""
-        client = connect(url, timeout_s=timeout_s, retries=retries, max_connections=max_connections)
-        return cls(client, max_connections=max_connections)
+    SCRIPTS = WEBHOOK_SCRIPTS
 
     async def add(self, webhook: WebhookRecord) -> None:
         """Keep a new one. Raises `InUse` when a tenant has `MAX_WEBHOOKS`."""

@@ -12,10 +12,12 @@ import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
+from adapter_registry.errors import NotPublished
 from adapter_registry.keys import new_key
 from adapter_registry.limits import Quota
 from adapter_registry.records import AdapterDraft, AdapterKind, FileEntry, KeyRecord, parse_reference, utc_now
@@ -128,10 +130,34 @@ async def measure(url: str, tenants: int, each: int, requests: int) -> None:
         line("settle", await timed(requests, settle)),
         line(f"list {each} adapters of a tenant", await timed(50, lambda i: store.list(names[i % tenants]))),
         line("publish (claim and publish)", published),
+        *await guesses(store, names, each, requests),
     ]
     print(table(["ms", "p50", "p99", "most"], rows))
     await store.close()
     await quotas.close()
+
+
+async def guesses(store: RedisStore, names: list[str], each: int, count: int) -> list[list[str]]:
+    """Another tenant's adapter that is there and not shared, and one that is not there, in turns: whoever guesses names must
+    not see from the time which it was."""
+    times: dict[str, list[float]] = {"forbidden": [], "unknown": []}
+    for i in range(count):
+        for kind, name in (("forbidden", f"adapter-{i % each}"), ("unknown", f"nothing-{i % each}")):
+            selector = parse_reference(f"{names[i % len(names)]}/{name}")
+            began = time.perf_counter()
+            with suppress(NotPublished):
+                await store.resolve("somebody-else", selector)
+            times[kind].append(1000 * (time.perf_counter() - began))
+    slices = range(0, count, max(1, count // 10))
+    ratios = [
+        statistics.median(times["forbidden"][i : i + count // 10])
+        / statistics.median(times["unknown"][i : i + count // 10])
+        for i in slices
+    ]
+    print(
+        f"Forbidden / unknown: {statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f} over ten slices)\n"
+    )
+    return [line(f"resolve what is {kind}", found) for kind, found in times.items()]
 
 
 async def memory(store: RedisStore) -> int:

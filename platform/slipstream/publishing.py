@@ -6,8 +6,9 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from adapter_registry.errors import RegistryError
 from adapter_registry.records import (
@@ -25,7 +26,6 @@ from slipstream.protocol import BaseModelSpec
 log = logging.getLogger("slipstream.publishing")
 T = TypeVar("T")
 _ADOPTED_AT_ONCE = 500
-_MEND_EVERY_S = 86_400.0
 Check = Callable[[AdapterDraft], Awaitable[None]]
 
 
@@ -107,19 +107,22 @@ async def mend(store: Store, blobs: BlobStore) -> int:
     return found
 
 
-async def keep_sweeping(store: Store, blobs: BlobStore, *, every_s: float, older_than_s: float) -> NoReturn:
-    """Sweep now and then, and mend at first and then once a day, until cancelled."""
-    rounds = 0
-    while True:
-        rounds += 1
-        try:
-            if (rounds - 1) % max(1, round(_MEND_EVERY_S / every_s)) == 0:
-                log.info("%d blobs are not in the registry", await mend(store, blobs))
-            swept = await sweep_blobs(store, blobs, older_than_s)
-            log.info("swept %d blobs", swept)
-        except Exception as error:  # a task's top loop: nobody else would hear of it, and the next sweep may succeed
-            log.warning("sweeping blobs failed: %s: %s", type(error).__name__, error)
-        await asyncio.sleep(every_s)
+@dataclass(slots=True)
+class Sweeper:
+    """What one gateway does against garbage; several may at once."""
+
+    store: Store
+    blobs: BlobStore
+    older_than_s: float
+    mend_every: int  # sweeps
+    _sweeps: int = 0
+
+    async def make(self) -> None:
+        """Sweep; at first, and now and then, mend."""
+        self._sweeps += 1
+        if self._sweeps % self.mend_every == 1 % self.mend_every:
+            log.info("%d blobs are not in the registry", await mend(self.store, self.blobs))
+        log.info("swept %d blobs", await sweep_blobs(self.store, self.blobs, self.older_than_s))
 
 
 def _draft(found: InspectedAdapter, name: str, tenant: str, created_by: str, wish: VersionWish) -> AdapterDraft:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -187,21 +187,6 @@ class Courier:
         address = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
         pinned = parts._replace(netloc=f"{address}:{port}").geturl()
         return pinned, {"Host": parts.netloc}, {"sni_hostname": host}
-
-
-async def keep_delivering(courier: Courier, every_s: float) -> NoReturn:
-    """A round now and then, until cancelled."""
-    try:
-        while True:
-            try:
-                await courier.make()
-            except (
-                Exception
-            ) as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
-                log.warning("delivering webhooks failed: %s: %s", type(error).__name__, error)
-            await asyncio.sleep(every_s)
-    finally:
-        await courier.close()
 
 
 def payload(tenant: str, entry: AuditEntry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from adapter_registry.tenants import LEASE_S
 from slipstream.api import (
     adapters,
     aliases,
@@ -26,15 +27,19 @@ from slipstream.api import (
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.metrics import HttpMetrics
+from slipstream.api.rollout import TELL_EVERY_S
 from slipstream.api.runtime import Runtime, build_runtime
 from slipstream.api.services import ApiServices
 from slipstream.api.uploads import prepare_upload_dir, scratch_folder
-from slipstream.importing.rounds import ImportRounds, keep_importing
+from slipstream.importing.rounds import ImportRounds
+from slipstream.loops import keep_doing
 from slipstream.protocol import BaseModelSpec, EngineClient
-from slipstream.publishing import keep_sweeping
-from slipstream.training.jobs import Rounds, keep_making
-from slipstream.webhooks import Courier, keep_delivering
+from slipstream.publishing import Sweeper
+from slipstream.training.jobs import Rounds
+from slipstream.webhooks import Courier
 
+MEND_EVERY_S = 86_400.0
+RENEW_EVERY_S = LEASE_S / 3
 _DESCRIPTION = """Many tenants' Turbo LoRA adapters on one shared base model, behind OpenAI's API.
 
 Every route under `/v1` needs `Authorization: Bearer <key>`. The admin key acts for a
@@ -47,25 +52,29 @@ def create_app(services: ApiServices) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         prepare_upload_dir(services.upload_dir)
-        sweeping = asyncio.create_task(
-            keep_sweeping(
-                services.store, services.blobs, every_s=services.sweep_every_s, older_than_s=services.sweep_grace_s
-            )
-        )
-        training = asyncio.create_task(keep_making(_rounds(services, runtime), services.jobs_every_s))
-        importing = asyncio.create_task(keep_importing(import_rounds(services, runtime), services.imports_every_s))
+        importing = import_rounds(services, runtime)
         courier = Courier(services.webhooks, services.webhook_private_hosts)
-        delivering = asyncio.create_task(keep_delivering(courier, services.webhooks_every_s))
-        counting = asyncio.create_task(runtime.meter.keep_counting())
-        telling = asyncio.create_task(runtime.outcomes.keep_telling())
-        renewing = asyncio.create_task(runtime.meter.keep_renewing())
+        sweeper = Sweeper(
+            services.store, services.blobs, services.sweep_grace_s, max(1, round(MEND_EVERY_S / services.sweep_every_s))
+        )
+        loops = (
+            ("sweeping blobs", sweeper.make, services.sweep_every_s),
+            ("looking after training jobs", _rounds(services, runtime).make, services.jobs_every_s),
+            ("looking after imports", importing.make, services.imports_every_s),
+            ("delivering webhooks", courier.make, services.webhooks_every_s),
+            ("counting outcomes", runtime.outcomes.tell, TELL_EVERY_S),
+            ("renewing leases", runtime.meter.renew, RENEW_EVERY_S),
+        )
+        tasks: set[asyncio.Task[None]] = {asyncio.create_task(keep_doing(*loop)) for loop in loops}
+        tasks.add(asyncio.create_task(runtime.meter.keep_counting()))
         try:
             yield
         finally:
-            tasks = {sweeping, training, importing, delivering, counting, telling, renewing}
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            await importing.close()
+            await courier.close()
             await runtime.shadows.close()
             try:
                 await runtime.outcomes.tell()

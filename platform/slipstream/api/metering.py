@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.limits import Exceeded, Quota, TenantLimits, Verdict
 from adapter_registry.records import utc_now
-from adapter_registry.tenants import LEASE_S, Admission, Settlement, TenantRecord, TenantStore, UsageCounts
+from adapter_registry.tenants import Admission, Settlement, TenantRecord, TenantStore, UsageCounts
 from slipstream.errors import QuotaExceeded
 
 log = logging.getLogger("slipstream.api")
@@ -57,7 +57,7 @@ class _Known:
 
 
 class Meter:
-    """Owned by one application; `keep_counting` and `keep_renewing` run beside its requests."""
+    """Owned by one application; `keep_counting` runs beside its requests, and `renew` now and then."""
 
     def __init__(
         self,
@@ -139,15 +139,6 @@ class Meter:
             if not done:
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
-
-    async def keep_renewing(self, every_s: float = LEASE_S / 3) -> None:
-        """Renew the leases of what runs; ends when it is cancelled."""
-        while True:
-            await asyncio.sleep(every_s)
-            try:
-                await self.renew()
-            except Exception:  # a loop's top, as above
-                log.exception("renewing leases failed")
 
     async def flush(self) -> bool:
         """Bring what has ended to the store, oldest first; whether all of it is there."""

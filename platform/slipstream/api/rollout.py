@@ -8,7 +8,6 @@ import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 from adapter_registry.errors import NotPublished, StoreUnavailable
 from adapter_registry.records import Outcome, Watch
@@ -90,15 +89,6 @@ class Outcomes:
                 log.warning(
                     "%s/%s@%s was rolled back: %s", told.watch.tenant, told.watch.name, told.watch.alias, reason
                 )
-
-    async def keep_telling(self) -> NoReturn:
-        """Until cancelled."""
-        while True:
-            await asyncio.sleep(TELL_EVERY_S)
-            try:
-                await self.tell()
-            except Exception:  # a loop's top: outcomes must go on being counted
-                log.exception("counting outcomes failed")
 
 
 class Shadows:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TypeVar
+from typing import BinaryIO, TypeVar
 
 from adapter_registry.errors import BlobCorrupt, BlobMissing, NotPublished, RegistryError, StorageFull, StoreUnavailable
 from adapter_registry.imports import ImportEnded, ImportFault, ImportRecord, ImportStore, Lease, part_count
@@ -235,21 +235,6 @@ class _Work:
 
     async def _end(self, **changes: object) -> None:
         await self.rounds.change(self.record, lease=None, received_bytes=self.received, smoke=(), **changes)
-
-
-async def keep_importing(rounds: ImportRounds, every_s: float) -> NoReturn:
-    """A round now and then, until cancelled."""
-    try:
-        while True:
-            try:
-                await rounds.make()
-            except (
-                Exception
-            ) as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
-                log.warning("looking after imports failed: %s: %s", type(error).__name__, error)
-            await asyncio.sleep(every_s)
-    finally:
-        await rounds.close()
 
 
 def _append(part: Path, whole: BinaryIO) -> None:

@@ -7,12 +7,11 @@ step is a compare-and-set, and who comes second does nothing.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, NoReturn, Protocol
+from typing import Literal, Protocol
 
 from adapter_registry.errors import NotPublished, RegistryError
 from adapter_registry.jobs import (
@@ -157,16 +156,6 @@ class Rounds:
 
     async def _say(self, job: JobRecord, message: str, level: Literal["info", "warn", "error"] = "info") -> None:
         await self.jobs.add_event(job.tenant, job.id, job_event(message, level, self.now()))
-
-
-async def keep_making(rounds: Rounds, every_s: float) -> NoReturn:
-    """A round now and then, until cancelled."""
-    while True:
-        try:
-            await rounds.make()
-        except Exception as error:  # a task's top loop: nobody else would hear of it, and the next round may succeed
-            log.warning("looking after training jobs failed: %s: %s", type(error).__name__, error)
-        await asyncio.sleep(every_s)
 
 
 def job_event(message: str, level: Literal["info", "warn", "error"] = "info", now: datetime | None = None) -> JobEvent:

@@ -14,9 +14,10 @@ from adapter_registry.errors import StoreUnavailable
 from adapter_registry.jobs import JobRecord, JobState, PageQuery, ask_to_cancel
 from adapter_registry.records import utc_now
 from slipstream.errors import NotFound, Unavailable
+from slipstream.loops import keep_doing
 from slipstream.protocol import BaseModelSpec
 from slipstream.testing import FAKE_BASE, MemoryJobs, MemoryStore, ScriptedJobRunner
-from slipstream.training.jobs import Rounds, keep_making
+from slipstream.training.jobs import Rounds
 
 STALE = timedelta(seconds=61)
 
@@ -264,7 +265,7 @@ async def test_rounds_go_on_after_an_outage(world: World, monkeypatch: pytest.Mo
         return await active()
 
     monkeypatch.setattr(world.jobs, "active", flaky)
-    task = asyncio.create_task(keep_making(world.rounds, 0.001))
+    task = asyncio.create_task(keep_doing("looking after jobs", world.rounds.make, 0.001))
     async with asyncio.timeout(5):
         while not world.started:
             await asyncio.sleep(0.001)
