@@ -57,9 +57,17 @@ def on_replicas(server: Running) -> dict[str, str]:
     return {digest: state for replica in model["replicas"] for digest, state in replica["adapters"].items()}
 
 
-async def push(server: Running, adapter: str | Path, **wishes: Any) -> dict[str, Any]:
+def copy_of(adapter: str, folder: Path) -> Path:
+    """Of a content that no other test publishes: what others still name stays on replicas."""
+    shutil.copytree(shared_path("adapters", adapter), folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), indent=7))
+    return folder
+
+
+async def push(server: Running, folder: Path, **wishes: Any) -> dict[str, Any]:
     """In parts, whatever its size."""
-    folder = adapter if isinstance(adapter, Path) else shared_path("adapters", adapter)
     async with SlipstreamClient(server.url, server.key) as client:
         version, _ = await resumable.push_in_parts(client, folder, "roll", **wishes)
     return version
@@ -72,13 +80,14 @@ def test_a_rollout_from_upload_to_rollback(
     headers = {"Authorization": f"Bearer {server.admin_key}", "X-Slipstream-Tenant": "demo"}
     with server.client() as http, httpx.Client(base_url=server.url, headers=headers, trust_env=False) as admin:
         secret = admin.post("/v1/webhooks", json={"url": address}).json()["secret"]
-        first = asyncio.run(push(server, "snips-turbo", smoke=SMOKE, labels={"task": "snips"}))
+        snips, wikisql = (copy_of(f"{task}-turbo", tmp_path / task) for task in ("snips", "wikisql"))
+        first = asyncio.run(push(server, snips, smoke=SMOKE, labels={"task": "snips"}))
         assert first["ref"] == "roll@1"
         assert on_replicas(server).get(first["digest"]) is not None, "its smoke prompt ran there"
         with pytest.raises(AdapterRejected) as refused:
-            asyncio.run(push(server, "wikisql-turbo", smoke=SMOKE))
+            asyncio.run(push(server, wikisql, smoke=SMOKE))
         assert refused.value.code == "smoke_test"
-        second = asyncio.run(push(server, "wikisql-turbo"))
+        second = asyncio.run(push(server, wikisql))
         assert second["ref"] == "roll@2"
 
         def put(**body: Any) -> None:
@@ -103,9 +112,7 @@ def test_a_rollout_from_upload_to_rollback(
 
         assert eventually(lambda: compared() == 3, 30)
         put(version=1)
-        plain = tmp_path / "plain"  # the first one's LoRA, without its speculator
-        shutil.copytree(shared_path("adapters", "snips-turbo"), plain, copy_function=shutil.copyfile)
-        plain.chmod(0o755)
+        plain = copy_of("snips-turbo", tmp_path / "plain")  # the first one's LoRA, without its speculator
         for name in ("config.json", "medusa_lm_head.safetensors"):
             (plain / name).unlink()
         third = asyncio.run(push(server, plain))
