@@ -380,7 +380,8 @@ def test_a_folder_that_is_not_there(tmp_path: Path, base: BaseModelSpec) -> None
 
 
 def test_every_rule_has_a_case() -> None:
-    elsewhere = {Rule.BAD_ARCHIVE, Rule.SMOKE_TEST}  # before a folder is inspected, and after: test_archives, test_imports
+    # Met before a folder is inspected, and after: test_archives, test_imports.
+    elsewhere = {Rule.BAD_ARCHIVE, Rule.SMOKE_TEST}
     assert {case[0] for case in CASES} == set(Rule) - elsewhere
 
 
