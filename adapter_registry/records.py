@@ -290,51 +290,6 @@ class AdapterSummary(Frozen):
         return next((v for v in ready if pinned is None or v.version == pinned), None)
 
 
-class Role(StrEnum):
-    """What a key may do; each may what those before it may."""
-
-    CALLER = "caller"  # call models and list them
-    PUBLISHER = "publisher"  # publish and delete adapters, move aliases, read files, train
-    ADMIN = "admin"  # manage the tenant's keys
-
-    def includes(self, other: Role) -> bool:
-        """Whether it may what the other may."""
-        order = list(Role)
-        return order.index(self) >= order.index(other)
-
-
-UserName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,99}$")]
-
-
-class UserRecord(Frozen):
-    """A person or program of a tenant, to whom keys belong; none of them may more than this says."""
-
-    tenant: Name
-    name: UserName
-    role: Role = Role.PUBLISHER
-    created_at: datetime
-
-
-class KeyRecord(Frozen):
-    """An API key at rest: the secret itself is never stored."""
-
-    id: str
-    tenant: Name
-    sha256: Sha256  # of the secret; keys are 256 random bits, so a plain hash cannot be guessed back
-    prefix: str  # the first characters, so that people can tell keys apart
-    created_at: datetime
-    label: str = ""
-    role: Role = Role.PUBLISHER
-    models: tuple[str, ...] | None = None  # base models and adapters (without a version) that it may call; None = all
-    expires_at: datetime | None = None
-    replaced_by: str | None = None  # id of its heir
-    user: UserName | None = None  # whose it is
-
-    def is_expired(self, now: datetime) -> bool:
-        """Whether its time is over."""
-        return self.expires_at is not None and self.expires_at <= now
-
-
 class VersionSelector(Frozen):
     """A parsed reference: `name`, `name@3`, `name@alias` or `name@sha256:…`, perhaps behind `tenant/`."""
 

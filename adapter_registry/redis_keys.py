@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import AuditAction, KeyRecord, UserRecord, check_sha256, utc_now
+from adapter_registry.keys import KeyRecord, UserRecord
+from adapter_registry.records import AuditAction, check_sha256, utc_now
 from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.scripts import TENANTS_KEY, TenantKeys, lookup_key
 from adapter_registry.store import AUDIT_KEPT, no_such_user, no_user

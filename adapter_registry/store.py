@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapter_registry.errors import NotPublished, StorageFull
+from adapter_registry.keys import KeyRecord, UserRecord
 from adapter_registry.records import (
     Access,
     AdapterDraft,
@@ -24,12 +25,10 @@ from adapter_registry.records import (
     AliasMove,
     AuditEntry,
     Guard,
-    KeyRecord,
     Outcome,
     Route,
     SpeculationPolicy,
     Split,
-    UserRecord,
     VersionSelector,
     Watch,
 )

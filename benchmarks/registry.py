@@ -18,9 +18,9 @@ from typing import Annotated
 import typer
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.keys import new_key
+from adapter_registry.keys import KeyRecord, new_key
 from adapter_registry.limits import Quota
-from adapter_registry.records import AdapterDraft, AdapterKind, FileEntry, KeyRecord, parse_reference, utc_now
+from adapter_registry.records import AdapterDraft, AdapterKind, FileEntry, parse_reference, utc_now
 from adapter_registry.redis_store import RedisStore
 from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts

@@ -10,8 +10,8 @@ import pytest
 from support.drafts import draft, publish, sha
 
 from adapter_registry.errors import BlobMissing, InUse, InvalidName, NotPublished
-from adapter_registry.keys import hash_key, new_key
-from adapter_registry.records import Role, SpeculationPolicy, VersionState, parse_reference, utc_now
+from adapter_registry.keys import Role, hash_key, new_key
+from adapter_registry.records import SpeculationPolicy, VersionState, parse_reference, utc_now
 from adapter_registry.store import Store
 
 

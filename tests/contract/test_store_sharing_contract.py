@@ -8,8 +8,8 @@ import pytest
 from support.drafts import draft, publish
 
 from adapter_registry.errors import InUse, InvalidName, NotPublished
-from adapter_registry.keys import new_key
-from adapter_registry.records import Access, Role, Split, parse_reference, utc_now
+from adapter_registry.keys import Role, new_key
+from adapter_registry.records import Access, Split, parse_reference, utc_now
 from adapter_registry.store import MOVES_KEPT, Store
 from adapter_registry.tenants import TenantRecord, TenantStore
 

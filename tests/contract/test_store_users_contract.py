@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.keys import new_key
-from adapter_registry.records import Role, UserRecord, utc_now
+from adapter_registry.keys import Role, UserRecord, new_key
+from adapter_registry.records import utc_now
 from adapter_registry.store import Store
 
 

@@ -9,13 +9,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
+from adapter_registry.keys import Role
 from adapter_registry.records import (
     Access,
     AdapterDraft,
     AdapterSummary,
     AdapterVersion,
     Labels,
-    Role,
     SpeculationPolicy,
     check_name,
 )

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.records import AdapterSummary, Guard, Role, Split, check_alias, check_name
+from adapter_registry.keys import Role
+from adapter_registry.records import AdapterSummary, Guard, Split, check_alias, check_name
 from slipstream.api.adapters import no_version, visible
 from slipstream.api.auth import CallerDep
 from slipstream.api.runtime import RuntimeDep

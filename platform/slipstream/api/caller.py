@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapter_registry.records import Role, check_name
+from adapter_registry.keys import Role
+from adapter_registry.records import check_name
 from slipstream.errors import Forbidden, InvalidRequest
 
 TENANT_HEADER = "X-Slipstream-Tenant"

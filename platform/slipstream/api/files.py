@@ -12,7 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from adapter_registry.errors import NotPublished
 from adapter_registry.jobs import FILE_PREFIX, FileRecord, Page, PageQuery, new_id, no_file
-from adapter_registry.records import Role, utc_now
+from adapter_registry.keys import Role
+from adapter_registry.records import utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.connection import while_connected
 from slipstream.api.downloads import send_file

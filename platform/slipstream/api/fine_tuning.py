@@ -25,7 +25,8 @@ from adapter_registry.jobs import (
     new_id,
     no_job,
 )
-from adapter_registry.records import AdapterVersion, Role, check_name, utc_now
+from adapter_registry.keys import Role
+from adapter_registry.records import AdapterVersion, check_name, utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.caller import Caller
 from slipstream.api.fields import Text, refused

@@ -26,11 +26,11 @@ from adapter_registry.imports import (
     part_size,
 )
 from adapter_registry.jobs import PageQuery, new_id
+from adapter_registry.keys import Role
 from adapter_registry.records import (
     FileEntry,
     Labels,
     Lineage,
-    Role,
     SpeculationPolicy,
     VersionState,
     VersionWish,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from adapter_registry.errors import RegistryError
-from adapter_registry.records import KeyRecord
+from adapter_registry.keys import KeyRecord
 from adapter_registry.store import Store
 
 EVERY_S = 60.0  # for each key

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from adapter_registry.errors import NotPublished
-from adapter_registry.keys import new_key
-from adapter_registry.records import KeyRecord, Role, UserName, UserRecord, parse_reference, utc_now
+from adapter_registry.keys import KeyRecord, Role, UserName, UserRecord, new_key
+from adapter_registry.records import parse_reference, utc_now
 from slipstream.api.auth import CallerDep
 from slipstream.api.caller import Caller
 from slipstream.api.runtime import Runtime, RuntimeDep

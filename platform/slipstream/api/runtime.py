@@ -8,8 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from adapter_registry.keys import KeyRecord
 from adapter_registry.limits import MINUTE_S
-from adapter_registry.records import KeyRecord, Route
+from adapter_registry.records import Route
 from slipstream.api.catalog import Catalog
 from slipstream.api.key_uses import KeyUses
 from slipstream.api.metering import Meter

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from adapter_registry.jobs import new_id
-from adapter_registry.records import AuditAction, Role, utc_now
+from adapter_registry.keys import Role
+from adapter_registry.records import AuditAction, utc_now
 from adapter_registry.webhooks import EVENTS, WEBHOOK_PREFIX, WebhookRecord
 from slipstream.api.auth import CallerDep
 from slipstream.api.runtime import RuntimeDep

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from adapter_registry.records import Role
+from adapter_registry.keys import Role
 from slipstream.cli.keys import TenantOption
 from slipstream.cli.session import DEFAULT_URL, JsonOption, KeyOption, UrlOption, session, show_json, show_table
 

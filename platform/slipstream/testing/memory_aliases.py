@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from adapter_registry.changes import Change
 from adapter_registry.errors import NotPublished
+from adapter_registry.keys import KeyRecord, UserRecord
 from adapter_registry.records import (
     Access,
     AdapterSummary,
@@ -21,11 +22,9 @@ from adapter_registry.records import (
     AuditAction,
     AuditEntry,
     Guard,
-    KeyRecord,
     Outcome,
     Route,
     Split,
-    UserRecord,
     VersionSelector,
     VersionState,
     Watch,

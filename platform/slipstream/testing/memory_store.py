@@ -10,6 +10,7 @@ from datetime import datetime
 
 from adapter_registry.changes import Change
 from adapter_registry.errors import BlobMissing, InUse, NotPublished, StoreUnavailable
+from adapter_registry.keys import KeyRecord, UserRecord
 from adapter_registry.records import (
     Access,
     AdapterDraft,
@@ -17,9 +18,7 @@ from adapter_registry.records import (
     AdapterVersion,
     AuditAction,
     AuditEntry,
-    KeyRecord,
     SpeculationPolicy,
-    UserRecord,
     VersionState,
     check_audit_id,
     check_name,
