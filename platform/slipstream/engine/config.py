@@ -17,6 +17,7 @@ class FastPath(StrEnum):
     PACKED_WEIGHTS = "packed-weights"  # base weights laid out for the processor; off: as they were loaded
     GROUPED_LORA = "grouped-lora"  # all adapters of a step in one batched GEMM; off: one adapter after the other
     FLAT_DECODER = "flat-decoder"  # Llama-shaped models without calling their modules; off: as transformers wrote them
+    WHOLE_DECODER = "whole-decoder"  # all layers of a step in one C++ call; off: a call for each operation
     NATIVE_KERNELS = (
         "native-kernels"  # processors: attention, adapters and what lies between linears in C++; off: torch
     )

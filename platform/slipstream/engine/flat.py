@@ -8,8 +8,9 @@ checked at start-up like everything else; other architectures go through their o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +31,17 @@ class Norm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, None, self.eps).mul_(self.weight)
+
+
+class Whole(Protocol):
+    """All layers of a decoder and its last norm in one call."""
+
+    def __call__(
+        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], paged: PagedBatch
+    ) -> torch.Tensor | None:
+        """hidden: embeddings [n, H], which may be overwritten; rotary as in `TorchOps.rotate_store` → final hidden states
+        [n, H]; None, and nothing touched, for a step that must go layer by layer."""
+        ...
 
 
 class TorchOps:
@@ -68,9 +80,13 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return act(gate).mul_(up)  # type: ignore[no-any-return]
 
+    def whole(self, layers: Sequence[Layer], norm: Norm) -> Whole | None:
+        """The decoder in one call, where there is such a kernel."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """What one layer computes with."""
 
     before: Norm
@@ -89,21 +105,29 @@ class FlatDecoder:
     """A decoder's forward, from input ids to final hidden states."""
 
     def __init__(
-        self, embedding: nn.Module, rotary: nn.Module, layers: list[_Layer], norm: Norm, ops: TorchOps
+        self,
+        embedding: nn.Module,
+        rotary: nn.Module,
+        layers: list[Layer],
+        norm: Norm,
+        ops: TorchOps,
+        whole: bool = True,
     ) -> None:
+        """`whole` False: layer by layer even where `ops` has them in one call."""
         self._embedding = embedding
         self._rotary = rotary
         self._layers = layers
         self._norm = norm
         self._ops = ops
+        self._whole = ops.whole(layers, norm) if whole else None
 
     @staticmethod
-    def of(decoder: Any, ops: TorchOps) -> FlatDecoder | None:
+    def of(decoder: Any, ops: TorchOps, whole: bool = True) -> FlatDecoder | None:
         """The flat form of a decoder whose linears are group members; None for an architecture that has none."""
         if type(decoder).__name__ not in FLAT or type(decoder).__module__.split(".")[0] != "transformers":
             return None
         layers = [_layer(layer) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
-        return FlatDecoder(decoder.embed_tokens, decoder.rotary_emb, layers, _norm(decoder.norm), ops)
+        return FlatDecoder(decoder.embed_tokens, decoder.rotary_emb, layers, _norm(decoder.norm), ops, whole)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, paged: PagedBatch) -> torch.Tensor:
         """ids, positions: int64 [n] → final hidden states [n, H]."""
@@ -112,6 +136,10 @@ class FlatDecoder:
         cos, sin = self._rotary(hidden.unsqueeze(0), position_ids=positions.unsqueeze(0))
         half = cos.shape[-1] // 2
         rotary = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        if self._whole is not None:
+            out = self._whole(hidden, rotary, paged)
+            if out is not None:
+                return out
         delta = None
         for i, layer in enumerate(self._layers):
             delta = self._attention(layer, i, ops.add_norm(hidden, delta, layer.before), rotary, paged)
@@ -121,7 +149,7 @@ class FlatDecoder:
 
     def _attention(
         self,
-        layer: _Layer,
+        layer: Layer,
         index: int,
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
@@ -135,7 +163,7 @@ class FlatDecoder:
         return layer.out.whole(mixed.reshape(n, -1))
 
 
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     qkv = _group(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -143,7 +171,7 @@ def _layer(layer: Any) -> _Layer:
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     if type(attention).__name__ == "LlamaAttention":
         window = None
-    return _Layer(
+    return Layer(
         before=_norm(layer.input_layernorm),
         qkv=qkv,
         norms=(_norm(q_norm), _norm(k_norm)) if q_norm is not None and k_norm is not None else None,

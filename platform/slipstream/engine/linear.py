@@ -91,6 +91,11 @@ class LinearGroup:
         """Name of the group: its first member's."""
         return self.names[0]
 
+    @property
+    def adapters(self) -> tuple[RowAdapters, ...]:
+        """Those of the current call's rows."""
+        return self._rows.adapters
+
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """All members' projections of x [n, in], adapters applied per row → [n, sum(sizes)]."""
         y = self.base(x)

@@ -109,7 +109,9 @@ class ModelRunner:
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
-        self._flat = FlatDecoder.of(self._decoder, kernels.ops) if FastPath.FLAT_DECODER not in disable else None
+        self._flat = None
+        if FastPath.FLAT_DECODER not in disable:
+            self._flat = FlatDecoder.of(self._decoder, kernels.ops, FastPath.WHOLE_DECODER not in disable)
         self._graphs: GraphedDecoder | None = None  # recordings hold on to weights: none before these are final
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's

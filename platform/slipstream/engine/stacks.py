@@ -89,6 +89,7 @@ class RankStack:
         self._slots: list[int | None] = []  # the adapter slot in each place
         self._used: list[int] = []  # when each place was last asked for
         self._clock = 0
+        self.is_plain = True  # no adapter that was here had DoRA
         self.version = next(_versions)  # changes when any tensor of the stack moves
 
     def place_of(self, slot: int) -> int:
@@ -180,6 +181,7 @@ class RankStack:
             expand = part.expand[m] = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
+            self.is_plain = False
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
         if expand is not None:
             expand[place].zero_()

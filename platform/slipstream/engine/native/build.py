@@ -54,6 +54,7 @@ def library() -> ctypes.CDLL | None:
             function.argtypes, function.restype = arguments, None
     found.slipstream_product_bf16.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 2 + [_INT] * 3
     found.slipstream_product_bf16.restype = None
+    found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None
     return found
 
 

@@ -4,6 +4,9 @@
 // number of threads. Portable vectors, which the compiler lowers to whatever the processor has; only the base GEMM asks for
 // an instruction of its own.
 //
+// Each operation is the work of a team of threads, shared out by `omp for`, at whose end they meet. An export opens a region
+// for one operation; `decode` opens one for a whole step.
+//
 // Pointers and shapes are not checked here: whoever chooses these kernels has (`kernels.py`).
 // Widths of hidden states and MLPs, head dimensions and blocks are whole multiples of 16.
 
@@ -131,7 +134,7 @@ inline void norm_row(T* out, const T* x, const T* weight, float eps, std::int64_
 
 template <class T>
 void add_norm(T* out, T* x, const T* delta, const T* weight, float eps, std::int64_t rows, std::int64_t width) {
-#pragma omp parallel for schedule(static) if (rows > 3)
+#pragma omp for schedule(static)
   for (std::int64_t row = 0; row < rows; row++) {
     T* mine = x + row * width;
     if (delta)
@@ -143,7 +146,7 @@ void add_norm(T* out, T* x, const T* delta, const T* weight, float eps, std::int
 
 template <class T>
 void silu_mul(T* out, const T* gate_up, std::int64_t rows, std::int64_t width) {
-#pragma omp parallel for schedule(static) if (rows > 3)
+#pragma omp for schedule(static)
   for (std::int64_t row = 0; row < rows; row++) {
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
     for (std::int64_t i = 0; i < width; i += kLanes) {
@@ -174,7 +177,7 @@ void rotate_store(T* qkv, const T* cos, const T* sin, const T* q_weight, const T
                   const std::int64_t* slots, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
                   std::int64_t dim, std::int64_t cache_slots) {
   std::int64_t half = dim / 2;
-#pragma omp parallel for schedule(static) if (rows > 3)
+#pragma omp for schedule(static)
   for (std::int64_t row = 0; row < rows; row++) {
     T* mine = qkv + row * (heads + 2 * kv_heads) * dim;
     const T *c = cos + row * dim, *s = sin + row * dim;
@@ -375,22 +378,19 @@ void attend(T* out, const T* query, const T* keys, const T* values, const Sequen
             const std::int32_t* tables, std::int64_t num_tasks, std::int64_t kv_heads, std::int64_t longest,
             const Heads& h) {
   std::int64_t stride = (longest + kLanes - 1) / kLanes + 1, chunk = num_tasks * kv_heads < 32 ? 1 : 4;
-#pragma omp parallel if (num_tasks * kv_heads > 1)
-  {
-    F* scores = new (std::align_val_t(64)) F[kRows * stride];
+  F* scores = new (std::align_val_t(64)) F[kRows * stride];
 #pragma omp for schedule(dynamic, chunk)
-    for (std::int64_t i = 0; i < num_tasks * kv_heads; i++) {
-      if (i + 1 < num_tasks * kv_heads) {  // most likely the next one is ours
-        std::int64_t block = tables[sequences[tasks[(i + 1) / kv_heads * 3]].table];
-        const T* first = keys + ((i + 1) % kv_heads * h.blocks + block) * h.block_size * h.dim;
-        for (std::int64_t d = 0; d < h.dim; d++) __builtin_prefetch(first + d * kLanes);
-      }
-      const std::int64_t* task = tasks + i / kv_heads * 3;
-      const Sequence& seq = sequences[task[0]];
-      attend_rows(out, query, keys, values, tables + seq.table, seq, h, i % kv_heads, task[1], int(task[2]), scores, stride);
+  for (std::int64_t i = 0; i < num_tasks * kv_heads; i++) {
+    if (i + 1 < num_tasks * kv_heads) {  // most likely the next one is ours
+      std::int64_t block = tables[sequences[tasks[(i + 1) / kv_heads * 3]].table];
+      const T* first = keys + ((i + 1) % kv_heads * h.blocks + block) * h.block_size * h.dim;
+      for (std::int64_t d = 0; d < h.dim; d++) __builtin_prefetch(first + d * kLanes);
     }
-    operator delete[](scores, std::align_val_t(64));
+    const std::int64_t* task = tasks + i / kv_heads * 3;
+    const Sequence& seq = sequences[task[0]];
+    attend_rows(out, query, keys, values, tables + seq.table, seq, h, i % kv_heads, task[1], int(task[2]), scores, stride);
   }
+  operator delete[](scores, std::align_val_t(64));
 }
 
 // ---- adapters ----------------------------------------------------------------------------------------------------------
@@ -475,45 +475,42 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
           std::int64_t columns, std::int64_t rank, const Member* members, std::int64_t num_members,
           const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
   std::int64_t half = (inputs + 1) / 2, part = kLoraRows * columns;
-#pragma omp parallel
-  {
 #pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
-      const std::int64_t* tile = tiles + i / 2 * 3;
-      const T *a = shrink + tile[2] * inputs * columns, *from = x + tile[0] * x_row;
-      std::int64_t first = i % 2 ? half : 0, last = i % 2 ? inputs : half;
-      float* to = scratch + i * part;
+  for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
+    const std::int64_t* tile = tiles + i / 2 * 3;
+    const T *a = shrink + tile[2] * inputs * columns, *from = x + tile[0] * x_row;
+    std::int64_t first = i % 2 ? half : 0, last = i % 2 ? inputs : half;
+    float* to = scratch + i * part;
+    switch (tile[1]) {
+      case 1: shrink_rows<1>(to, columns, from, x_row, a, columns, first, last); break;
+      case 2: shrink_rows<2>(to, columns, from, x_row, a, columns, first, last); break;
+      case 3: shrink_rows<3>(to, columns, from, x_row, a, columns, first, last); break;
+      default: shrink_rows<4>(to, columns, from, x_row, a, columns, first, last);
+    }
+  }
+#pragma omp for schedule(static)
+  for (std::int64_t i = 0; i < num_tiles; i++) {
+    float *low = scratch + 2 * i * part, *high = low + part;
+    for (std::int64_t c = 0; c < part; c += kLanes)
+      if (c < tiles[i * 3 + 1] * columns) store(low + c, rounded(x, load(low + c) + load(high + c)));
+  }
+  // Each member's outputs in two halves too: the work of one tile is shared.
+#pragma omp for schedule(static)
+  for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
+    const std::int64_t* tile = tiles + i / 2 * 3;
+    for (std::int64_t m = 0; m < num_members; m++) {
+      const Member& member = members[m];
+      if (!member.expand) continue;
+      std::int64_t middle = member.width / kLanes / 2 * kLanes;
+      std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? member.width : middle;
+      const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * member.width;
+      const float* from = scratch + i / 2 * 2 * part + m * rank;
+      T* to = y + tile[0] * y_row + member.column;
       switch (tile[1]) {
-        case 1: shrink_rows<1>(to, columns, from, x_row, a, columns, first, last); break;
-        case 2: shrink_rows<2>(to, columns, from, x_row, a, columns, first, last); break;
-        case 3: shrink_rows<3>(to, columns, from, x_row, a, columns, first, last); break;
-        default: shrink_rows<4>(to, columns, from, x_row, a, columns, first, last);
-      }
-    }
-#pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < num_tiles; i++) {
-      float *low = scratch + 2 * i * part, *high = low + part;
-      for (std::int64_t c = 0; c < part; c += kLanes)
-        if (c < tiles[i * 3 + 1] * columns) store(low + c, rounded(x, load(low + c) + load(high + c)));
-    }
-    // Each member's outputs in two halves too: the work of one tile is shared.
-#pragma omp for schedule(static)
-    for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
-      const std::int64_t* tile = tiles + i / 2 * 3;
-      for (std::int64_t m = 0; m < num_members; m++) {
-        const Member& member = members[m];
-        if (!member.expand) continue;
-        std::int64_t middle = member.width / kLanes / 2 * kLanes;
-        std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? member.width : middle;
-        const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * member.width;
-        const float* from = scratch + i / 2 * 2 * part + m * rank;
-        T* to = y + tile[0] * y_row + member.column;
-        switch (tile[1]) {
-          case 1: expand_rows<1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-          case 2: expand_rows<2>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-          case 3: expand_rows<3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-          default: expand_rows<4>(to, y_row, from, columns, b, rank, member.width, first, last);
-        }
+        case 1: expand_rows<1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        case 2: expand_rows<2>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        case 3: expand_rows<3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        default: expand_rows<4>(to, y_row, from, columns, b, rank, member.width, first, last);
       }
     }
   }
@@ -525,7 +522,7 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
 template <class T>
 void best(std::int64_t* places, float* values, float* gaps, const T* logits, std::int64_t row, std::int64_t rows,
           std::int64_t width) {
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
   for (std::int64_t r = 0; r < rows; r++) {
     const T* mine = logits + r * row;
     F first = splat(-INFINITY), second = first;
@@ -606,7 +603,7 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
   // Blocks of rows and tiles of a block are as even as can be: threads get as much each, and no tile is left with one row.
   auto cut = [](std::int64_t count, std::int64_t most) { return (count + most - 1) / most; };
   std::int64_t panels = cut(outputs, kPanel), blocks = cut(rows, kBlock), block_rows = cut(rows, blocks);
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static)
   for (std::int64_t block = 0; block < blocks; block++)
     for (std::int64_t p = 0; p < panels; p++) {
       std::int64_t column = p * kPanel, row = block * block_rows;
@@ -622,20 +619,104 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
 }
 #endif
 
+#ifdef __AVX512BF16__
+// ---- a whole decoder ------------------------------------------------------------------------------------------------------
+
+struct Projection {  // siblings that read the same input
+  const bf16 *weight, *bias;
+  std::int64_t inputs, outputs;
+};
+
+struct Layer {
+  const bf16 *before, *after, *q_norm, *k_norm;  // the last two: null where queries and keys are not normalised
+  Projection qkv, out, gate_up, down;
+  bf16 *keys, *values;
+  std::int64_t window;
+};
+
+struct Decoder {
+  const Layer* layers;
+  const bf16* norm;
+  std::int64_t num_layers, hidden, heads, kv_heads, dim, width, blocks, block_size;  // width: of an MLP
+  float eps, scaling;
+};
+
+struct Lora {  // of one projection, for all adapters of a stack; shrink null: none has it
+  const bf16* shrink;
+  std::int64_t columns;
+  const Member* members;
+  std::int64_t num_members;
+};
+
+struct Stack {
+  const Lora* loras;  // [num_layers, 4]
+  std::int64_t rank;
+  const std::int64_t* tiles;
+  std::int64_t num_tiles;
+  float* scratch;
+};
+
+struct Step {
+  bf16 *hidden, *out;  // [rows, hidden]: embeddings, which are overwritten; final hidden states
+  const bf16 *cos, *sin;
+  const std::int64_t* slots;
+  const Sequence* sequences;
+  const std::int64_t* tasks;
+  const std::int32_t* tables;
+  const Stack* stacks;
+  bf16* scratch;  // [rows, 2 * hidden + (heads + 2 * kv_heads) * dim + heads * dim + 3 * width]
+  std::int64_t rows, num_tasks, longest, num_stacks;
+};
+
+// The layers of `flat.py`'s decoder, one after the other, by one team: what it does by a call each.
+void decode(const Decoder& d, const Step& s) {
+  std::int64_t qkv_width = (d.heads + 2 * d.kv_heads) * d.dim, mixed_width = d.heads * d.dim;
+  bf16 *x = s.scratch, *delta = x + s.rows * d.hidden, *qkv = delta + s.rows * d.hidden, *mixed = qkv + s.rows * qkv_width;
+  bf16 *gate_up = mixed + s.rows * mixed_width, *gated = gate_up + s.rows * 2 * d.width;
+  auto project = [&](bf16* y, const bf16* from, const Projection& p, std::int64_t index) {
+    product(y, from, p.inputs, p.weight, p.bias, s.rows, p.inputs, p.outputs);
+    for (std::int64_t i = 0; i < s.num_stacks; i++) {
+      const Stack& stack = s.stacks[i];
+      const Lora& l = stack.loras[index];
+      if (l.shrink)
+        lora(y, p.outputs, from, p.inputs, p.inputs, l.shrink, l.columns, stack.rank, l.members, l.num_members, stack.tiles,
+             stack.num_tiles, stack.scratch);
+    }
+  };
+#pragma omp parallel
+  for (std::int64_t i = 0; i < d.num_layers; i++) {
+    const Layer& layer = d.layers[i];
+    add_norm(x, s.hidden, i ? delta : nullptr, layer.before, d.eps, s.rows, d.hidden);
+    project(qkv, x, layer.qkv, 4 * i);
+    rotate_store(qkv, s.cos, s.sin, layer.q_norm, layer.k_norm, d.eps, layer.keys, layer.values, s.slots, s.rows, d.heads,
+                 d.kv_heads, d.dim, d.blocks * d.block_size);
+    Heads h{d.heads / d.kv_heads, d.dim, qkv_width, d.dim, mixed_width, d.blocks, d.block_size, layer.window, d.scaling, 0.0f};
+    attend(mixed, qkv, layer.keys, layer.values, s.sequences, s.tasks, s.tables, s.num_tasks, d.kv_heads, s.longest, h);
+    project(delta, mixed, layer.out, 4 * i + 1);
+    add_norm(x, s.hidden, delta, layer.after, d.eps, s.rows, d.hidden);
+    project(gate_up, x, layer.gate_up, 4 * i + 2);
+    silu_mul(gated, gate_up, s.rows, d.width);
+    project(delta, gated, layer.down, 4 * i + 3);
+    if (i + 1 == d.num_layers) add_norm(s.out, s.hidden, delta, d.norm, d.eps, s.rows, d.hidden);
+  }
+}
+#endif
+
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                                  \
   extern "C" void slipstream_add_norm_##suffix(T* out, T* x, const T* delta, const T* weight, float eps, std::int64_t rows, \
                                                std::int64_t width) {                                                       \
-    add_norm(out, x, delta, weight, eps, rows, width);                                                                     \
+    _Pragma("omp parallel if (rows > 3)") add_norm(out, x, delta, weight, eps, rows, width);                               \
   }                                                                                                                        \
   extern "C" void slipstream_silu_mul_##suffix(T* out, const T* gate_up, std::int64_t rows, std::int64_t width) {           \
-    silu_mul(out, gate_up, rows, width);                                                                                   \
+    _Pragma("omp parallel if (rows > 3)") silu_mul(out, gate_up, rows, width);                                             \
   }                                                                                                                        \
   extern "C" void slipstream_rotate_store_##suffix(                                                                        \
       T* qkv, const T* cos, const T* sin, const T* q_weight, const T* k_weight, float eps, T* keys, T* values,             \
       const std::int64_t* slots, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,           \
       std::int64_t cache_slots) {                                                                                          \
+    _Pragma("omp parallel if (rows > 3)")                                                                                  \
     rotate_store(qkv, cos, sin, q_weight, k_weight, eps, keys, values, slots, rows, heads, kv_heads, dim, cache_slots);    \
   }                                                                                                                        \
   extern "C" void slipstream_attend_##suffix(                                                                              \
@@ -644,17 +725,19 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
       std::int64_t group, std::int64_t dim, std::int64_t query_row, std::int64_t query_head, std::int64_t out_row,         \
       std::int64_t blocks, std::int64_t block_size, std::int64_t window, float scaling, float softcap) {                   \
     Heads h{group, dim, query_row, query_head, out_row, blocks, block_size, window, scaling, softcap};                     \
+    _Pragma("omp parallel if (num_tasks * kv_heads > 1)")                                                                  \
     attend(out, query, keys, values, sequences, tasks, tables, num_tasks, kv_heads, longest, h);                           \
   }                                                                                                                        \
   extern "C" void slipstream_lora_##suffix(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t inputs,  \
                                            const T* shrink, std::int64_t columns, std::int64_t rank,                       \
                                            const Member* members, std::int64_t num_members, const std::int64_t* tiles,     \
                                            std::int64_t num_tiles, float* scratch) {                                       \
+    _Pragma("omp parallel")                                                                                                \
     lora(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, num_tiles, scratch);              \
   }                                                                                                                        \
   extern "C" void slipstream_best_##suffix(std::int64_t* places, float* values, float* gaps, const T* logits,              \
                                            std::int64_t row, std::int64_t rows, std::int64_t width) {                      \
-    best(places, values, gaps, logits, row, rows, width);                                                                  \
+    _Pragma("omp parallel") best(places, values, gaps, logits, row, rows, width);                                          \
   }
 
 EXPORT(float, f32)
@@ -671,6 +754,13 @@ extern "C" int slipstream_has_product() {
 extern "C" void slipstream_product_bf16(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, const bf16* bias,
                                         std::int64_t rows, std::int64_t inputs, std::int64_t outputs) {
 #ifdef __AVX512BF16__
+#pragma omp parallel
   product(y, x, x_row, weight, bias, rows, inputs, outputs);
+#endif
+}
+
+extern "C" void slipstream_decode_bf16(const void* decoder, const void* step) {
+#ifdef __AVX512BF16__
+  decode(*static_cast<const Decoder*>(decoder), *static_cast<const Step*>(step));
 #endif
 }

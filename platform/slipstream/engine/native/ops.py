@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slipstream.engine.attention import AttentionRules, KVCache
-from slipstream.engine.flat import Norm, TorchOps
+from slipstream.engine.flat import Layer, Norm, TorchOps, Whole
 from slipstream.engine.linear import LinearGroup
 from slipstream.engine.native.build import library
 from slipstream.engine.plan import PlannedSequence
@@ -90,6 +90,12 @@ class NativeOps(TorchOps):
         )  # fmt: skip
         return qkv[:, :heads].transpose(0, 1)
 
+    def whole(self, layers: Sequence[Layer], norm: Norm) -> Whole | None:
+        """See `TorchOps`."""
+        from slipstream.engine.native.decoder import NativeDecoder  # noqa: PLC0415  # which is made of these kernels
+
+        return NativeDecoder.of(layers, norm)
+
 
 @dataclass(frozen=True, slots=True)
 class Paged:
@@ -111,7 +117,7 @@ class Paged:
             query = query.contiguous()
         kv_heads, blocks, size, _ = keys.shape
         group = heads // kv_heads
-        tasks = self._tasks(group)
+        tasks = self.tasks_of(group)
         out = query.new_empty(rows, heads, dim)
         _kernel("attend", query.dtype)(
             out.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), self.sequences.data_ptr(),
@@ -121,7 +127,8 @@ class Paged:
         )  # fmt: skip
         return out
 
-    def _tasks(self, group: int) -> torch.Tensor:
+    def tasks_of(self, group: int) -> torch.Tensor:
+        """The tasks of heads that share KV heads in groups of so many."""
         found = self.tasks.get(group)
         if found is None:
             found = torch.tensor(
@@ -183,7 +190,7 @@ class NativeRows:
             return
         members = self.members.get(group.key)
         if members is None:
-            members = self.members[group.key] = _members(group, part.expand)
+            members = self.members[group.key] = member_table(group, part.expand)
         if x.stride(1) != 1:
             x = x.contiguous()
         columns, num_tiles = part.shrink.shape[2], self.tiles.shape[0]
@@ -212,7 +219,8 @@ def best(logits: torch.Tensor) -> Best:
     return Best(ids, values, gaps)
 
 
-def _members(group: LinearGroup, expand: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def member_table(group: LinearGroup, expand: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """int64 [k, 3]: first column, width and expand's address of each sibling, as the kernel reads them; 0 = none has it."""
     rows, column = [], 0
     for size, weights in zip(group.sizes, expand, strict=True):
         rows.append((column, size, weights.data_ptr() if weights is not None else 0))

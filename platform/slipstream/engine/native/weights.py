@@ -28,9 +28,9 @@ class NativeWeight:
         outputs, inputs = weight.shape
         self.bias = bias
         self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
-        self._outputs = outputs
+        self.outputs = outputs
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
-        self._panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+        self.panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
         self._product = found.slipstream_product_bf16
 
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
@@ -38,9 +38,9 @@ class NativeWeight:
         rows, inputs = x.shape
         if x.stride(1) != 1:
             x = x.contiguous()
-        y = x.new_empty(rows, self._outputs)
+        y = x.new_empty(rows, self.outputs)
         bias = self.bias.data_ptr() if with_bias and self.bias is not None else None
         self._product(
-            y.data_ptr(), x.data_ptr(), x.stride(0), self._panels.data_ptr(), bias, rows, inputs, self._outputs
+            y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr(), bias, rows, inputs, self.outputs
         )
         return y
