@@ -83,6 +83,12 @@ inline void store(T* p, F x, int lanes) {
   std::memcpy(p, whole, lanes * sizeof(T));
 }
 
+// Weights are read once a step and in order, but from matrices of a page or two, at whose ends no processor guesses on.
+template <class T>
+inline void prefetch(const T* p, int ahead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
+}
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return cast_bits<float>(std::uint32_t(x.bits) << 16); }
 
@@ -396,7 +402,7 @@ void attend(T* out, const T* query, const T* keys, const T* values, const Sequen
 // ---- adapters ----------------------------------------------------------------------------------------------------------
 
 constexpr int kLoraRows = 4;  // rows of one adapter that share a pass over its weights
-constexpr std::int64_t kMaxShrunk = 3 * 512;
+constexpr int kShrinkAhead = 2048, kExpandAhead = 512;  // bytes; of `rank` rows each, in the second case
 
 // out[r, c] = sum of x[r, i] a[i, c] over inputs first ... last, for kWide vectors of columns. Inputs are summed in kTurns
 // interleaved parts, the same for any number of rows, so that additions need not wait for each other.
@@ -407,6 +413,7 @@ inline void shrink_columns(float* out, std::int64_t out_row, const T* x, std::in
   F acc[kTurns][kCount][kWide] = {};
   auto add = [&](int turn, std::int64_t i) {
     F column[kWide];
+    prefetch(a + i * a_row, kShrinkAhead);
     for (int w = 0; w < kWide; w++) column[w] = load(a + i * a_row + w * kLanes);
     for (int r = 0; r < kCount; r++) {
       float value = widen(x[r * x_row + i]);
@@ -442,11 +449,16 @@ template <int kCount, int kWide, class T>
 inline void expand_columns(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
                            std::int64_t rank, std::int64_t width, int lanes) {
   F acc[kCount][kWide] = {};
-  for (std::int64_t k = 0; k < rank; k++)
+  for (std::int64_t k = 0; k < rank; k++) {
+    if constexpr (kWide > 1) {
+      prefetch(b + k * width, kExpandAhead);
+      prefetch(b + k * width, kExpandAhead + 64);
+    }
     for (int w = 0; w < kWide; w++) {
       F column = load(b + k * width + w * kLanes, lanes);
       for (int r = 0; r < kCount; r++) acc[r][w] += column * shrunk[r * shrunk_row + k];
     }
+  }
   for (int r = 0; r < kCount; r++)
     for (int w = 0; w < kWide; w++) {
       T* to = y + r * y_row + w * kLanes;
@@ -562,6 +574,7 @@ void best(std::int64_t* places, float* values, float* gaps, const T* logits, std
 constexpr int kPanel = 32;
 constexpr int kTile = 12;             // most rows whose sums stay in registers
 constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the weights
+constexpr int kAhead = 8192;          // bytes of weights: computing on few rows leaves time to ask for them so early
 
 #ifdef __AVX512BF16__
 template <int kCount>
@@ -575,6 +588,10 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
   }
   for (std::int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
     __m512bh w0 = read<__m512bh>(panel), w1 = read<__m512bh>(panel + kPanel);
+    if constexpr (kCount > 3) {  // with fewer the processor's own prefetching is as quick as memory
+      prefetch(panel, kAhead);
+      prefetch(panel + kPanel, kAhead);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; r++) {
       __m512bh pair = cast_bits<__m512bh>(_mm512_set1_epi32(read<std::int32_t>(x + r * x_row + i)));
