@@ -20,6 +20,7 @@ from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
+REQUESTS = {1: 4, 8: 32, 32: 64}  # of our fixed-length rows, so many at a time: drafts make answers end apart
 END_TOKENS = 96  # cap of the answers that run to their end
 Run = Callable[[int], tuple[float, float]]  # requests at once → (output tokens/s, tokens per step)
 PAIRS = [
@@ -43,12 +44,17 @@ def names_of(count: int) -> list[str]:
 
 
 def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int) -> Run:
-    """Our engine on answers of a fixed length, or (`tokens` 0) to their end."""
+    """Our engine on answers of a fixed length, `count` at a time all along, or (`tokens` 0) on `count` to their end.
+
+    The peers' answers of a fixed length all end together, so that one wave of them runs at `count` all along, too.
+    """
 
     def run(count: int) -> tuple[float, float]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
-        names = names_of(count) if lora else [None] * count
-        outcome = engine.run([Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)])
+        total = REQUESTS[count] if tokens else count
+        names = names_of(total) if lora else [None] * total
+        rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)]
+        outcome = engine.run(rows, concurrency=count)
         return outcome.tokens_per_s, outcome.tokens_per_step
 
     return run
@@ -86,7 +92,7 @@ def main(
     torch.set_num_threads(threads)
     path, kind = model_path(), pick_dtype(dtype, torch.device("cpu"))
     dtype = str(kind).removeprefix("torch.")
-    prompts = prompt_ids("snips", max(CONCURRENCY))
+    prompts = prompt_ids("snips", max(REQUESTS.values()))
     adapters = eight_adapters()
     engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
     runs = {

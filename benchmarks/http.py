@@ -94,7 +94,7 @@ class Found:
 
 def write_turbo(weights: AdapterWeights, folder: Path) -> None:
     """Add the streams to a folder that has the LoRA."""
-    base = json.loads((adapter_folder("snips") / "config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((adapter_folder("snips") / "turbo_config.json").read_text())["base_model"]
     assert weights.streams is not None
     save_turbo(folder, weights.streams, TurboMetadata(base_model=base))
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.engine import CONCURRENCY, slipstream
 from benchmarks.report import table
 from benchmarks.results import Results
-from benchmarks.workload import ROOT, SHARED, TASKS, model_path, prompt_ids
+from benchmarks.workload import SHARED, TASKS, adapter_folder, model_path, prompt_ids
 from slipstream.adapters.load import load_adapter
 from slipstream.engine.offline import OfflineEngine, Outcome, Row
 from slipstream.engine.quantized import Quantization
@@ -29,7 +29,7 @@ def answers(engine: OfflineEngine, rows: int) -> Outcome:
 
 def expected(rows: int) -> list[str]:
     """What the test rows should say."""
-    with (SHARED / "data" / TASKS["snips"][1] / "test.jsonl").open(encoding="utf-8") as lines:
+    with (SHARED / "data" / TASKS["snips"] / "test.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(next(lines))["completion"].strip() for _ in range(rows)]
 
 
@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """int8 and int4 base weights beside full precision."""
     torch.set_num_threads(threads)
-    adapter = {"snips": load_adapter(ROOT / "examples" / "adapters" / "snips")}
+    adapter = {"snips": load_adapter(adapter_folder("snips"))}
     kinds: dict[str, Quantization | None] = {FULL: None, "int8": Quantization.INT8, "int4": Quantization.INT4}
     engines = {
         name: OfflineEngine(model_path(), "auto", adapter, device="cpu", quantize=kind) for name, kind in kinds.items()

@@ -16,7 +16,7 @@ from slipstream.config import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-TASKS = {"snips": ("snips-turbo", "snips_slots"), "wikisql": ("wikisql-turbo", "sql_wikisql")}
+TASKS = {"snips": "snips_slots", "wikisql": "sql_wikisql"}
 NUM_ADAPTERS = 8
 
 
@@ -26,13 +26,13 @@ def model_path() -> Path:
 
 
 def adapter_folder(task: str) -> Path:
-    """The shared trained Turbo LoRA of a task."""
-    return SHARED / "adapters" / TASKS[task][0]
+    """The demo Turbo LoRA of a task."""
+    return ROOT / "examples" / "adapters" / task
 
 
 def prompts(task: str, count: int) -> list[str]:
     """The first test rows of a task."""
-    with (SHARED / "data" / TASKS[task][1] / "test.jsonl").open(encoding="utf-8") as lines:
+    with (SHARED / "data" / TASKS[task] / "test.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(next(lines))["prompt"] for _ in range(count)]
 
 

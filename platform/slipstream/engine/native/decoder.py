@@ -100,7 +100,7 @@ class NativeDecoder:
 
     @staticmethod
     def of(layers: Sequence[Layer], norm: Norm) -> NativeDecoder | None:
-        """The decoder in one call; None where the kernels do not serve its shapes, or its weights are not laid out for them."""
+        """The decoder in one call; None where the kernels do not serve its shapes, or its weights lie otherwise."""
         groups = [g for layer in layers for g in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         norms = [norm, *(n for layer in layers for n in (layer.before, layer.after, *(layer.norms or ())))]
         shapes = {(tuple(x.qkv.sizes), x.dim, x.down.in_features, x.rules.scaling, x.rules.softcap) for x in layers}

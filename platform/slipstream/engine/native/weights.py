@@ -40,7 +40,5 @@ class NativeWeight:
             x = x.contiguous()
         y = x.new_empty(rows, self.outputs)
         bias = self.bias.data_ptr() if with_bias and self.bias is not None else None
-        self._product(
-            y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr(), bias, rows, inputs, self.outputs
-        )
+        self._product(y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr(), bias, rows, inputs, self.outputs)
         return y
