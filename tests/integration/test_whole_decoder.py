@@ -127,4 +127,4 @@ def test_weights_that_move_are_found_again(tmp_path: Path) -> None:
 
 
 def test_other_formats_go_layer_by_layer() -> None:
-    assert Recorded(tiny("llama"), {}).harness.runner._flat._whole is None  # type: ignore[union-attr]
+    assert Recorded(tiny("llama"), {}).harness.runner._flat._whole is None
