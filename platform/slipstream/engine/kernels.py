@@ -15,7 +15,7 @@ from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
-from slipstream.engine.sampling import Best, torch_best
+from slipstream.engine.sampling import Best, Draw, torch_best
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
     from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
@@ -30,6 +30,7 @@ class Kernels:
     ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
     weights: MakeWeight = as_packed  # how base weights at full precision are kept
     best: Callable[[torch.Tensor], Best] = torch_best  # of each row of logits
+    draw: Draw | None = None  # the same of rows that are sampled; None = torch's operations
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
     def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
@@ -79,6 +80,7 @@ def native_kernels(
         ops.NativeOps(),
         native_weight,
         ops.best,
+        ops.draw,
     )
 
 

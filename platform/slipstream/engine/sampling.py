@@ -35,6 +35,20 @@ class Best:
     gaps: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Of each row, best first, ids int64 [R, c] of the largest sums of scaled logit and noise that truncation leaves, -1
+    where there are fewer; their noise and those sums, float32 [R, c]."""
+
+    ids: torch.Tensor
+    noise: torch.Tensor
+    sums: torch.Tensor
+
+
+Draw = Callable[[torch.Tensor, Sequence["RowRequest"], int], Drawn]
+"""(logits [R, V], how each row is sampled, c) → the best c of each, for rows whose logits nothing changes first."""
+
+
 def torch_best(logits: torch.Tensor) -> Best:
     """The best of each row of logits [R, V]."""
     values = logits.topk(min(2, logits.shape[-1]), dim=-1).values
@@ -66,10 +80,14 @@ class RowRequest:
     prompt_len: int = 0
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the row's token is a bare argmax."""
-        p = self.params
-        return p.temperature == 0.0 and not has_processors(p) and self.position >= p.min_tokens
+    def is_plain(self) -> bool:
+        """Whether nothing changes the row's logits before the temperature."""
+        return not has_processors(self.params) and self.position >= self.params.min_tokens
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by, of a row that is sampled."""
+        return max(self.params.temperature, MIN_TEMPERATURE)
 
 
 def has_processors(p: SamplingParams) -> bool:
@@ -86,19 +104,25 @@ class Sampler:
         eos_ids: frozenset[int],
         device: torch.device,
         columns: Columns | None = None,
+        draw: Draw | None = None,
     ) -> None:
+        """`draw`: a kernel for rows that are sampled; None = torch's operations, row by row."""
         self.columns = columns or Columns()
+        self._draw = draw
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self._noise = GumbelNoise(vocab_size, device)
 
     def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[int]:
         """One token id a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is."""
-        plain = [i for i, row in enumerate(rows) if row.is_plain_greedy]
+        plain = [i for i, row in enumerate(rows) if row.is_plain]
+        greedy = [i for i in plain if rows[i].params.temperature == 0.0]
+        drawn = [i for i in plain if rows[i].params.temperature > 0.0] if self._draw is not None else []
         tokens = [-1] * len(rows)
-        if plain:
-            for i, token in zip(plain, self._greedy(logits, plain, exact), strict=True):
-                tokens[i] = token
+        for mine, pick in ((greedy, self._greedy), (drawn, partial(self._drawn, requests=rows))):
+            if mine:
+                for i, token in zip(mine, pick(logits, mine, exact), strict=True):
+                    tokens[i] = token
         others = [i for i in range(len(rows)) if tokens[i] < 0]
         if others:
             whole = self.columns.whole(_rows(logits, others))
@@ -112,12 +136,32 @@ class Sampler:
         best: list[int] = found.ids.tolist()
         if exact is None:
             return best
-        # Only rows whose runner-up is within the rounding of the head's dtype can change their mind.
-        close = (found.gaps <= 0.02 * found.values.abs().clamp_min(1.0)).nonzero().flatten().tolist()
+        close = close_calls(found.gaps, found.values.abs())
         whole = self.columns.whole(_rows(picked, close)) if close else ()
         for j, row in zip(close, whole, strict=True):
             ordered = row.topk(min(TOP_CANDIDATES, row.shape[-1])).indices.sort().values
             best[j] = int(ordered[exact(rows[j], ordered).argmax()])  # equal scores go to the lowest id, as argmax does
+        return best
+
+    def _drawn(
+        self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None, requests: Sequence[RowRequest]
+    ) -> list[int]:
+        assert self._draw is not None
+        picked = self.columns.whole(_rows(logits, rows))
+        asked = [requests[i] for i in rows]
+        found = self._draw(picked, asked, TOP_CANDIDATES if exact is not None else 1)
+        best: list[int] = found.ids[:, 0].clamp_min(0).tolist()  # everything banned, or not a number: as good as any
+        if exact is None:
+            return best
+        heat = torch.tensor([row.temperature for row in asked], device=logits.device)
+        gaps = (found.sums[:, 0] - found.sums[:, 1]) * heat
+        logit = ((found.sums[:, 0] - found.noise[:, 0]) * heat).abs()
+        for j in close_calls(gaps, logit):
+            own = found.ids[j]
+            order = own[own >= 0].argsort(stable=True)  # ascending ids: equal scores go to the lowest
+            ids = own[own >= 0][order]
+            final = exact(rows[j], ids) / asked[j].temperature + found.noise[j, : len(ids)][order]
+            best[j] = int(ids[final.argmax()])
         return best
 
     def _pick_row(
@@ -125,7 +169,7 @@ class Sampler:
     ) -> int:
         p = row.params
         noise = self._noise.row(p.seed, row.position) if p.temperature > 0.0 else None
-        temperature = max(p.temperature, MIN_TEMPERATURE)
+        temperature = row.temperature
         raw = logits.float()
         scores = self._process(raw.clone(), row)
         if noise is not None:
@@ -156,6 +200,13 @@ class Sampler:
             banned = sorted({*self.eos_ids, *p.stop_token_ids})
             logits[torch.tensor(banned, dtype=torch.int64, device=logits.device)] = float("-inf")
         return logits
+
+
+def close_calls(gaps: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """Rows whose runner-up is within the rounding of the head's dtype: only they can change their mind. Of each row: how far
+    the second is from the best, in logits, and how large the best's logit is, float32 [R]."""
+    found: list[int] = (gaps <= 0.02 * values.clamp_min(1.0)).nonzero().flatten().tolist()
+    return found
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -195,7 +246,7 @@ def _top_p_(scores: torch.Tensor, top_p: float) -> None:
     logsum = scores.logsumexp(dim=-1)
     size = min(TOP_P_SHORTLIST, scores.shape[-1])
     while True:
-        values, ids = scores.topk(size)
+        values = scores.topk(size).values
         probs = (values - logsum).exp()
         before = probs.cumsum(-1) - probs  # mass of strictly better tokens
         if size == scores.shape[-1] or float(before[-1]) >= top_p:
@@ -203,10 +254,7 @@ def _top_p_(scores: torch.Tensor, top_p: float) -> None:
         size = scores.shape[-1]
     keep = before < top_p
     keep[0] = True
-    kept = ids[keep]
-    best = scores[kept]
-    scores.fill_(float("-inf"))
-    scores[kept] = best
+    scores[scores < values[keep][-1]] = float("-inf")  # equals of the last one stay: their order says nothing
 
 
 def logprob_of(logits: torch.Tensor, token: int, alternatives: int) -> Logprob:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from slipstream.engine.linear import RowContext, swap_linears
 from slipstream.engine.lora import AdapterBank, LoraKernels
 from slipstream.engine.native import build, ops
 from slipstream.engine.native.weights import NativeWeight, native_weight
+from slipstream.engine.noise import GumbelNoise
 from slipstream.engine.packed import PackedWeight
 from slipstream.engine.plan import PlannedSequence
-from slipstream.engine.sampling import torch_best
+from slipstream.engine.sampling import RowRequest, Sampler, torch_best
 from slipstream.engine.stacks import PreparedLora, PreparedModule
 from slipstream.protocol import SamplingParams
 
@@ -210,6 +212,57 @@ def test_best(dtype: torch.dtype, width: int) -> None:
     if width > 1:
         finite = theirs.gaps.isfinite()
         torch.testing.assert_close(ours.gaps[finite], theirs.gaps[finite].float(), rtol=1e-2, atol=1e-2)
+
+
+SAMPLED = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([1e-7, 0.3, 0.8, 1.0, 2.5]),
+        "top_k": st.sampled_from([-1, 0, 1, 7, 500]),
+        "top_p": st.sampled_from([1e-6, 0.5, 0.9, 0.999, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 1.0]),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+    }
+)
+
+
+@BOTH
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(SAMPLED, min_size=1, max_size=5),
+    width=st.sampled_from([1, 5, 16, 333, 4100]),
+    spread=st.sampled_from([0.1, 3.0, 20.0]),
+)
+def test_sampled_rows(dtype: torch.dtype, rows: list[dict[str, Any]], width: int, spread: float) -> None:
+    """The kernel's tokens are torch's, alone and with candidates scored again; a row does not depend on its company."""
+    full = normal(len(rows), width, dtype=torch.float32, seed=width, size=spread)
+    logits = full.to(dtype)
+    requests = [RowRequest(SamplingParams(**row), position) for position, row in enumerate(rows)]
+    kernel, torchs = (Sampler(width, frozenset(), CPU, draw=draw) for draw in (ops.draw, None))
+    assert kernel.pick(logits, requests, None) == torchs.pick(logits, requests, None)
+
+    def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
+        return full[row, ids]
+
+    together = kernel.pick(logits, requests, exact)
+    assert together == torchs.pick(logits, requests, exact)
+    for i, request in enumerate(requests):
+        assert kernel.pick(logits[i : i + 1], [request], lambda _, ids, i=i: exact(i, ids)) == together[i : i + 1]  # type: ignore[misc]
+
+
+def test_rows_that_are_not_numbers_are_drawn_all_the_same() -> None:
+    logits = torch.full((3, 100), float("nan"))
+    logits[1] = float("-inf")
+    logits[2, 7] = 1.0
+    requests = [RowRequest(SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1), 0)] * 3
+    assert Sampler(100, frozenset(), CPU, draw=ops.draw).pick(logits, requests, None) == [0, 0, 7]
+
+
+def test_the_kernels_noise_is_the_samplers() -> None:
+    params = SamplingParams(temperature=1.0, seed=-5)
+    found = ops.draw(torch.zeros(1, 5000), [RowRequest(params, 9)], 5000)
+    noise = torch.empty(5000)
+    noise[found.ids[0]] = found.noise[0]
+    torch.testing.assert_close(noise, GumbelNoise(5000, CPU).row(-5, 9), rtol=1e-6, atol=1e-6)
 
 
 AVX512_BF16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no AVX512-BF16")

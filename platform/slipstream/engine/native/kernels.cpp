@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -567,6 +568,157 @@ void best(std::int64_t* places, float* values, float* gaps, const T* logits, std
   }
 }
 
+// Natural logarithm of positive numbers. Cephes' polynomial, about one unit in the last place.
+inline F log(F x) {
+  I bits = cast_bits<I>(x);
+  F e = __builtin_convertvector((bits >> 23) - 126, F), m = cast_bits<F>((bits & 0x7fffff) | 0x3f000000);  // in [0.5, 1)
+  I low = m < 0.707106781186547524f;
+  e = choose(low, e - 1.0f, e);
+  m = choose(low, m + m, m) - 1.0f;
+  F p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  F z = m * m, y = m * z * p + e * -2.12194440e-4f - 0.5f * z;
+  return m + y + e * 0.693359375f;
+}
+
+inline U spread(U x) {  // MurmurHash3's 32-bit finaliser
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// Standard Gumbel noise of 16 vocabulary ids under one key: `noise.py`, whose last bit it may not have.
+inline F gumbel(U ids, std::uint32_t low, std::uint32_t high) {
+  F u = __builtin_convertvector(cast_bits<I>(spread(spread(ids ^ low) + high)), F) + 0.5f;
+  u = choose(u < 0.0f, u + 4294967296.0f, u) * 2.3283064365386963e-10f;
+  u = choose(u > 1.0f - 5.9604644775390625e-8f, splat(1.0f - 5.9604644775390625e-8f), u);
+  F w = 1.0f - u;  // log(1 - u), exact where u is small and the noise large: log(w) times what rounding took from u
+  F minus = choose(w == 1.0f, u, log(w) * (u / (w - 1.0f)));
+  return -log(minus);
+}
+
+struct Draw {  // how a row is sampled
+  std::int64_t key;
+  float temperature, top_p, min_p;
+  std::int32_t top_k;  // 0 = all
+};
+
+// The largest value at or above which lie `share` of all weight. values, weights: scratch, in any order, and reordered.
+inline float nucleus(float* values, float* weights, std::int64_t count, double need) {
+  std::int64_t first = 0, last = count;
+  float answer = -INFINITY;
+  while (first < last) {
+    float a = values[first], b = values[first + (last - first) / 2], c = values[last - 1];
+    float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
+    std::int64_t above = first, same = first;  // [first, above) > pivot, [above, same) = pivot, [same, i) < pivot
+    double better = 0, equal = 0;
+    for (std::int64_t i = first; i < last; i++) {
+      float v = values[i], w = weights[i];
+      if (v < pivot) continue;
+      std::swap(values[i], values[same]), std::swap(weights[i], weights[same]);
+      if (v > pivot) {
+        std::swap(values[same], values[above]), std::swap(weights[same], weights[above]);
+        above++, better += w;
+      } else {
+        equal += w;
+      }
+      same++;
+    }
+    if (better >= need) {
+      last = above;
+    } else if (better + equal >= need) {
+      return pivot;
+    } else {
+      answer = pivot, need -= better + equal, first = same;
+    }
+  }
+  return answer;  // rounding left nothing over: everything is in
+}
+
+// Of each row: the `most` ids whose scaled logits, as far as truncation keeps them, are largest with their noise, best first,
+// -1 where fewer are kept; their noise and those sums. Top-k, then top-p of what is left, then min-p (methods.md 2.5).
+template <class T>
+void draw(std::int64_t* ids, float* noise, float* sums, const T* logits, std::int64_t row, std::int64_t rows,
+          std::int64_t width, const Draw* draws, std::int64_t most) {
+  std::int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
+  float* scaled = new (std::align_val_t(64)) float[3 * padded];
+  float *values = scaled + padded, *weights = values + padded;
+#pragma omp for schedule(dynamic, 1)
+  for (std::int64_t r = 0; r < rows; r++) {
+    const T* mine = logits + r * row;
+    const Draw& d = draws[r];
+    F most_of = splat(-INFINITY);
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+      F v = splat(-INFINITY);
+      if (width - i >= kLanes)
+        v = load(mine + i) / d.temperature;
+      else
+        for (int lane = 0; lane < width - i; lane++) v[lane] = widen(mine[i + lane]) / d.temperature;
+      v = choose(v != v, splat(-INFINITY), v);
+      store(scaled + i, v);
+      most_of = choose(v > most_of, v, most_of);
+    }
+    float top = largest(most_of), least = -INFINITY;
+    if (d.top_k > 0 && d.top_k < width) {
+      std::memcpy(values, scaled, width * sizeof(float));
+      std::nth_element(values, values + d.top_k - 1, values + width, [](float a, float b) { return a > b; });
+      least = values[d.top_k - 1];
+    }
+    if (d.top_p < 1.0f) {
+      double total = 0, near = 0;
+      std::int64_t count = 0;
+      for (std::int64_t i = 0; i < padded; i += kLanes) {
+        F v = load(scaled + i), e = exp(choose(v >= least, v - top, splat(-100.0f)));
+        total += sum(e);
+        for (int lane = 0; lane < kLanes; lane++)
+          if (v[lane] >= least && v[lane] - top > -12.0f) values[count] = v[lane], weights[count] = e[lane], near += e[lane], count++;
+      }
+      if (near < d.top_p * total) {  // a flat one: its nucleus reaches into what is hardly likely
+        count = 0;
+        for (std::int64_t i = 0; i < padded; i += kLanes) {
+          F v = load(scaled + i), e = exp(choose(v >= least, v - top, splat(-100.0f)));
+          for (int lane = 0; lane < kLanes; lane++)
+            if (v[lane] >= least) values[count] = v[lane], weights[count] = e[lane], count++;
+        }
+      }
+      float edge = nucleus(values, weights, count, std::max(d.top_p * total, 1e-30));  // the best is always in
+      least = edge > least ? edge : least;
+    }
+    if (d.min_p > 0.0f) {
+      float edge = top + std::log(d.min_p);
+      least = edge > least ? edge : least;
+    }
+    std::uint32_t low = std::uint32_t(d.key), high = std::uint32_t(std::uint64_t(d.key) >> 32);
+    std::int64_t* own = ids + r * most;
+    float *own_noise = noise + r * most, *own_sums = sums + r * most;
+    for (std::int64_t j = 0; j < most; j++) own[j] = -1, own_noise[j] = 0.0f, own_sums[j] = -INFINITY;
+    U lane_ids = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+      F v = load(scaled + i);
+      I kept = (v >= least) & (v > -INFINITY);
+      if (largest(choose(kept, splat(1.0f), F{})) == 0.0f) continue;
+      F g = gumbel(lane_ids + std::uint32_t(i), low, high), noisy = choose(kept, v + g, splat(-INFINITY));
+      if (!(largest(noisy) > own_sums[most - 1])) continue;
+      for (int lane = 0; lane < kLanes; lane++) {
+        std::int64_t j = most;
+        while (j > 0 && noisy[lane] > own_sums[j - 1]) j--;
+        if (j == most) continue;
+        for (std::int64_t to = most - 1; to > j; to--)
+          own[to] = own[to - 1], own_noise[to] = own_noise[to - 1], own_sums[to] = own_sums[to - 1];
+        own[j] = i + lane, own_noise[j] = g[lane], own_sums[j] = noisy[lane];
+      }
+    }
+  }
+  operator delete[](scaled, std::align_val_t(64));
+}
+
 // ---- base GEMMs --------------------------------------------------------------------------------------------------------
 
 // y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels of kPanel outputs:
@@ -755,6 +907,11 @@ void decode(const Decoder& d, const Step& s) {
   extern "C" void slipstream_best_##suffix(std::int64_t* places, float* values, float* gaps, const T* logits,              \
                                            std::int64_t row, std::int64_t rows, std::int64_t width) {                      \
     _Pragma("omp parallel") best(places, values, gaps, logits, row, rows, width);                                          \
+  }                                                                                                                        \
+  extern "C" void slipstream_draw_##suffix(std::int64_t* ids, float* noise, float* sums, const T* logits,                  \
+                                           std::int64_t row, std::int64_t rows, std::int64_t width, const Draw* draws,     \
+                                           std::int64_t most) {                                                            \
+    _Pragma("omp parallel") draw(ids, noise, sums, logits, row, rows, width, draws, most);                                 \
   }
 
 EXPORT(float, f32)

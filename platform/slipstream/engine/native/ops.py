@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,8 +15,9 @@ from slipstream.engine.attention import AttentionRules, KVCache
 from slipstream.engine.flat import Layer, Norm, TorchOps, Whole
 from slipstream.engine.linear import LinearGroup
 from slipstream.engine.native.build import library
+from slipstream.engine.noise import noise_key
 from slipstream.engine.plan import PlannedSequence
-from slipstream.engine.sampling import Best
+from slipstream.engine.sampling import Best, Drawn, RowRequest
 from slipstream.engine.stacks import RankStack, bias_of, finish_dora_
 
 LANES = 16  # of a vector: widths are whole multiples
@@ -217,6 +219,33 @@ def best(logits: torch.Tensor) -> Best:
         ids.data_ptr(), values.data_ptr(), gaps.data_ptr(), logits.data_ptr(), logits.stride(0), rows, width
     )
     return Best(ids, values, gaps)
+
+
+class _Draw(ctypes.Structure):
+    _fields_ = (
+        ("key", ctypes.c_uint64), ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("min_p", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+    )  # fmt: skip
+
+
+def draw(logits: torch.Tensor, rows: Sequence[RowRequest], most: int) -> Drawn:
+    """See `Draw`."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    count, width = logits.shape
+    draws = (_Draw * count)(
+        *(
+            _Draw(noise_key(row.params.seed, row.position), row.temperature, p.top_p, p.min_p, max(p.top_k, 0))
+            for row in rows
+            for p in (row.params,)
+        )
+    )
+    ids, noise, sums = torch.empty(count, most, dtype=torch.int64), torch.empty(count, most), torch.empty(count, most)
+    _kernel("draw", logits.dtype)(
+        ids.data_ptr(), noise.data_ptr(), sums.data_ptr(), logits.data_ptr(), logits.stride(0), count, width,
+        ctypes.addressof(draws), most,
+    )  # fmt: skip
+    return Drawn(ids, noise, sums)
 
 
 def member_table(group: LinearGroup, expand: Sequence[torch.Tensor | None]) -> torch.Tensor:
