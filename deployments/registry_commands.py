@@ -65,7 +65,8 @@ def backup(
     """Back the registry up, while it is in use.
 
     Each tenant's records are of one moment. A file that an earlier backup in the same place has already is not copied again.
-    A backup that is broken off does not count as one; run it again. It fails when a file that the registry names is not there.
+    A backup that is broken off does not count as one; run it again. It fails when a file that the registry
+    names is not there.
 
     Example: slipstream registry backup /var/backups/slipstream --keep 14
     """
@@ -228,7 +229,7 @@ def _summary(manifest: Manifest) -> dict[str, object]:
     tenants = manifest.tenants
     return {
         "id": manifest.id,
-        "schema": manifest.schema_,
+        "schema": manifest.schema_version,
         "created_at": f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC",
         "tenants": len(tenants),
         "adapters": sum(each.adapters for each in tenants),

@@ -54,7 +54,7 @@ class BackupPlace:
         elif not folder.is_dir():
             raise BackupInvalid(f"There is no folder {folder}.")
         blobs = ObstoreBlobs.from_url((folder / "blobs").as_uri())
-        return cls(LocalStore(prefix=folder), blobs, is_local=True)
+        return cls(LocalStore(prefix=folder, automatic_cleanup=True), blobs, is_local=True)
 
     async def ids(self) -> Sequence[str]:
         """Of the backups that are whole, oldest first."""
@@ -87,7 +87,7 @@ class BackupPlace:
         """Make a backup of what was written."""
         if self._is_local:
             await asyncio.to_thread(os.sync)  # a power cut must not leave a manifest of what never reached the disk
-        await self.put(_manifest(manifest.id), manifest.model_dump_json(by_alias=True, indent=2).encode())
+        await self.put(_manifest(manifest.id), manifest.model_dump_json(indent=2).encode())
 
     async def put(self, path: str, data: bytes) -> None:
         """Write a file in one step: it is there with all of it, or not at all."""

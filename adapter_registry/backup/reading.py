@@ -57,10 +57,10 @@ class Restore:
         `StoreUnavailable`.
         """
         manifest = await self._place.manifest(id_)
-        if manifest.schema_ > SCHEMA:
+        if manifest.schema_version > SCHEMA:
             raise BackupInvalid(
-                f"This backup has schema {manifest.schema_} and this Slipstream reads schema {SCHEMA}: restore it with the "
-                "version of Slipstream that wrote it, or a newer one."
+                f"This backup has schema {manifest.schema_version} and this Slipstream reads schema {SCHEMA}: restore it "
+                "with the version of Slipstream that wrote it, or a newer one."
             )
         found = await self._room(replace=replace)
         for number, entry in enumerate(manifest.tenants):
@@ -74,7 +74,7 @@ class Restore:
             snapshot = read_snapshot(entry, await self._place.records(manifest.id, entry.tenant))
             await self._write(snapshot)
         await self._look(manifest)
-        await self._data.set_schema(str(manifest.schema_))
+        await self._data.set_schema(str(manifest.schema_version))
         self._tell("tenants written", len(manifest.tenants), len(manifest.tenants))
         return manifest
 

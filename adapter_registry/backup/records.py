@@ -61,7 +61,7 @@ class Manifest(Frozen):
 
     format: int
     id: BackupId
-    schema_: Annotated[int, Field(ge=1, alias="schema")]  # of the registry's data
+    schema_version: Annotated[int, Field(ge=1)]  # of the registry's data
     created_at: datetime
     tenants: tuple[TenantFile, ...]
 

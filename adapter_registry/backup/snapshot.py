@@ -167,7 +167,7 @@ async def take_snapshot(data: RegistryData, tenant: str, seen: Iterable[str]) ->
     Read at one moment by one script: all keys that were seen, and all that what they hold leads to. If that leads to keys
     which were not read, because somebody has just made them, all are read again.
     """
-    keys = {key for key in seen if not key.endswith(_LOGS) and _fate(key) is Fate.KEPT} | _implied(Snapshot(tenant, {}))
+    keys = {key for key in seen if _is_core(key, tenant)} | _implied(Snapshot(tenant, {}))
     while True:
         snapshot = Snapshot(tenant, await data.read(keys))
         more = _implied(snapshot) - keys
@@ -203,6 +203,12 @@ def _implied(snapshot: Snapshot) -> set[str]:
             {snapshot.key(name.replace(f"<{hole}>", value)) for value in holes[hole]} if hole else {snapshot.key(name)}
         )
     return found
+
+
+def _is_core(key: str, tenant: str) -> bool:
+    """Whether it is one of those of a tenant that are read at one moment."""
+    placed = kind_of(key)
+    return placed is not None and (placed.kind.fate, placed.tenant) == (Fate.KEPT, tenant) and not key.endswith(_LOGS)
 
 
 def _fate(key: str) -> Fate | None:

@@ -47,7 +47,7 @@ async def back_up(
         await place.put_records(id_, tenant, file)
         files.append(_entry(snapshot, file))
     tell("tenants", len(tenants), len(tenants))
-    manifest = Manifest(format=FORMAT, id=id_, schema=schema, created_at=started, tenants=tuple(files))
+    manifest = Manifest(format=FORMAT, id=id_, schema_version=schema, created_at=started, tenants=tuple(files))
     await place.finish(manifest)
     return manifest
 
@@ -105,9 +105,10 @@ def _by_tenant(keys: Iterable[str]) -> dict[str, set[str]]:
         elif placed.tenant is not None:
             found[placed.tenant].add(key)
     if unknown:
+        some = ", ".join(sorted(unknown)[:_SHOWN])
         raise BackupIncomplete(
-            f"The registry holds {len(unknown)} keys that this Slipstream does not know ({', '.join(sorted(unknown)[:_SHOWN])}"
-            "): back it up with the version that serves it, or remove them if nothing of Slipstream's wrote them."
+            f"The registry holds {len(unknown)} keys that this Slipstream does not know ({some}): back it up "
+            "with the version that serves it, or remove them if nothing of Slipstream's wrote them."
         )
     return dict(found)
 

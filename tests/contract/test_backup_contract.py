@@ -1,0 +1,542 @@
+"""Backups of real registries, on one server and on a cluster: what comes back is what was there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import redis
+from support.drafts import rows, sha
+from support.registries import NAMES, TENANTS, Registry, fill, registry_at
+from support.s3_server import BUCKET, running_s3
+from typer.testing import CliRunner
+
+import deployments.main  # noqa: F401 - adds its commands
+from adapter_registry.backup.place import BackupPlace
+from adapter_registry.backup.reading import Restore, find_problems, verify
+from adapter_registry.backup.records import FORMAT, Manifest
+from adapter_registry.backup.redis_data import RegistryData
+from adapter_registry.backup.writing import back_up, prune
+from adapter_registry.errors import (
+    BackupIncomplete,
+    BackupInvalid,
+    NotPublished,
+    RegistryNotEmpty,
+    StoreUnavailable,
+)
+from adapter_registry.jobs import PageQuery
+from adapter_registry.migrations import SCHEMA
+from adapter_registry.records import Access, parse_reference, utc_now
+from adapter_registry.redis_connection import RESTORING
+from adapter_registry.redis_jobs import RedisJobs
+from adapter_registry.redis_store import RedisStore
+from adapter_registry.scripts import SCHEMA_KEY
+from slipstream.cli import app
+
+pytestmark = [pytest.mark.redis]
+ONE_SERVER = pytest.mark.parametrize("store_url", ["redis-tcp"], indirect=True)
+EVERYWHERE = pytest.mark.parametrize("store_url", ["redis-tcp", "cluster"], indirect=True)
+
+
+@pytest_asyncio.fixture
+async def registry(store_url: str, tmp_path: Path) -> AsyncIterator[Registry]:
+    """An empty one."""
+    if "+cluster" in store_url:
+        with redis.RedisCluster.from_url(store_url.replace("+cluster", ""), protocol=2) as nodes:
+            nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+    else:
+        with redis.Redis.from_url(store_url, protocol=2) as client:
+            client.flushall()
+    async with registry_at(store_url, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> BackupPlace:
+    return BackupPlace.from_url(str(tmp_path / "backups"), make=True)
+
+
+async def save(registry: Registry, place: BackupPlace) -> Manifest:
+    return await back_up(registry.data, registry.blobs, place)
+
+
+async def bring_back(registry: Registry, place: BackupPlace, **options: Any) -> Manifest:
+    return await Restore(registry.data, registry.blobs, place).run(**options)
+
+
+async def seen(registry: Registry) -> dict[str, Any]:
+    """The registry as its users see it."""
+    found: dict[str, Any] = {"tenants": await registry.store.tenants()}
+    page, today = PageQuery(limit=1000), utc_now().date()
+    for tenant in TENANTS:
+        store = registry.store
+        keys = await store.list_keys(tenant)
+        jobs = (await registry.jobs.list_jobs(tenant, page)).items
+        imports = (await registry.imports.list(tenant, page)).items
+        hooks = await registry.webhooks.list(tenant)
+        found[tenant] = {
+            "adapters": await store.list(tenant),
+            "shared": await store.shared_with(tenant),
+            "moves": {name: await store.alias_moves(tenant, name) for name in NAMES},
+            "keys": [(key, await store.find_key(key.sha256)) for key in keys],
+            "uses": await store.key_uses(tenant),
+            "users": await store.list_users(tenant),
+            "audit": await store.audit_log(tenant, 10_000),
+            "stored": await store.stored_bytes(tenant),
+            "settings": await registry.tenants.get_tenant(tenant)
+            if await registry.data._command("EXISTS", f"slipstream:{{{tenant}}}:settings")
+            else None,
+            "usage": await registry.tenants.usage(tenant, today, today),
+            "files": await registry.jobs.list_files(tenant, page),
+            "jobs": [(job, await registry.jobs.list_events(tenant, job.id, page)) for job in jobs],
+            "imports": [(each, await registry.imports.parts(tenant, each.id)) for each in imports],
+            "webhooks": [(hook, await registry.webhooks.last(tenant, hook.id)) for hook in hooks],
+            "pending": [await registry.webhooks.pending(tenant, hook.id, 1000) for hook in hooks],
+        }
+    found["active"] = [(job.tenant, job.id) for job in await registry.jobs.active()]
+    found["open"] = await registry.imports.open()
+    found["due"] = await registry.imports.due()
+    found["hooked"] = await registry.webhooks.tenants()
+    return found
+
+
+async def usage_end(registry: Registry) -> float:
+    """When a tenant's usage of this month will be forgotten, in ms since the epoch; a fraction of a second may get lost."""
+    keys = [f"slipstream:{{{tenant}}}:usage:{utc_now():%Y-%m}" for tenant in TENANTS]
+    found = [item for key in keys for item in (await registry.data.read([key])).values()]
+    return min(item.expires_at_ms for item in found if item.expires_at_ms is not None)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_comes_back_is_what_was_there(registry: Registry, place: BackupPlace, seed: int) -> None:
+    await fill(registry, seed)
+    assert await find_problems(registry.data, registry.blobs) == []
+    before, items, usage_ends = await seen(registry), await registry.all_items(), await usage_end(registry)
+    manifest = await save(registry, place)
+    assert await seen(registry) == before, "a backup changes nothing"
+    await registry.wipe()
+    assert await bring_back(registry, place) == manifest
+    assert await seen(registry) == before
+    assert await registry.all_items() == items
+    assert abs(await usage_end(registry) - usage_ends) < 1000
+    assert await find_problems(registry.data, registry.blobs) == []
+    for tenant in TENANTS:
+        for adapter in before[tenant]["adapters"]:
+            for version in adapter.versions:
+                for each in (*version.files, *version.attachments):
+                    assert len(await registry.blobs.get_bytes(tenant, each.sha256)) == each.size
+
+
+@ONE_SERVER
+async def test_a_version_that_is_published_after_a_restore_has_a_number_of_its_own(
+    registry: Registry, place: BackupPlace
+) -> None:
+    for content in ("one", "two"):
+        await registry.publish("acme", "sql", content)
+    await registry.store.delete("acme", "sql", 2)
+    await save(registry, place)
+    await registry.wipe()
+    await bring_back(registry, place)
+    assert (await registry.publish("acme", "sql", "three")).version == 3
+
+
+@ONE_SERVER
+async def test_long_keys_go_in_parts(registry: Registry, place: BackupPlace) -> None:
+    await registry.publish("acme", "sql", "one")
+    await registry.store.set_alias("acme", "sql", "prod", 1)
+    move = (await registry.data._command("LRANGE", "slipstream:{acme}:adapter:sql:moves", "0", "0"))[0]
+    fill_up = """for i = 1, 5000 do
+      redis.call('RPUSH', KEYS[1], ARGV[1])
+      redis.call('XADD', KEYS[2], '*', 'by', 'key_' .. i, 'action', 'alias.moved', 'subject', 'sql@prod', 'detail', '')
+      redis.call('HSET', KEYS[3], 'adapter-' .. i, i)
+    end"""
+    keys = [f"slipstream:{{acme}}:{name}" for name in ("adapter:sql:moves", "audit", "numbers")]
+    await registry.data._command("EVAL", fill_up, "3", *keys, move)
+    before = await registry.all_items()
+    await save(registry, place)
+    await registry.wipe()
+    await bring_back(registry, place)
+    assert await registry.all_items() == before
+    assert len(await registry.store.alias_moves("acme", "sql")) == 5001
+    assert len(await registry.store.audit_log("acme", 10_000)) == 5002
+
+
+@ONE_SERVER
+async def test_a_second_backup_copies_only_what_is_new(registry: Registry, place: BackupPlace, tmp_path: Path) -> None:
+    await registry.publish("acme", "sql", "one")
+    first = await save(registry, place)
+    for sha256 in [found async for found in place.blobs.list("acme")]:
+        path = tmp_path / "backups/blobs/acme/blobs" / sha256[:2] / sha256
+        os.utime(path, (1, 1))
+    await registry.publish("acme", "sql", "two")
+    second = await save(registry, place)
+    touched = [
+        path.name for path in (tmp_path / "backups/blobs").rglob("*") if path.is_file() and path.stat().st_mtime > 1
+    ]
+    assert sha("two") in touched
+    assert sha("one") not in touched
+    assert await place.ids() == [first.id, second.id]
+    await registry.wipe()
+    await bring_back(registry, place, id_=first.id)
+    assert [version.version for version in (await registry.store.get("acme", "sql")).versions] == [1]
+
+
+@ONE_SERVER
+async def test_old_backups_go_with_the_blobs_that_only_they_name(registry: Registry, place: BackupPlace) -> None:
+    await registry.publish("acme", "sql", "one")
+    first = await save(registry, place)
+    await registry.publish("acme", "sql", "two")
+    await registry.store.delete("acme", "sql", 1)
+    await place.put_records("20260101T000000.000000Z", "acme", b"broken off")
+    second = await save(registry, place)
+    going, removed = await prune(place, 1)
+    assert list(going) == [first.id, "20260101T000000.000000Z"]
+    assert removed == 3  # weights, card and manifest of the first; the config is in both
+    assert await place.ids() == [second.id]
+    assert await place.unfinished() == []
+    assert await verify(place) == second
+
+
+@ONE_SERVER
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+async def test_without_all_blobs_there_is_no_backup(
+    registry: Registry, place: BackupPlace, tmp_path: Path, harm: str
+) -> None:
+    await registry.publish("acme", "sql", "one")
+    lost = sha("one")
+    path = tmp_path / "registry-blobs/acme/blobs" / lost[:2] / lost
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"eno")
+    with pytest.raises(BackupIncomplete, match=rf"tenant acme .*sql@1 \({harm}\)"):
+        await save(registry, place)
+    assert await place.ids() == []
+    with pytest.raises(BackupInvalid, match="no whole backup"):
+        await bring_back(registry, place)
+    if harm == "missing":
+        [problem] = await find_problems(registry.data, registry.blobs)
+        assert f"sql@1 names blob {lost}" in problem
+
+
+@ONE_SERVER
+async def test_a_registry_with_something_in_it_is_not_filled(registry: Registry, place: BackupPlace) -> None:
+    await registry.publish("acme", "sql", "one")
+    await save(registry, place)
+    await registry.publish("globex", "chat", "two")
+    before = await seen(registry)
+    with pytest.raises(RegistryNotEmpty, match=r"of 2 tenants \(acme, globex\)"):
+        await bring_back(registry, place)
+    assert await seen(registry) == before
+    await bring_back(registry, place, replace=True)
+    assert await registry.store.tenants() == ["acme"]
+
+
+def damage(folder: Path, file: str, change: Any) -> None:
+    [path] = folder.rglob(file)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def changed_manifest(**fields: Any) -> Any:
+    return lambda text: json.dumps({**json.loads(text), **fields}).encode()
+
+
+@ONE_SERVER
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("manifest.json", lambda _: b"{", "manifest.json is damaged"),
+        ("manifest.json", changed_manifest(format=FORMAT + 1), f"format {FORMAT + 1} .* newer"),
+        ("manifest.json", changed_manifest(schema_version=SCHEMA + 1), f"schema {SCHEMA + 1} .* newer"),
+        ("acme.jsonl", lambda text: text.replace(b"acme", b"axme"), "records of acme are not as they were written"),
+        (sha("one"), lambda _: b"eno", r"blob .* \(sql@1\) is missing or damaged"),
+    ],
+    ids=["manifest", "format", "schema", "records", "blob"],
+)
+async def test_what_is_damaged_or_too_new_is_refused_before_anything_is_touched(
+    registry: Registry, place: BackupPlace, tmp_path: Path, file: str, change: Any, said: str
+) -> None:
+    await registry.publish("acme", "sql", "one")
+    await save(registry, place)
+    await registry.publish("acme", "sql", "two")
+    damage(tmp_path / "backups", file, change)
+    before = await registry.all_items()
+    (tmp_path / "registry-blobs/acme/blobs" / sha("one")[:2] / sha("one")).unlink()
+    with pytest.raises(BackupInvalid, match=said):
+        await bring_back(registry, place, replace=True)
+    assert await registry.all_items() == before
+
+
+@ONE_SERVER
+async def test_one_tenants_records_cannot_hold_anothers(registry: Registry, place: BackupPlace, tmp_path: Path) -> None:
+    await registry.publish("acme", "sql", "one")
+    await registry.publish("globex", "sql", "two")
+    manifest = await save(registry, place)
+    records = await place.records(manifest.id, "globex")
+    await place.put_records(manifest.id, "acme", records)
+    stolen = manifest.tenants[1].model_dump() | {"tenant": "acme"}
+    damage(tmp_path / "backups", "manifest.json", changed_manifest(tenants=[stolen]))
+    await registry.wipe()
+    with pytest.raises(BackupInvalid, match="not acme's"):
+        await bring_back(registry, place)
+
+
+@ONE_SERVER
+async def test_blobs_that_are_there_are_read_or_trusted(registry: Registry, place: BackupPlace, tmp_path: Path) -> None:
+    await registry.publish("acme", "sql", "one")
+    await save(registry, place)
+    path = tmp_path / "registry-blobs/acme/blobs" / sha("one")[:2] / sha("one")
+    path.write_bytes(b"eno")
+    await bring_back(registry, place, replace=True, trust_blobs=True)
+    assert path.read_bytes() == b"eno"
+    await bring_back(registry, place, replace=True)
+    assert path.read_bytes() == b"one"
+
+
+@ONE_SERVER
+async def test_an_older_schema_is_kept_by_a_backup_and_brought_up_after_a_restore(
+    registry: Registry, place: BackupPlace
+) -> None:
+    await registry.publish("acme", "sql", "one")
+    stored = await registry.store.stored_bytes("acme")
+    await registry.data.set_schema("1")
+    assert (await save(registry, place)).schema_version == 1
+    assert await registry.data.schema() == "1"
+    await registry.wipe()
+    await bring_back(registry, place)
+    assert await registry.data.schema() == "1"
+    async with registry_at(registry.url, registry.folder) as again:
+        assert await again.store.stored_bytes("acme") == stored
+    assert await registry.data.schema() == str(SCHEMA)
+
+
+@ONE_SERVER
+async def test_what_this_version_does_not_know_is_not_backed_up_by_it(registry: Registry, place: BackupPlace) -> None:
+    await registry.publish("acme", "sql", "one")
+    await registry.data.set_schema(str(SCHEMA + 1))
+    with pytest.raises(BackupIncomplete, match="version that serves it"):
+        await save(registry, place)
+    await registry.data.set_schema(str(SCHEMA))
+    await registry.data._command("SET", "slipstream:{acme}:novelty", "x")
+    with pytest.raises(BackupIncomplete, match=r"slipstream:\{acme\}:novelty"):
+        await save(registry, place)
+
+
+@ONE_SERVER
+async def test_nobody_uses_a_registry_that_is_half_restored(registry: Registry, place: BackupPlace) -> None:
+    await registry.publish("acme", "sql", "one")
+    await save(registry, place)
+    await registry.data.set_schema(RESTORING)
+    async with registry_at(registry.url, registry.folder) as late:
+        with pytest.raises(StoreUnavailable, match="being restored"):
+            await late.store.list("acme")
+    with pytest.raises(BackupIncomplete, match="middle of a restore"):
+        await save(registry, place)
+    await bring_back(registry, place)  # it goes on without being told to replace anything
+    assert await registry.data.schema() == str(SCHEMA)
+
+
+@ONE_SERVER
+async def test_while_others_write_each_backup_is_whole(registry: Registry, tmp_path: Path) -> None:
+    """Publishers, aliases, deletes, sweeps, keys and jobs go on; what was acknowledged before a backup began is in it."""
+    done = asyncio.Event()
+    published: list[int] = []
+
+    async def publisher() -> None:
+        while not done.is_set():
+            version = await registry.publish("acme", "sql", f"weights {len(published)}")
+            published.append(version.version)
+            await registry.store.set_alias("acme", "sql", "prod", version.version, "key_1")
+            if version.version > 5:
+                await registry.store.delete("acme", "sql", version.version - 5)
+
+    async def others(seed: int) -> None:
+        while not done.is_set():
+            await fill(registry, seed, steps=10)
+            seed += 10
+
+    async def sweeper() -> None:
+        while not done.is_set():  # far harder than a gateway, which waits an hour
+            for tenant in await registry.store.tenants():
+                found = await registry.store.begin_sweep(tenant, 0.3)
+                for sha256 in found:
+                    await registry.blobs.delete(tenant, sha256)
+                await registry.store.end_sweep(tenant, found)
+            await asyncio.sleep(0.05)
+
+    tasks = [asyncio.create_task(work) for work in (publisher(), others(100), sweeper())]
+    places: list[tuple[BackupPlace, int]] = []
+    try:
+        for turn in range(4):
+            while len(published) < 5 * (turn + 1):
+                assert not any(task.done() for task in tasks)
+                await asyncio.sleep(0.01)
+            newest = published[-1]
+            places.append((BackupPlace.from_url(str(tmp_path / f"b{turn}"), make=True), newest))
+            await save(registry, places[-1][0])
+    finally:
+        done.set()
+        await asyncio.gather(*tasks)
+    for place, newest in places:
+        await registry.wipe()
+        await bring_back(registry, place)
+        assert await find_problems(registry.data, registry.blobs) == []
+        found = await registry.store.get("acme", "sql")
+        assert found.versions[0].version >= newest
+        assert found.aliases["prod"] in {version.version for version in found.versions}
+        assert (await registry.store.alias_moves("acme", "sql"))[0].version == found.aliases["prod"]
+
+
+@ONE_SERVER
+async def test_a_job_that_ran_is_found_by_the_rounds_and_holds_its_place(
+    registry: Registry, place: BackupPlace
+) -> None:
+    await fill(registry, 3, steps=120)
+    running = [job for job in await registry.jobs.active() if job.attempt]
+    waiting = [job for job in await registry.jobs.active() if not job.attempt]
+    assert running
+    assert waiting
+    await save(registry, place)
+    await registry.wipe()
+    await bring_back(registry, place)
+    async with registry_at(registry.url, registry.folder) as again:
+        assert {job.id for job in await again.jobs.active()} == {job.id for job in (*running, *waiting)}
+        assert await again.jobs.take_slot(running[0], 1)
+        assert not await again.jobs.take_slot(waiting[0], len(running))
+
+
+@ONE_SERVER
+async def test_the_readmes_user_may_back_up_and_restore(registry: Registry, place: BackupPlace) -> None:
+    rights = ["~slipstream:*", "+@read", "+@write", "+@scripting", "+@connection", "+time", "+select"]
+    rights += ["-@admin", "-@dangerous", "+cluster|slots"]
+    await fill(registry, 1)
+    await registry.data._command("ACL", "SETUSER", "slipstream", "on", ">pw", *rights)
+    url = "redis://slipstream:pw@" + registry.url.rpartition("@")[2]
+    before = await registry.all_items()
+    data = RegistryData.from_url(url)
+    try:
+        await back_up(data, registry.blobs, place)
+        await Restore(data, registry.blobs, place).run(replace=True)
+    finally:
+        await data.close()
+    assert await registry.all_items() == before
+
+
+@ONE_SERVER
+async def test_a_bucket_is_a_place_as_well(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_s3() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        place = BackupPlace.from_url(f"s3://{BUCKET}/backups/slipstream")
+        await registry.publish("acme", "sql", "one")
+        before = await registry.all_items()
+        first = await save(registry, place)
+        second = await save(registry, place)
+        await registry.wipe()
+        assert await bring_back(registry, place) == second
+        assert await registry.all_items() == before
+        assert await prune(place, 1) == ([first.id], 0)
+        assert await verify(place) == second
+
+
+@pytest.mark.parametrize("url", ["ftp://host/x", "file://host/x", "/none/such"])
+def test_what_is_no_place_is_refused(url: str) -> None:
+    with pytest.raises(BackupInvalid):
+        BackupPlace.from_url(url)
+
+
+class Shell:
+    """The command, as an operator runs it."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.environment = {
+            "SLIPSTREAM_REDIS_URL": registry.url,
+            "SLIPSTREAM_BLOB_URL": (registry.folder / "registry-blobs").as_uri(),
+            "SLIPSTREAM_HOME": str(registry.folder / "home"),
+        }
+
+    async def __call__(self, *words: str, code: int = 0, **more: str) -> str:
+        """What it printed; in a thread, for it has an event loop of its own."""
+        mask = os.umask(0o022)
+        try:
+            environment = {**self.environment, **more}
+            done = await asyncio.to_thread(CliRunner().invoke, app, ["registry", *words], env=environment)
+        finally:
+            os.umask(mask)
+        assert done.exit_code == code, done.output
+        assert "Traceback" not in done.output
+        return done.output
+
+
+def modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+@ONE_SERVER
+async def test_the_command(registry: Registry, tmp_path: Path) -> None:
+    shell, place = Shell(registry), str(tmp_path / "place")
+    await registry.publish("acme", "sql", "one")
+    await registry.store.set_access("acme", "sql", Access(public=True))
+    before = await registry.all_items()
+    assert "There is no folder" in await shell("list", place, code=1)
+    assert "agree" in await shell("check")
+    assert "1 tenants, 1 adapters, 1 versions, 4 files" in await shell("backup", place)
+    assert modes(Path(place)) == {0o600}
+    assert "Removed 1 older backups" in await shell("backup", place, "--keep", "1")
+    [listed] = json.loads(await shell("list", place, "--json"))
+    assert (listed["tenants"], listed["versions"]) == (1, 1)
+    assert listed["id"] in await shell("verify", place)
+    assert "not empty" in await shell("restore", place, code=1)
+    await registry.wipe()
+    assert "There is no backup '2026'" in await shell("restore", place, "--id", "2026", code=1)
+    assert "Restored" in await shell("restore", place, "--id", listed["id"])
+    assert await registry.all_items() == before
+    await registry.data._command("HSET", "slipstream:{acme}:refs", sha("one"), "7")
+    assert "has 7 references" in await shell("check", code=1)
+    assert "cannot be reached" in await shell("check", code=3, SLIPSTREAM_REDIS_URL="redis://127.0.0.1:1/0")
+    assert "no registry in" in await shell("check", code=3, SLIPSTREAM_REDIS_URL="")
+    shutil.rmtree(Path(place) / "blobs")
+    assert "missing or damaged" in await shell("verify", place, code=1)
+
+
+@ONE_SERVER
+async def test_a_tenant_called_jobs_has_no_hand_in_all_tenants_jobs(registry: Registry) -> None:
+    """Its requests in flight were once written down where all jobs that have not ended are."""
+    await fill(registry, 3)
+    active = await registry.jobs.active()
+    assert active
+    await registry.tenants.admit("jobs", "a request", 1)
+    jobs = RedisJobs.from_url(registry.url)
+    try:
+        assert await jobs.active() == active
+        assert await jobs._command("ZSCORE", "slipstream:{jobs}:active", "a request") is None
+    finally:
+        await jobs.close()
+
+
+@ONE_SERVER
+async def test_files_that_two_records_share_are_counted_twice(registry: Registry, place: BackupPlace) -> None:
+    await registry.put("acme", "same")
+    for _ in range(2):
+        await registry.jobs.add_file(rows("same"))
+    await save(registry, place)
+    await registry.wipe()
+    await bring_back(registry, place)
+    one, two = (await registry.jobs.list_files("acme", PageQuery())).items
+    await registry.jobs.delete_file("acme", one.id)
+    assert await registry.store.begin_sweep("acme", 0) == []
+    await registry.jobs.delete_file("acme", two.id)
+    assert list(await registry.store.begin_sweep("acme", 0)) == [sha("same")]
+    store = RedisStore.from_url(registry.url)
+    with pytest.raises(NotPublished):
+        await store.resolve("acme", parse_reference("sql"))
+    await store.close()
+    assert await registry.data._command("GET", SCHEMA_KEY) == str(SCHEMA)
