@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,10 @@ def flat(value: object) -> Iterator[str]:
             yield getattr(value, field.name)
 
 
-def subclasses(of: type) -> Iterator[type]:
+def subclasses(of: type) -> Iterator[Any]:
     yield of
-    for narrower in of.__subclasses__():
+    below: list[type] = of.__subclasses__()
+    for narrower in below:
         yield from subclasses(narrower)
 
 
