@@ -64,7 +64,7 @@ def records(running: Running) -> dict[str, Any]:
             "adapters": client.get("/v1/adapters").json(),
             "moves": client.get("/v1/adapters/snips/aliases").json()["data"],
             "audit": client.get("/v1/audit", headers=admin).json(),
-            "tenants": client.get("/v1/tenants", headers=admin).json(),
+            "tenant": client.get("/v1/tenants/demo", headers=admin).json(),
             "keys": [{name: value for name, value in key.items() if name != "last_used_at"} for key in keys],
         }
 
@@ -84,7 +84,11 @@ def prepare(running: Running) -> str:
         run("adapters", "push", snips, "--name", "snips", "--label", "task=snips")
         run("adapters", "push", wikisql, "--name", "snips")
         run("adapters", "push", wikisql, "--name", "sql")
-        for body in ({"version": 2}, {"version": 1}, {"version": 1, "split": {"version": 2, "weight": 0.0001, "shadow": True}}):
+        for body in (
+            {"version": 2},
+            {"version": 1},
+            {"version": 1, "split": {"version": 2, "weight": 0.0001, "shadow": True}},
+        ):
             assert client.put("/v1/adapters/snips/aliases/prod", json=body).status_code == 200
         assert client.put("/v1/adapters/snips/aliases/canary", json={"version": 2}).status_code == 200
         assert client.put("/v1/adapters/snips/access", json={"tenants": ["globex"]}).status_code == 200
