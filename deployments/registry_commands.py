@@ -64,7 +64,7 @@ def backup(
 ) -> None:
     """Back the registry up, while it is in use.
 
-    Each tenant's records are of one moment. A file that an earlier backup in the same place has already is not copied again.
+    Each adapter's records are of one moment. A file that an earlier backup in the same place has already is not copied again.
     A backup that is broken off does not count as one; run it again. It fails when a file that the registry
     names is not there.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from adapter_registry.backup.kinds import kind_of
@@ -27,6 +28,7 @@ from adapter_registry.scripts import CHANGES_KEY, PUBLIC_KEY, TENANTS_KEY, Tenan
 from adapter_registry.store import BlobStore
 
 _SHOWN = 5
+_LOOKS = 3
 
 
 class Restore:
@@ -138,7 +140,7 @@ class Restore:
         """Whether what is there now is what the backup says."""
         for entry in manifest.tenants:
             wanted = read_snapshot(entry, await self._place.records(manifest.id, entry.tenant))
-            found = await take_snapshot(self._data, entry.tenant, wanted.items)
+            found = await take_snapshot(self._data, entry.tenant, wanted.items, to_compare=True)
             now_gone = {item.key for item in wanted.kept if item.expires_at_ms is not None}
             missing = [
                 item.key for item in wanted.kept if found.items.get(item.key) != item and item.key not in now_gone
@@ -172,23 +174,35 @@ async def verify(
 
 
 async def find_problems(data: RegistryData, blobs: BlobStore) -> list[str]:
-    """What does not agree in a registry, sentence by sentence; nothing is changed. For one that nobody publishes to now: what
-    somebody is just doing to it may look like a problem only if a blob is on its way out."""
+    """What does not agree in a registry, sentence by sentence; nothing is changed.
+
+    A tenant is not read at one moment, so what somebody is just doing may look like a problem: what is told was seen
+    in each of several looks.
+    """
     seen: defaultdict[str, set[str]] = defaultdict(set)
     for key in await data.keys():
         if (placed := kind_of(key)) and placed.tenant is not None:
             seen[placed.tenant].add(key)
     problems = []
     for tenant in sorted(seen):
-        snapshot = await take_snapshot(data, tenant, seen[tenant])
-        problems += snapshot.problems()
-        there = {sha async for sha in blobs.list(check_name(tenant, "tenant"))}
-        problems += [
-            f"{tenant}: {by[0]} names blob {sha}, which is not in the blob store"
-            for sha, by in sorted(snapshot.named_by.items())
-            if sha not in there
-        ]
+        found = await _problems_of(data, blobs, tenant, seen[tenant])
+        for _ in range(_LOOKS - 1):
+            if found:
+                again = set(await _problems_of(data, blobs, tenant, seen[tenant]))
+                found = [problem for problem in found if problem in again]
+        problems += found
     return problems
+
+
+async def _problems_of(data: RegistryData, blobs: BlobStore, tenant: str, seen: Iterable[str]) -> list[str]:
+    snapshot = await take_snapshot(data, tenant, seen, to_compare=True)
+    there = {sha async for sha in blobs.list(check_name(tenant, "tenant"))}
+    gone = [
+        f"{tenant}: {by[0]} names blob {sha}, which is not in the blob store"
+        for sha, by in sorted(snapshot.named_by.items())
+        if sha not in there
+    ]
+    return [*snapshot.problems(), *gone]
 
 
 async def is_whole(blobs: BlobStore, tenant: str, sha256: str, through: Path) -> bool:

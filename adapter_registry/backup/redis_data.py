@@ -1,4 +1,4 @@
-"""`RegistryData`: the registry's keys as they are, to read them at one moment and to write them back."""
+"""`RegistryData`: the registry's keys as they are, to read some at one moment and to write them back."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from adapter_registry.backup.kinds import KINDS, Fate, KeyType, kind_of
+from adapter_registry.backup.kinds import KINDS, Fate, KeyType, Kind, kind_of
 from adapter_registry.backup.parallel import for_each
 from adapter_registry.backup.records import Item
 from adapter_registry.backup.redis_data import RegistryData
@@ -20,14 +20,17 @@ from adapter_registry.records import Access, utc_now
 from adapter_registry.scripts import PREFIX, lookup_key
 
 _LOGS = (":events", ":events:order", ":checkpoints", ":checkpoints:order")
-_MARKS = ("garbage", "deleting")  # read as well, to see whether they agree with the rest
+_MARKS = ("garbage", "deleting")
+_COUNTED = ("refs", "sizes", *_MARKS)  # read by those who want to see whether they agree with the rest: they are long
+_LAST = ("numbers", "audit")  # read after adapters
+_TENANTS = "{<tenant>}:"
+_ADAPTERS_AT_ONCE = 50  # in one script, for some ms
 _READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A tenant's keys. Everything but API keys' secrets, logs of jobs and the end of the audit log is of one moment; those
-    are of a moment after it, as a crash just then would have left them."""
+    """A tenant's keys, as `take_snapshot` reads them or a backup holds them."""
 
     tenant: str
     items: Mapping[str, Item]
@@ -101,18 +104,18 @@ class Snapshot:
         return {name: Access.model_validate_json(item.entries[0][0]) for name, item in found.items() if item}
 
     def counted(self) -> list[Item]:
-        """References to blobs and their sizes, as they must be."""
+        """References to blobs and their sizes, and the list of adapters, as they must be."""
         refs = tuple(sorted((sha, str(len(by))) for sha, by in self.named_by.items()))
         sizes = {sha: str(size) for sha, size in self.sizes.items()}
         if sizes:
             sizes["total"] = str(sum(self.sizes.values()))
         made = {"refs": refs, "sizes": tuple(sorted(sizes.items()))}
-        return [
-            Item(key=self.key(name), type=KeyType.HASH, entries=entries) for name, entries in made.items() if entries
-        ]
+        names = Item(key=self.key("names"), type=KeyType.SET, entries=tuple((name,) for name in sorted(self.adapters)))
+        hashes = [Item(key=self.key(name), type=KeyType.HASH, entries=entries) for name, entries in made.items()]
+        return [item for item in (names, *hashes) if item.entries]
 
     def problems(self) -> list[str]:
-        """Where records do not agree with each other; none after whatever crash, once what it left was swept."""
+        """Where records do not agree with each other, if it was taken `to_compare`; none after whatever crash."""
         return [
             f"{self.tenant}: {text}"
             for text in (*self._blob_problems(), *self._adapter_problems(), *self._job_problems())
@@ -161,54 +164,71 @@ class Snapshot:
             yield "files are not held by just those jobs that have not ended"
 
 
-async def take_snapshot(data: RegistryData, tenant: str, seen: Iterable[str]) -> Snapshot:
-    """Of a tenant; `seen` are those of its keys that were there a moment ago.
+async def take_snapshot(data: RegistryData, tenant: str, seen: Iterable[str], *, to_compare: bool = False) -> Snapshot:
+    """Of a tenant; `seen` are those of its keys that were there a moment ago; `to_compare` adds what `problems` needs.
 
-    Read at one moment by one script: all keys that were seen, and all that what they hold leads to. If that leads to keys
-    which were not read, because somebody has just made them, all are read again.
+    Each adapter is read at one moment, some of them together, and so is what stands beside adapters: a script that read
+    all of a large tenant would keep Redis waiting. The order makes up for the rest: adapters after jobs and imports, which
+    name what they have made; numbers given and the audit log after adapters, so that neither lacks what is there.
     """
-    keys = {key for key in seen if _is_core(key, tenant)} | _implied(Snapshot(tenant, {}))
+    empty = Snapshot(tenant, {})
+    beside = {key for key in seen if _is_beside(key, tenant)} | _keys_beside(empty)
     while True:
-        snapshot = Snapshot(tenant, await data.read(keys))
-        more = _implied(snapshot) - keys
+        first = Snapshot(tenant, await data.read(beside))
+        more = _keys_beside(first) - beside
         if not more:
             break
-        keys |= more
-    items = dict(snapshot.items)
+        beside |= more  # somebody has just made them
+    items = dict(first.items)
 
-    async def read(later: Sequence[str]) -> None:
-        items.update(await data.read(later))
+    async def read(some: Sequence[str]) -> None:
+        items.update(await data.read(some))
 
-    logs = [[snapshot.key(f"job:{job_id}{log}") for log in _LOGS] for job_id in snapshot.members("jobs")]
-    lookups = [[lookup_key(json.loads(record)["sha256"])] for record in snapshot.hash("keys").values()]
-    await for_each([*logs, *lookups], read, _READ_AT_ONCE)
+    names = first.members("names")
+    some_names = [names[i : i + _ADAPTERS_AT_ONCE] for i in range(0, len(names), _ADAPTERS_AT_ONCE)]
+    await for_each([[key for name in some for key in _keys_of(first, name)] for some in some_names], read, 1)
+    for name in set(names) - Snapshot(tenant, items).adapters.keys():  # deleted meanwhile
+        for key in _keys_of(first, name):
+            items.pop(key, None)
+    logs = [[first.key(f"job:{job_id}{log}") for log in _LOGS] for job_id in first.members("jobs")]
+    lookups = [[lookup_key(json.loads(record)["sha256"])] for record in first.hash("keys").values()]
+    last = [[first.key(name)] for name in (*_LAST, *(_COUNTED if to_compare else ()))]
+    await for_each([*logs, *lookups, *last], read, _READ_AT_ONCE)
     return Snapshot(tenant, items)
 
 
-def _implied(snapshot: Snapshot) -> set[str]:
-    """Keys that must be read at the same moment as these."""
+def _keys_beside(snapshot: Snapshot) -> set[str]:
+    """What stands beside adapters, and is read at one moment."""
     now: datetime = utc_now()
     holes = {
-        "adapter": snapshot.members("names"),
-        "import": snapshot.members("imports:open"),
-        "month": {f"{now + timedelta(days=days):%Y-%m}" for days in (-1, 0, 1)},
+        "<import>": snapshot.members("imports:open"),
+        "<month>": {f"{now + timedelta(days=days):%Y-%m}" for days in (-1, 0, 1)},
     }
     found = set()
     for kind in KINDS:
-        name = kind.name.removeprefix("{<tenant>}:")
-        if name == kind.name or "<job>" in name or (kind.fate is Fate.PASSING and name not in _MARKS):
+        if not _stands_beside(kind):
             continue
-        hole = next((hole for hole in holes if f"<{hole}>" in name), None)
-        found |= (
-            {snapshot.key(name.replace(f"<{hole}>", value)) for value in holes[hole]} if hole else {snapshot.key(name)}
-        )
+        name = kind.name.removeprefix(_TENANTS)
+        hole = next((hole for hole in holes if hole in name), None)
+        found |= {snapshot.key(name.replace(hole, value)) for value in holes[hole]} if hole else {snapshot.key(name)}
     return found
 
 
-def _is_core(key: str, tenant: str) -> bool:
-    """Whether it is one of those of a tenant that are read at one moment."""
+def _stands_beside(kind: Kind) -> bool:
+    name = kind.name.removeprefix(_TENANTS)
+    other = name == kind.name or "<adapter>" in name or "<job>" in name or name in _LAST
+    return not other and (kind.fate is Fate.KEPT or name == "names")
+
+
+def _is_beside(key: str, tenant: str) -> bool:
     placed = kind_of(key)
-    return placed is not None and (placed.kind.fate, placed.tenant) == (Fate.KEPT, tenant) and not key.endswith(_LOGS)
+    return placed is not None and placed.tenant == tenant and _stands_beside(placed.kind)
+
+
+def _keys_of(snapshot: Snapshot, adapter: str) -> list[str]:
+    """Of one adapter, those that are kept."""
+    kept = (kind.name for kind in KINDS if "<adapter>" in kind.name and kind.fate is Fate.KEPT)
+    return [snapshot.key(name.removeprefix(_TENANTS).replace("<adapter>", adapter)) for name in kept]
 
 
 def _fate(key: str) -> Fate | None:

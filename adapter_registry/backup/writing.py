@@ -30,9 +30,9 @@ async def back_up(
 ) -> Manifest:
     """Back the registry up, while it is in use; nothing in it is changed. Returns the manifest.
 
-    Each tenant's records are of one moment; tenants are read one after the other. A blob that `place` has already is not
-    copied again. Raises `BackupIncomplete` when a blob that records name is not in the blob store, and `StoreUnavailable`.
-    Unless this returns there is no backup, whatever was written.
+    Each adapter's records are of one moment; adapters and tenants are read one after the other. A blob that `place` has
+    already is not copied again. Raises `BackupIncomplete` when a blob that records name is not in the blob store, and
+    `StoreUnavailable`. Unless this returns there is no backup, whatever was written.
     """
     schema = await _readable_schema(data)
     seen = _by_tenant(await data.keys())

@@ -23,6 +23,7 @@ from adapter_registry.backup.place import BackupPlace
 from adapter_registry.backup.reading import Restore, find_problems, verify
 from adapter_registry.backup.records import FORMAT, Manifest
 from adapter_registry.backup.redis_data import RegistryData
+from adapter_registry.backup.snapshot import take_snapshot
 from adapter_registry.backup.writing import back_up, prune
 from adapter_registry.errors import (
     BackupIncomplete,
@@ -133,6 +134,48 @@ async def test_what_comes_back_is_what_was_there(registry: Registry, place: Back
             for version in adapter.versions:
                 for each in (*version.files, *version.attachments):
                     assert len(await registry.blobs.get_bytes(tenant, each.sha256)) == each.size
+
+
+@ONE_SERVER
+@pytest.mark.parametrize("seed", range(3))
+async def test_what_was_made_after_the_look_at_all_keys_is_found_by_what_leads_there(
+    registry: Registry, seed: int
+) -> None:
+    await fill(registry, seed)
+    keys = await registry.data.keys()
+    for tenant in TENANTS:
+        unseen, shown = [await take_snapshot(registry.data, tenant, seen) for seen in ((), keys)]
+        assert {key: item.entries for key, item in unseen.items.items()} == {
+            key: item.entries for key, item in shown.items.items()
+        }
+
+
+@ONE_SERVER
+async def test_what_is_deleted_while_a_backup_reads_is_not_half_there(
+    registry: Registry, place: BackupPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        await registry.publish("acme", name, "same")
+        await registry.store.set_alias("acme", name, "prod", 1)
+    read = registry.data.read
+    calls = 0
+
+    async def read_and_delete(keys: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = await read(keys)
+        if calls == 1:  # the list of adapters was read, and they were not
+            await registry.store.delete("acme", "sql")
+        return found
+
+    monkeypatch.setattr(registry.data, "read", read_and_delete)
+    await save(registry, place)
+    monkeypatch.undo()
+    await registry.wipe()
+    await bring_back(registry, place)
+    assert [adapter.name for adapter in await registry.store.list("acme")] == ["a.b-c", "chat"]
+    assert await find_problems(registry.data, registry.blobs) == []
+    assert (await registry.publish("acme", "sql", "new")).version == 2
 
 
 @ONE_SERVER
@@ -346,7 +389,7 @@ async def test_nobody_uses_a_registry_that_is_half_restored(registry: Registry, 
 
 @ONE_SERVER
 async def test_while_others_write_each_backup_is_whole(registry: Registry, tmp_path: Path) -> None:
-    """Publishers, aliases, deletes, sweeps, keys and jobs go on; what was acknowledged before a backup began is in it."""
+    """Publishers, aliases, deletes, keys and jobs go on; what was acknowledged before a backup began is in it."""
     done = asyncio.Event()
     published: list[int] = []
 
@@ -363,16 +406,7 @@ async def test_while_others_write_each_backup_is_whole(registry: Registry, tmp_p
             await fill(registry, seed, steps=10)
             seed += 10
 
-    async def sweeper() -> None:
-        while not done.is_set():  # far harder than a gateway, which waits an hour
-            for tenant in await registry.store.tenants():
-                found = await registry.store.begin_sweep(tenant, 0.3)
-                for sha256 in found:
-                    await registry.blobs.delete(tenant, sha256)
-                await registry.store.end_sweep(tenant, found)
-            await asyncio.sleep(0.05)
-
-    tasks = [asyncio.create_task(work) for work in (publisher(), others(100), sweeper())]
+    tasks = [asyncio.create_task(work) for work in (publisher(), others(100))]
     places: list[tuple[BackupPlace, int]] = []
     try:
         for turn in range(4):
@@ -393,6 +427,27 @@ async def test_while_others_write_each_backup_is_whole(registry: Registry, tmp_p
         assert found.versions[0].version >= newest
         assert found.aliases["prod"] in {version.version for version in found.versions}
         assert (await registry.store.alias_moves("acme", "sql"))[0].version == found.aliases["prod"]
+
+
+@ONE_SERVER
+async def test_what_is_swept_while_its_blobs_are_copied_is_not_missed(
+    registry: Registry, place: BackupPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for content in ("one", "two"):
+        await registry.publish("acme", "sql", content)
+    fetch = registry.blobs.fetch_file
+
+    async def sweep_first(tenant: str, sha256: str, destination: Path) -> None:
+        monkeypatch.undo()
+        await registry.store.delete("acme", "sql", 1)
+        for swept in await registry.store.begin_sweep("acme", 0):  # at once, where a gateway waits an hour
+            await registry.blobs.delete("acme", swept)
+        await fetch(tenant, sha256, destination)
+
+    monkeypatch.setattr(registry.blobs, "fetch_file", sweep_first)
+    manifest = await save(registry, place)
+    assert manifest.tenants[0].versions == 1
+    assert await verify(place) == manifest
 
 
 @ONE_SERVER

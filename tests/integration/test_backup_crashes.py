@@ -1,4 +1,4 @@
-"""kill -9 at every step of a backup and of a restore: no half backup is ever taken for one, and a restore can be begun again."""
+"""kill -9 at every step of a backup and of a restore: half a backup is none, and a restore can be begun again."""
 
 from __future__ import annotations
 

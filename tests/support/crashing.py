@@ -1,7 +1,7 @@
 """Processes that die, or whose Redis dies, at one chosen step of what they do: every step can be chosen.
 
-A step is a command or script sent to Redis, a blob written or removed, or a file of a backup. `Fault(3, "before")` strikes when the third is
-about to happen, `"after"` when it has, before its answer is looked at.
+A step is a command or script sent to Redis, a blob written or removed, or a file of a backup. `Fault(3, "before")` strikes
+when the third is about to happen, `"after"` when it has, before its answer is looked at.
 """
 
 from __future__ import annotations
