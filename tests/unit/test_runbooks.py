@@ -1,4 +1,4 @@
-"""What runbooks tell people to type exists: commands with their options, settings, and the pages and sections they point at."""
+"""What runbooks tell people to type exists: commands with their options, settings, pages and sections."""
 
 from __future__ import annotations
 
