@@ -1,11 +1,10 @@
-"""What a backup costs: how long other requests wait while a tenant's records are read at one moment, and how long backup and
-restore take; a real Redis server, blobs of a few bytes."""
+"""What a backup costs: for how long Redis serves nobody else while it reads, and how long backup and restore take; a real
+Redis server, blobs of a few bytes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -14,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from adapter_registry.backup.parallel import for_each
 from adapter_registry.backup.place import BackupPlace
 from adapter_registry.backup.reading import Restore
 from adapter_registry.backup.records import encode_items
@@ -21,7 +21,7 @@ from adapter_registry.backup.redis_data import RegistryData
 from adapter_registry.backup.snapshot import take_snapshot
 from adapter_registry.backup.writing import back_up
 from adapter_registry.blobs import ObstoreBlobs
-from adapter_registry.records import AdapterDraft, FileEntry, canonical_manifest, parse_reference
+from adapter_registry.records import AdapterDraft, FileEntry, canonical_manifest
 from adapter_registry.redis_store import RedisStore
 from benchmarks.registry import draft
 from benchmarks.report import table
@@ -46,43 +46,22 @@ def small(made: AdapterDraft) -> tuple[AdapterDraft, dict[str, bytes]]:
 
 
 async def fill(store: RedisStore, blobs: ObstoreBlobs | None, adapters: int) -> None:
-    """One tenant with so many adapters, the worst case: one script reads all of them. Without `blobs`, records alone."""
-    for i in range(adapters):
+    """One tenant with so many adapters, the worst case. Without `blobs`, records alone."""
+
+    async def publish(i: int) -> None:
         version, contents = small(draft("acme", f"adapter-{i}", i))
         await store.claim_blobs("acme", version.blob_sha256s)
         if blobs is not None:
             await asyncio.gather(*(blobs.put_bytes("acme", sha, data) for sha, data in contents.items()))
         await store.publish(version)
 
-
-async def longest_wait(store: RedisStore, done: asyncio.Event) -> float:
-    """Milliseconds of the slowest of many requests that come one after the other."""
-    worst = 0.0
-    while not done.is_set():
-        began = time.perf_counter()
-        await store.resolve("acme", parse_reference("adapter-0"))
-        worst = max(worst, 1000 * (time.perf_counter() - began))
-        await asyncio.sleep(0.001)
-    return worst
+    await for_each(range(adapters), publish, 16)
 
 
-async def waiting_process(url: str) -> asyncio.subprocess.Process:
-    """Another client, in a process of its own: it says what its slowest request took when its input ends."""
-    code = "import asyncio, sys; from benchmarks.backups import watch; asyncio.run(watch(sys.argv[1]))"
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(sys.executable, "-c", code, url, stdin=pipe, stdout=pipe)
-
-
-async def watch(url: str) -> None:
-    """Of that process."""
-    store, done = RedisStore.from_url(url, timeout_s=30), asyncio.Event()
-    await store.resolve("acme", parse_reference("adapter-0"))
-    print("ready", flush=True)
-    asker = asyncio.create_task(longest_wait(store, done))
-    await asyncio.to_thread(sys.stdin.read)
-    done.set()
-    print(await asker, flush=True)
-    await store.close()
+async def longest_command(data: RegistryData) -> float:
+    """Milliseconds of the longest one that Redis noted: nobody else is served meanwhile."""
+    noted = await data._command("SLOWLOG", "GET", "128")  # id, when, microseconds …
+    return max((each[2] for each in noted), default=0) / 1000
 
 
 async def measure(url: str, adapters: int) -> list[str]:
@@ -93,20 +72,19 @@ async def measure(url: str, adapters: int) -> list[str]:
         blobs = ObstoreBlobs.from_url((Path(folder) / "blobs").as_uri())
         with_blobs = adapters <= MOST_WITH_BLOBS
         await fill(store, blobs if with_blobs else None, adapters)
-        other = await waiting_process(url)
-        assert other.stdout is not None
-        await other.stdout.readline()
+        await data._command("CONFIG", "SET", "slowlog-log-slower-than", "200")
+        await data._command("SLOWLOG", "RESET")
         began = time.perf_counter()
         snapshot = await take_snapshot(data, "acme", await data.keys())
         read_s = time.perf_counter() - began
-        said, _ = await other.communicate(b"")
+        longest_ms = await longest_command(data)
         times = await timed(data, blobs, Path(folder)) if with_blobs else []
     await store.close()
     await data.close()
     assert len(snapshot.adapters) == adapters
     size = len(encode_items(snapshot.kept)) / 1e6
     shown = [f"{taken:.1f}" for taken in times] or ["–"] * 3
-    return [f"{adapters:,}", f"{size:.1f}", f"{float(said):.0f}", f"{read_s:.1f}", *shown]
+    return [f"{adapters:,}", f"{size:.1f}", f"{longest_ms:.0f}", f"{read_s:.1f}", *shown]
 
 
 async def timed(data: RegistryData, blobs: ObstoreBlobs, folder: Path) -> list[float]:
@@ -135,7 +113,7 @@ def main(
     heads = [
         "adapters",
         "records, MB",
-        "longest wait of another, ms",
+        "longest command, ms",
         "reading, s",
         "first backup, s",
         "second, s",
