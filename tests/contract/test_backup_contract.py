@@ -249,6 +249,20 @@ async def test_old_backups_go_with_the_blobs_that_only_they_name(registry: Regis
 
 
 @ONE_SERVER
+async def test_nothing_is_removed_when_it_is_not_known_what_the_rest_names(
+    registry: Registry, place: BackupPlace, tmp_path: Path
+) -> None:
+    await registry.publish("acme", "sql", "one")
+    first = await save(registry, place)
+    second = await save(registry, place)
+    (tmp_path / f"backups/backups/{second.id}/acme.jsonl").write_text("{")
+    with pytest.raises(BackupInvalid, match="not as they were written"):
+        await prune(place, 1)
+    assert await place.ids() == [first.id, second.id]
+    assert await verify(place, first.id) == first
+
+
+@ONE_SERVER
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
 async def test_without_all_blobs_there_is_no_backup(
     registry: Registry, place: BackupPlace, tmp_path: Path, harm: str
