@@ -282,6 +282,11 @@ async def test_without_all_blobs_there_is_no_backup(
     if harm == "missing":
         [problem] = await find_problems(registry.data, registry.blobs)
         assert f"sql@1 names blob {lost}" in problem
+        again = await registry.publish(
+            "acme", "sql", "one"
+        )  # the runbook's first remedy: the same files, the same version
+        assert again.version == 1
+        assert (await save(registry, place)).tenants[0].versions == 1
 
 
 @ONE_SERVER
