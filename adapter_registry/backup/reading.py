@@ -64,11 +64,12 @@ class Restore:
                 f"This backup has schema {manifest.schema_version} and this Slipstream reads schema {SCHEMA}: restore it "
                 "with the version of Slipstream that wrote it, or a newer one."
             )
-        found = await self._room(replace=replace)
+        await self._room(replace=replace)
         for number, entry in enumerate(manifest.tenants):
             self._tell("tenants read", number, len(manifest.tenants))
             snapshot = read_snapshot(entry, await self._place.records(manifest.id, entry.tenant))
             await self._bring_blobs(snapshot, trust_blobs=trust_blobs)
+        found = await self._room(replace=replace)  # blobs take hours: it may be another's by now
         await self._data.set_schema(RESTORING)
         await for_each(sorted(found), self._data.remove, self._at_once)
         for number, entry in enumerate(manifest.tenants):

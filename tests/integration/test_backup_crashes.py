@@ -151,7 +151,7 @@ def test_redis_dies_in_the_middle_of_a_restore(server: RedisServer, tmp_path: Pa
     steps = site.do(bring_back).steps
     for step in range(steps // 2, steps, steps // 8):
         site.wipe()
-        ending = site.do(bring_back, Fault(step, "after", victim=server.pid))
+        ending = site.do(bring_back, Fault(step, "before", victim=server.pid))
         assert ending.error.startswith("StoreUnavailable"), ending
         server.stop(kill=True)
         server.start()

@@ -7,14 +7,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 from support.drafts import draft, entry, sha
 from support.jobs import file_record, job_record
 
 from adapter_registry.backup.kinds import Fate, kind_of
-from adapter_registry.backup.records import Item
+from adapter_registry.backup.place import BackupPlace
+from adapter_registry.backup.reading import Restore
+from adapter_registry.backup.records import Item, Manifest
 from adapter_registry.backup.redis_data import RegistryData
+from adapter_registry.backup.writing import back_up
 from adapter_registry.blobs import ObstoreBlobs
 from adapter_registry.errors import InUse, NotPublished
 from adapter_registry.imports import IMPORT_PREFIX, ImportFault, ImportRecord
@@ -256,3 +260,13 @@ async def _policy(registry: Registry, chance: random.Random, tenant: str) -> Non
 async def _outcome(registry: Registry, chance: random.Random, tenant: str) -> None:
     watch = Watch(tenant=tenant, name=chance.choice(NAMES), alias="prod")
     await registry.store.note_outcome(watch, chance.randint(1, 3), Outcome(requests=1), f"told {chance.random()}")
+
+
+async def save(registry: Registry, place: BackupPlace) -> Manifest:
+    """Back it up."""
+    return await back_up(registry.data, registry.blobs, place)
+
+
+async def bring_back(registry: Registry, place: BackupPlace, **options: Any) -> Manifest:
+    """Restore it."""
+    return await Restore(registry.data, registry.blobs, place).run(**options)
