@@ -33,3 +33,15 @@ class BlobCorrupt(RegistryError):
 
 class StoreUnavailable(RegistryError):
     """The store (Redis, the bucket) cannot be reached, or did not answer in time."""
+
+
+class BackupInvalid(RegistryError):
+    """There is no whole backup there, or not one that can be read or restored here."""
+
+
+class BackupIncomplete(RegistryError):
+    """The registry cannot be backed up as it is: something that it names is not there, or is not known here."""
+
+
+class RegistryNotEmpty(RegistryError):
+    """A restore would mix with what is there already."""

@@ -29,7 +29,7 @@ async def count_sizes(execute: Execute, tenant: str) -> None:
     keys, sizes = TenantKeys(tenant), dict[str, int]()
     for name in await execute("SMEMBERS", keys.names):
         for envelope in await execute("HVALS", keys.adapter(name).versions):
-            sizes |= _sizes(json.loads(envelope))
+            sizes |= blob_sizes(json.loads(envelope))
     for record in await execute("HVALS", keys.files):
         file = json.loads(record)
         sizes[file["sha256"]] = file["size"]
@@ -39,7 +39,8 @@ async def count_sizes(execute: Execute, tenant: str) -> None:
         await execute("EVAL", recount, 2, keys.refs, keys.sizes, *words)
 
 
-def _sizes(envelope: Mapping[str, Any]) -> dict[str, int]:
+def blob_sizes(envelope: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of every blob that a version refers to, by sha256, from the version as it is stored."""
     record = envelope["record"]
     named = {entry["sha256"]: int(entry["size"]) for entry in (*record["files"], *record["attachments"])}
     manifest = canonical_manifest(FileEntry.model_validate(entry) for entry in record["files"])

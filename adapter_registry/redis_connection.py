@@ -18,6 +18,7 @@ from adapter_registry.errors import StoreUnavailable
 from adapter_registry.migrations import SCHEMA, STEPS
 from adapter_registry.scripts import SCHEMA_KEY, load_script
 
+RESTORING = "restoring"  # instead of a schema's number: the data are not whole, and nobody may read them
 _QUEUE_WAIT_S = 5.0  # for a free connection
 
 
@@ -157,6 +158,11 @@ class RedisConnection:
             execute = self._client.execute_command
             await execute("SET", SCHEMA_KEY, str(SCHEMA), "NX")
             found = str(await execute("GET", SCHEMA_KEY))
+            if found == RESTORING:
+                raise StoreUnavailable(
+                    "The registry is being restored from a backup, or that was broken off: run `slipstream registry restore` "
+                    "to its end."
+                )
             if not found.isdigit() or int(found) > SCHEMA:
                 raise StoreUnavailable(
                     f"The registry's data has schema {found[:20]!r} and this Slipstream reads schema {SCHEMA}: "

@@ -24,8 +24,8 @@ from adapter_registry.scripts import PREFIX, TENANTS_KEY, TenantKeys
 IMPORT_SCRIPTS = ("import_add", "import_part", "import_replace", "list_page")
 _TRIES = 100  # of a compare-and-set: each failure means that somebody else got on
 # Sets of `tenant/id`, of all tenants. Looked at often and by all, so they hold what there is to do and little more.
-_OPEN_KEY = PREFIX + "{imports}:open"
-_DUE_KEY = PREFIX + "{imports}:due"
+OPEN_KEY = PREFIX + "{imports}:open"
+DUE_KEY = PREFIX + "{imports}:due"
 
 
 class _Keys(TenantKeys):
@@ -57,9 +57,9 @@ class RedisImports(RedisConnection, ImportStore):
         if not await self._script("import_add", [keys.imports, keys.import_order, keys.open_imports], args):
             raise too_many()
         # One that a crash leaves out of the indexes is asked for again by its client, or ends with the tenant's next ones.
-        await self._command("SADD", _OPEN_KEY, f"{record.tenant}/{record.id}")
+        await self._command("SADD", OPEN_KEY, f"{record.tenant}/{record.id}")
         if record.is_due:
-            await self._command("SADD", _DUE_KEY, f"{record.tenant}/{record.id}")
+            await self._command("SADD", DUE_KEY, f"{record.tenant}/{record.id}")
 
     async def get(self, tenant: str, import_id: str) -> ImportRecord:
         """Raises `NotPublished`."""
@@ -102,25 +102,25 @@ class RedisImports(RedisConnection, ImportStore):
                 raise has_ended(before)
             after = change(before)
             if after.is_due and not before.is_due:  # first: one that is only there is dropped by the next look at it
-                await self._command("SADD", _DUE_KEY, f"{tenant}/{import_id}")
+                await self._command("SADD", DUE_KEY, f"{tenant}/{import_id}")
             if await self._script("import_replace", places, [import_id, stored, _stored(after), int(after.has_ended)]):
                 if after.has_ended:
-                    for index in (_OPEN_KEY, _DUE_KEY):
+                    for index in (OPEN_KEY, DUE_KEY):
                         await self._command("SREM", index, f"{tenant}/{import_id}")
                 elif after.is_due:
                     await self._command(
-                        "SADD", _DUE_KEY, f"{tenant}/{import_id}"
+                        "SADD", DUE_KEY, f"{tenant}/{import_id}"
                     )  # it may have been dropped just before
                 return after
         raise StoreUnavailable(f"The import {import_id} is being changed by too many at once; try again.")
 
     async def open(self) -> Sequence[ImportRecord]:
         """Every tenant's that have not ended."""
-        return await self._indexed(_OPEN_KEY, lambda record: not record.has_ended)
+        return await self._indexed(OPEN_KEY, lambda record: not record.has_ended)
 
     async def due(self) -> Sequence[ImportRecord]:
         """Those of them that somebody is to work on."""
-        return await self._indexed(_DUE_KEY, lambda record: record.is_due)
+        return await self._indexed(DUE_KEY, lambda record: record.is_due)
 
     async def _indexed(self, index: str, belongs: Callable[[ImportRecord], bool]) -> Sequence[ImportRecord]:
         """The records of an index; what does not belong there any more is dropped from it."""

@@ -33,8 +33,8 @@ JOB_SCRIPTS = ("list_add", "list_page", "file_add", "file_delete", "job_add", "j
 _TRIES = 100  # of a compare-and-set: each failure means that somebody else got on
 _ABANDONED_MS = 60_000  # a job that is in the index and nowhere else: whoever made it died in between
 # These two are about all tenants, so they have a slot of their own; a job is `tenant/id` in them.
-_ACTIVE_KEY = PREFIX + "{jobs}:active"  # zset: job -> ms since when
-_SLOTS_KEY = PREFIX + "{jobs}:slots"  # set: jobs that may run now
+ACTIVE_KEY = PREFIX + "{jobs}:active"  # zset: job -> ms since when
+SLOTS_KEY = PREFIX + "{jobs}:slots"  # set: jobs that may run now
 
 R = TypeVar("R")
 
@@ -97,7 +97,7 @@ class RedisJobs(RedisConnection, JobStore):
         keys = _Keys(job.tenant)
         # The index first: a job that is only there is dropped after a while; one that is missing there never starts.
         await self._command("SADD", TENANTS_KEY, job.tenant)
-        await self._command("ZADD", _ACTIVE_KEY, "NX", str(_now_ms()), _member(job))
+        await self._command("ZADD", ACTIVE_KEY, "NX", str(_now_ms()), _member(job))
         args = [job.id, _stored(job), *job.files]
         if missing := await self._script("job_add", [*keys.jobs, keys.files, keys.file_uses], args):
             raise no_file(missing)
@@ -143,7 +143,7 @@ class RedisJobs(RedisConnection, JobStore):
 
     async def active(self) -> Sequence[JobRecord]:
         """Every tenant's jobs that were not retired, in order of creation."""
-        found = await self._command("ZRANGE", _ACTIVE_KEY, "0", "-1", "WITHSCORES")
+        found = await self._command("ZRANGE", ACTIVE_KEY, "0", "-1", "WITHSCORES")
         jobs = []
         for member, since_ms in zip(found[::2], found[1::2], strict=True):
             tenant, _, job_id = member.partition("/")
@@ -156,7 +156,7 @@ class RedisJobs(RedisConnection, JobStore):
 
     async def take_slot(self, job: JobRecord, limit: int) -> bool:
         """Whether `job` is among the at most `limit` jobs that run at once, now or already."""
-        return bool(await self._script("slot_take", [_SLOTS_KEY], [_member(job), limit]))
+        return bool(await self._script("slot_take", [SLOTS_KEY], [_member(job), limit]))
 
     async def retire(self, job: JobRecord) -> None:
         """The job has ended and its worker is gone: free its slot and leave it out of `active`."""
@@ -164,8 +164,8 @@ class RedisJobs(RedisConnection, JobStore):
 
     async def _forget(self, member: str) -> None:
         # The slot first: a job that is still in the index is retired again, one that is not would keep its slot.
-        await self._command("SREM", _SLOTS_KEY, member)
-        await self._command("ZREM", _ACTIVE_KEY, member)
+        await self._command("SREM", SLOTS_KEY, member)
+        await self._command("ZREM", ACTIVE_KEY, member)
 
     async def _read(self, tenant: str, job_id: str) -> str:
         found = await self._command("HGET", _Keys(tenant).jobs[0], job_id)

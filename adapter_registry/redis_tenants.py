@@ -37,7 +37,7 @@ class _Keys(TenantKeys):
         super().__init__(tenant)
         base = f"{PREFIX}{{{check_name(tenant, 'tenant')}}}:"
         self.rates = base + "rates"  # hash: requests, tokens = what is left of a minute's; …:at = ms when that was so
-        self.active = base + "active"  # zset: running request -> ms when its lease ends
+        self.active = base + "running"  # zset: running request -> ms when its lease ends
         self.settled = base + "settled"  # zset: request -> ms
         self._usage = base + "usage:"
 

@@ -18,7 +18,7 @@ from adapter_registry.webhooks import (
 )
 
 WEBHOOK_SCRIPTS = ("webhook_add", "webhook_set", "lease")
-_HOOKED_KEY = PREFIX + "{webhooks}:tenants"  # set: tenants that have some, and perhaps some that had
+HOOKED_KEY = PREFIX + "{webhooks}:tenants"  # set: tenants that have some, and perhaps some that had
 
 
 class _Keys(TenantKeys):
@@ -43,11 +43,11 @@ class RedisWebhooks(RedisConnection, WebhookStore):
         keys = _Keys(webhook.tenant)
         # The index first: one that is missing there would never be told anything.
         await self._command("SADD", TENANTS_KEY, webhook.tenant)
-        await self._command("SADD", _HOOKED_KEY, webhook.tenant)
+        await self._command("SADD", HOOKED_KEY, webhook.tenant)
         args: list[str | int] = [webhook.id, webhook.model_dump_json(), MAX_WEBHOOKS]
         if not await self._script("webhook_add", [keys.webhooks, keys.places, keys.audit], args):
             raise too_many_webhooks()
-        await self._command("SADD", _HOOKED_KEY, webhook.tenant)  # it may have been dropped just before
+        await self._command("SADD", HOOKED_KEY, webhook.tenant)  # it may have been dropped just before
 
     async def list(self, tenant: str) -> Sequence[WebhookRecord]:
         """Oldest first."""
@@ -65,10 +65,10 @@ class RedisWebhooks(RedisConnection, WebhookStore):
 
     async def tenants(self) -> Sequence[str]:
         """Those that have webhooks, and perhaps some that had."""
-        found = sorted(await self._command("SMEMBERS", _HOOKED_KEY))
+        found = sorted(await self._command("SMEMBERS", HOOKED_KEY))
         gone = [tenant for tenant in found if not await self._command("EXISTS", _Keys(tenant).webhooks)]
         if gone:
-            await self._command("SREM", _HOOKED_KEY, *gone)
+            await self._command("SREM", HOOKED_KEY, *gone)
         return [tenant for tenant in found if tenant not in gone]
 
     async def lease(self, tenant: str, holder: str, seconds: float) -> bool:

@@ -7,6 +7,7 @@ import typer
 from benchmarks import (
     ablations,
     adapters,
+    backups,
     drafts,
     engine,
     gpu,
@@ -33,6 +34,7 @@ app.command("http")(http.main)
 app.command("replay")(replay.main)
 app.command("ranks")(ranks.main)
 app.command("registry")(registry.main)
+app.command("backups")(backups.main)
 app.command("routing")(routing.compare)
 app.command("routing-cost")(routing.cost)
 app.command("scaling")(scaling.compare)

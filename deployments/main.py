@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from deployments import registry_commands
 from slipstream.cli import app
 from slipstream.cli.train import use_workers
 from slipstream.errors import ServerError
@@ -25,6 +26,7 @@ def _on_ray(config: TrainingConfig) -> Fit:
 
 
 use_workers(_on_ray)
+app.add_typer(registry_commands.app, name="registry")
 
 
 @app.command()

