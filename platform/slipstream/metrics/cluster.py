@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from prometheus_client.core import Metric
 
+from slipstream.cluster.scaling import Cause
 from slipstream.cluster.view import ModelView
 from slipstream.metrics.catalogue import counter_family, gauge_family
 
@@ -23,7 +25,6 @@ def cluster_families(models: Sequence[ModelView]) -> Iterator[Metric]:
         steady = view.scaling.steady
         desired.add_metric([view.model], view.min_replicas if steady is None else steady.after)
         most.add_metric([view.model], view.max_replicas)
-        for key, count in view.scaling.counts.items():
-            direction, _, cause = key.partition("/")
-            decisions.add_metric([view.model, direction, cause], count)
+        for direction, cause in product(("up", "down"), Cause):
+            decisions.add_metric([view.model, direction, cause], view.scaling.counts.get(f"{direction}/{cause}", 0))
     yield from (states, desired, most, decisions)
