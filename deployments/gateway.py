@@ -59,7 +59,11 @@ class Gateway:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this in the replica's own event loop, after the constructor."""
         plan, redis_url = self._plan, self._plan.redis_url.get_secret_value()
-        store, jobs, tenants = RedisStore.from_url(redis_url), RedisJobs.from_url(redis_url), RedisTenants.from_url(redis_url)
+        store, jobs, tenants = (
+            RedisStore.from_url(redis_url),
+            RedisJobs.from_url(redis_url),
+            RedisTenants.from_url(redis_url),
+        )
         imports, webhooks = RedisImports.from_url(redis_url), RedisWebhooks.from_url(redis_url)
         connections = (store, jobs, tenants, imports, webhooks)
         app = serve.get_replica_context().app_name  # not always ours: `serve run` calls it "default"

@@ -90,11 +90,16 @@ async def test_any_gateway_counts_for_all_processes(world: Platform, load: Load)
     for before, after in pairwise(counters):
         assert before.items() <= {series: min(value, before.get(series, 0)) for series, value in after.items()}.items()
     last = pages[-1]
-    asked = {labels["replica"] for labels, _ in of(last, "slipstream_http_requests_total") if labels["route"] == "/metrics"}
+    asked = {
+        labels["replica"] for labels, _ in of(last, "slipstream_http_requests_total") if labels["route"] == "/metrics"
+    }
     assert len(asked) == 2, "both gateways were asked"
     up = Counter((labels["role"], labels["model"]) for labels, value in of(last, "slipstream_replica_up") if value)
     assert up == {("gateway", ""): 2, ("engine", WIDE): 2, ("engine", SPLIT): 1}
-    assert {(labels["model"], value) for labels, value in of(last, "slipstream_engine_ranks_up")} == {(WIDE, 1), (SPLIT, 2)}
+    assert {(labels["model"], value) for labels, value in of(last, "slipstream_engine_ranks_up")} == {
+        (WIDE, 1),
+        (SPLIT, 2),
+    }
     assert sum(value for _, value in of(last, "slipstream_adapter_drafts_judged_total")) > 0
 
 
@@ -112,7 +117,9 @@ async def test_a_replica_that_hangs_is_down_and_hides_no_other(world: Platform, 
     steps = {labels["replica"] for labels, _ in of(page, "slipstream_engine_steps_total")}
     assert stuck["replica"] not in steps
     assert other["replica"] in steps
-    assert {labels["replica"] for labels, _ in of(before, "slipstream_engine_steps_total")} == steps | {stuck["replica"]}
+    assert {labels["replica"] for labels, _ in of(before, "slipstream_engine_steps_total")} == steps | {
+        stuck["replica"]
+    }
 
 
 @needs_prometheus

@@ -78,6 +78,7 @@ MODEL = 'model=~"$model"'
 REPLICA = 'model=~"$model",replica=~"$replica"'
 ADAPTER = 'model=~"$model",adapter=~"$adapter"'
 TENANT = 'tenant=~"$tenant"'
+FAILED, IN_TIME, FIRST = 'outcome="failed"', 'le="2.5"', 'position="1"'
 
 OVERVIEW = Board(
     "slipstream-overview",
@@ -92,14 +93,13 @@ OVERVIEW = Board(
                 Number(
                     "Failed calls",
                     "percentunit",
-                    f"{rate('requests_total', where=MODEL + ',outcome=' + chr(34) + 'failed' + chr(34))} / "
-                    f"{rate('requests_total', where=MODEL)}",
+                    f"{rate('requests_total', where=f'{MODEL},{FAILED}')} / {rate('requests_total', where=MODEL)}",
                     "Ours, not the callers'. The objective is 0.1% over a month.",
                 ),
                 Number(
                     "First token within 2.5 s",
                     "percentunit",
-                    f"{rate('time_to_first_token_seconds_bucket', where=MODEL + ',le=' + chr(34) + '2.5' + chr(34))} / "
+                    f"{rate('time_to_first_token_seconds_bucket', where=f'{MODEL},{IN_TIME}')} / "
                     f"{rate('time_to_first_token_seconds_count', where=MODEL)}",
                     "Streams. The objective is 95% over a month.",
                 ),
@@ -111,8 +111,16 @@ OVERVIEW = Board(
         Row(
             "Callers",
             [
-                Plot("Calls by outcome", "reqps", [(rate("requests_total", "outcome", MODEL), "{{outcome}}")], "", True),
+                Plot(
+                    "Calls by outcome", "reqps", [(rate("requests_total", "outcome", MODEL), "{{outcome}}")], "", True
+                ),
                 Plot("HTTP answers by status", "reqps", [(rate("http_requests_total", "status", CALLS), "{{status}}")]),
+                Plot(
+                    "Broken streams",
+                    "reqps",
+                    [(rate("broken_streams_total", "model", MODEL), "{{model}}")],
+                    "After their 200.",
+                ),
                 Plot(
                     "Refused with 429",
                     "reqps",
@@ -264,8 +272,8 @@ TENANTS = Board(
                     [
                         (
                             f"sum by (tenant, name, version) ({rate('adapter_requests_total', 'adapter')} * on (adapter) "
-                            "group_left (tenant, name, version) topk by (adapter) (1, max by (adapter, tenant, name, version) "
-                            f"(slipstream_adapter_info{{{TENANT}}})))",
+                            "group_left (tenant, name, version) topk by (adapter) (1, "
+                            f"max by (adapter, tenant, name, version) (slipstream_adapter_info{{{TENANT}}})))",
                             "{{tenant}}/{{name}}@{{version}}",
                         )
                     ],

@@ -5,6 +5,7 @@ Grafana's own builders check the shape of every panel; queries are checked again
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
@@ -41,10 +42,11 @@ def build(board: Board) -> str:
     )
     for name, metric in board.variables.items():
         made = made.with_variable(_variable(name, metric, board))
+    numbers = count(1)
     for row in board.rows:
-        made = made.with_row(dashboard.Row(row.title))
+        made = made.with_row(dashboard.Row(row.title).id(next(numbers)))
         for panel in row.panels:
-            made = made.with_panel(_panel(panel))
+            made = made.with_panel(_panel(panel).id(next(numbers)))
     return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
 
 

@@ -68,13 +68,13 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(scrape: Mapping[str, Any], *, rules: bool = True) -> Iterator[Prometheus]:
-    """One that scrapes as told (one entry of `scrape_configs`), until it is ready."""
+def running_prometheus(*scrapes: Mapping[str, Any], rules: bool = True) -> Iterator[Prometheus]:
+    """One that scrapes as told (entries of `scrape_configs`), when it is ready. It finds its targets some seconds later."""
     with tempfile.TemporaryDirectory(prefix="slip-prometheus-") as name:
         folder = Path(name)
         page = {
             "global": {"scrape_interval": f"{int(INTERVAL_S * 1000)}ms", "evaluation_interval": "1s"},
-            "scrape_configs": [scrape],
+            "scrape_configs": list(scrapes),
             "rule_files": [str(write_rules(folder / "rules.yaml"))] if rules else [],
         }
         config, port = folder / "prometheus.yaml", free_port()

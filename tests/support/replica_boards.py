@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.boards import ADAPTER, MODEL, REPLICA, Board, Plot, Row, Rows, latencies, quantile, rate
+from support.boards import ADAPTER, FIRST, MODEL, REPLICA, Board, Plot, Row, Rows, latencies, quantile, rate
 
 ADAPTERS = Board(
     "slipstream-adapter",
@@ -70,8 +70,8 @@ ADAPTERS = Board(
                     "percentunit",
                     [
                         (
-                            f"{rate('adapter_drafts_accepted_total', 'adapter', ADAPTER + ',position=' + chr(34) + '1' + chr(34))} / "
-                            f"{rate('adapter_drafts_judged_total', 'adapter', ADAPTER + ',position=' + chr(34) + '1' + chr(34))}",
+                            f"{rate('adapter_drafts_accepted_total', 'adapter', f'{ADAPTER},{FIRST}')} / "
+                            f"{rate('adapter_drafts_judged_total', 'adapter', f'{ADAPTER},{FIRST}')}",
                             "{{adapter}}",
                         )
                     ],
@@ -142,22 +142,23 @@ REPLICAS = Board(
                     "s",
                     [(f"slipstream_engine_oldest_wait_seconds{{{REPLICA}}}", "{{replica}}")],
                 ),
+                Plot(
+                    "Sequences that come",
+                    "short",
+                    [(rate("engine_sequences_total", "replica", REPLICA), "{{replica}}")],
+                    "A second.",
+                ),
                 Plot("Steps", "short", [(rate("engine_steps_total", "replica", REPLICA), "{{replica}}")], "A second."),
                 latencies("Step", "engine_step_duration_seconds", REPLICA, "The model's part."),
                 Plot(
                     "Batch",
                     "short",
-                    [
-                        (quantile(q, "engine_batch_sequences", REPLICA), f"p{q * 100:g} sequences")
-                        for q in (0.5, 0.95)
-                    ],
+                    [(quantile(q, "engine_batch_sequences", REPLICA), f"p{q * 100:g} sequences") for q in (0.5, 0.95)],
                 ),
                 Plot(
                     "Token budget",
                     "percentunit",
-                    [
-                        (quantile(q, "engine_budget_fill_ratio", REPLICA), f"p{q * 100:g}") for q in (0.5, 0.95)
-                    ],
+                    [(quantile(q, "engine_budget_fill_ratio", REPLICA), f"p{q * 100:g}") for q in (0.5, 0.95)],
                     "Rows of a step, of those that there might be.",
                 ),
                 Plot(
@@ -196,7 +197,12 @@ REPLICAS = Board(
                 Plot(
                     "Adapters",
                     "short",
-                    [(f"sum by (replica, residency) (slipstream_engine_adapters{{{REPLICA}}})", "{{replica}} {{residency}}")],
+                    [
+                        (
+                            f"sum by (replica, residency) (slipstream_engine_adapters{{{REPLICA}}})",
+                            "{{replica}} {{residency}}",
+                        )
+                    ],
                 ),
                 Plot(
                     "Adapter evictions",

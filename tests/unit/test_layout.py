@@ -38,7 +38,17 @@ RULES = (
     Rule("slipstream.adapters", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.engine")),
     *(
         Rule(f"slipstream.engine.{name}", ("torch", "transformers", "numpy"))
-        for name in ("scheduler", "blocks", "prefixes", "leases", "residency", "sequence", "plan", "waiting", "observer")
+        for name in (
+            "scheduler",
+            "blocks",
+            "prefixes",
+            "leases",
+            "residency",
+            "sequence",
+            "plan",
+            "waiting",
+            "observer",
+        )
     ),
     Rule("slipstream.protocol", ("torch", "ray", "redis", "fastapi", "pydantic")),
     Rule("slipstream.config", ("torch", "ray", "redis", "fastapi")),

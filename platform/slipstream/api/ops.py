@@ -61,7 +61,7 @@ def _check_key(authorization: str, services: ApiServices) -> None:
     scheme, _, key = authorization.partition(" ")
     sent = hash_key(key.strip())
     known = [each for each in (services.admin_key_sha256, services.metrics_key_sha256) if each is not None]
-    if scheme.lower() != "bearer" or not any([hmac.compare_digest(sent, each) for each in known]):
+    if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, each) for each in known):
         raise Unauthorized("This key does not open the metrics. Send the metrics key or the admin key, or none.")
 
 

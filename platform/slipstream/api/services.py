@@ -54,6 +54,8 @@ class ApiServices:
     outage_cache_s: float = 300.0  # how long known keys and names go on working while the registry is away
     sweep_every_s: float = 600.0  # between two looks for blobs that nothing refers to
     sweep_grace_s: float = 3600.0  # how long such a blob is kept: longer than any upload takes
-    metrics_key_sha256: str | None = None  # of a key that shows the metrics that name tenants and adapters, and nothing else
+    metrics_key_sha256: str | None = (
+        None  # of a key that shows the metrics that name tenants and adapters, and nothing else
+    )
     registry_failures: Callable[[], int] = lambda: 0  # commands that the registry did not answer, so far
     clock: Callable[[], float] = time.monotonic

@@ -97,7 +97,9 @@ SPECS: tuple[Spec, ...] = (
     _gateway("drafted_tokens_total", _C, "model", "Draft tokens of finished choices."),
     _gateway("accepted_tokens_total", _C, "model", "Of these, tokens that were right."),
     # -- whose
-    _gateway("adapter_requests_total", _C, "model adapter outcome", "Calls of an adapter; the busiest 20, and `other`."),
+    _gateway(
+        "adapter_requests_total", _C, "model adapter outcome", "Calls of an adapter; the busiest 20, and `other`."
+    ),
     _gateway("adapter_completion_tokens_total", _C, "model adapter", "Answer tokens of an adapter."),
     _gateway(
         "adapter_time_to_first_token_seconds", _S, "model adapter", "Sum and count: the mean of an adapter's streams."
@@ -162,7 +164,9 @@ SPECS: tuple[Spec, ...] = (
     _engine("engine_ranks", _G, "", "Processes that share the replica."),
     _engine("engine_ranks_up", _G, "", "Of these, processes that answered at the scrape."),
     # -- the cluster
-    _cluster("replica_up", _G, "role model replica", "1 when a replica answered the scrape; 0 when Serve says it runs."),
+    _cluster(
+        "replica_up", _G, "role model replica", "1 when a replica answered the scrape; 0 when Serve says it runs."
+    ),
     _cluster("replicas", _G, "model state", "Engine replicas by Serve's state: `running`, `starting`, …"),
     _cluster("replicas_desired", _G, "model", "Engine replicas that there are to be."),
     _cluster("replicas_max", _G, "model", "Engine replicas that there may be."),

@@ -13,10 +13,11 @@ from support.metrics_page import Series, families, of, parse, total
 from adapter_registry.errors import StoreUnavailable
 from adapter_registry.keys import hash_key
 from adapter_registry.limits import Quota
-from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts
 from adapter_registry.records import utc_now
+from adapter_registry.tenants import Settlement, TenantRecord, UsageCounts
 from slipstream.errors import EngineFailed, Overloaded, Unavailable
 from slipstream.metrics.catalogue import SPECS, Source
+from slipstream.metrics.gateway import Surroundings
 from slipstream.metrics.pages import Process
 from slipstream.testing import FakeAnswer
 
@@ -63,7 +64,9 @@ async def test_requests_and_tokens(world: ApiWorld, http: httpx.AsyncClient) -> 
 
 async def test_every_metric_of_a_gateway_and_the_cluster_has_a_place(world: ApiWorld, http: httpx.AsyncClient) -> None:
     version = await world.publish("sql")
-    await world.tenants.put_tenant(TenantRecord(tenant="demo", quota=Quota(tokens_per_minute=1000, requests_per_minute=1)))
+    await world.tenants.put_tenant(
+        TenantRecord(tenant="demo", quota=Quota(tokens_per_minute=1000, requests_per_minute=1))
+    )
     await complete(http, model="sql", stream=True)
     assert (await complete(http, model="sql")).status_code == 429
     page = await page_of(world)
@@ -74,7 +77,13 @@ async def test_every_metric_of_a_gateway_and_the_cluster_has_a_place(world: ApiW
         if spec is not None:
             assert {label for label, _ in labels} - {"le"} == set(spec.all_labels), name
     (info,) = [labels for labels, _ in of(page, "slipstream_adapter_info")]
-    assert info == {"replica": "gateway", "adapter": version.digest[7:19], "tenant": "demo", "name": "sql", "version": "1"}
+    assert info == {
+        "replica": "gateway",
+        "adapter": version.digest[7:19],
+        "tenant": "demo",
+        "name": "sql",
+        "version": "1",
+    }
 
 
 async def test_calls_by_adapter_and_tenant(world: ApiWorld, http: httpx.AsyncClient) -> None:
@@ -132,17 +141,11 @@ async def test_other_processes_are_on_the_page(world: ApiWorld, http: httpx.Asyn
     await complete(http)
     peers = world.app.state.runtime.services.peers
     other = ApiWorld(world.upload_dir)
-    peers.others = [other.app.state.runtime.metrics.page(Process("other"), surroundings())]
+    peers.others = [other.app.state.runtime.metrics.page(Process("other"), Surroundings())]
     peers.silent = [Process("stuck")]
     page = await page_of(world)
     up = {labels["replica"]: value for labels, value in of(page, "slipstream_replica_up")}
     assert up == {"gateway": 1, "other": 1, "stuck": 0, f"{BASE}-0": 1}
-
-
-def surroundings() -> Any:
-    from slipstream.metrics.gateway import Surroundings
-
-    return Surroundings()
 
 
 async def test_uploads_are_counted_by_how_they_end(world: ApiWorld, http: httpx.AsyncClient, tmp_path: Path) -> None:

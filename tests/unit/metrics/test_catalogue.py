@@ -32,4 +32,6 @@ def test_names_are_different() -> None:
 
 def test_the_documentation_has_this_table() -> None:
     page = (ROOT / "docs" / "operations" / "metrics.md").read_text(encoding="utf-8")
-    assert metrics_table() in page, "write it anew: python -c 'from slipstream.metrics.catalogue import *; print(metrics_table())'"
+    assert metrics_table() in page, (
+        "write it anew: python -c 'from slipstream.metrics.catalogue import *; print(metrics_table())'"
+    )

@@ -37,7 +37,7 @@ def test_each_process_keeps_its_own_samples() -> None:
 
 def test_a_page_travels() -> None:
     page = gateway(ONE, 2)
-    assert render([pickle.loads(pickle.dumps(page))], (), (), names=True) == render([page], (), (), names=True)  # noqa: S301
+    assert render([pickle.loads(pickle.dumps(page))], (), (), names=True) == render([page], (), (), names=True)
 
 
 def test_without_a_key_nobody_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +72,7 @@ def test_names_change_hands_once_a_minute_at_most(events: list[str | float]) -> 
         else:
             world.use(event)
     times = [at for at, _ in world.forgotten]
-    assert all(later - earlier >= 60.0 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 60.0 for earlier, later in pairwise(times))
 
 
 def test_while_there_is_room_everybody_has_a_name() -> None:
