@@ -12,12 +12,14 @@ from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat,
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement, StackingMode
 from grafana_foundation_sdk.models.dashboard import (
+    DashboardLinkType,
     DataSourceRef,
     VariableHide,
     VariableOption,
     VariableRefresh,
     VariableSort,
 )
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from support.boards import MODEL, OVERVIEW, TENANTS, Board, Number, Plot, Rows
 from support.replica_boards import ADAPTERS, REPLICAS
 
@@ -37,7 +39,12 @@ def build(board: Board) -> str:
         .refresh("30s")
         .time("now-3h", "now")
         .timezone("browser")
-        .link(dashboard.DashboardLink("Slipstream").type("dashboards").tags(["slipstream"]).as_dropdown(True))
+        .link(
+            dashboard.DashboardLink("Slipstream")
+            .type(DashboardLinkType.DASHBOARDS)
+            .tags(["slipstream"])
+            .as_dropdown(True)
+        )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     )
     for name, metric in board.variables.items():
@@ -88,7 +95,7 @@ def _panel(panel: Plot | Number | Rows) -> timeseries.Panel | stat.Panel | table
             .datasource(SOURCE)
             .height(PLOT_HEIGHT)
             .span(8)
-            .with_target(prometheus.Dataquery().expr(panel.query).instant().format("table"))
+            .with_target(prometheus.Dataquery().expr(panel.query).instant().format(PromQueryFormat.TABLE))
         )
     made = (
         timeseries.Panel()
