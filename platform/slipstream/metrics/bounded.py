@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from slipstream.metrics.catalogue import counter_family, spec_of
+from slipstream.metrics.catalogue import counter_family, spec_of, summary_family
 from slipstream.metrics.top import TopLabels
 
 
@@ -48,8 +48,8 @@ class BoundedSummary(Collector):
     """Sum and count, likewise."""
 
     def __init__(self, name: str, bounded: str, top: TopLabels, registry: CollectorRegistry) -> None:
-        self._spec, self._top = spec_of(name), top
-        self._place = self._spec.labels.index(bounded)
+        self._name, self._top = name, top
+        self._place = spec_of(name).labels.index(bounded)
         self._counts: defaultdict[str, dict[tuple[str, ...], tuple[int, float]]] = defaultdict(dict)
         top.on_forget(lambda label: self._counts.pop(label, None))
         registry.register(self)
@@ -60,12 +60,9 @@ class BoundedSummary(Collector):
         count, total = counts.get(others, (0, 0.0))
         counts[others] = (count + 1, total + amount)
 
-    def _family(self) -> SummaryMetricFamily:
-        return SummaryMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
-
     def collect(self) -> Iterator[SummaryMetricFamily]:
         """For the registry."""
-        family = self._family()
+        family = summary_family(self._name)
         for label, counts in list(self._counts.items()):
             for others, (count, total) in list(counts.items()):
                 family.add_metric([*others[: self._place], label, *others[self._place :]], count, total)
@@ -73,4 +70,4 @@ class BoundedSummary(Collector):
 
     def describe(self) -> Iterator[SummaryMetricFamily]:
         """What `collect` will give."""
-        yield self._family()
+        yield summary_family(self._name)

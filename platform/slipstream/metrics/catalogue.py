@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -197,22 +197,10 @@ def counter(name: str, registry: CollectorRegistry) -> Counter:
     return Counter(spec.name, spec.help, spec.labels, registry=registry)
 
 
-def gauge(name: str, registry: CollectorRegistry) -> Gauge:
-    """In a registry."""
-    spec = _made(name, Kind.GAUGE)
-    return Gauge(spec.name, spec.help, spec.labels, registry=registry)
-
-
 def histogram(name: str, registry: CollectorRegistry) -> Histogram:
     """In a registry."""
     spec = _made(name, Kind.HISTOGRAM)
     return Histogram(spec.name, spec.help, spec.labels, registry=registry, buckets=spec.buckets)
-
-
-def summary(name: str, registry: CollectorRegistry) -> Summary:
-    """In a registry."""
-    spec = _made(name, Kind.SUMMARY)
-    return Summary(spec.name, spec.help, spec.labels, registry=registry)
 
 
 def counter_family(name: str) -> CounterMetricFamily:
@@ -225,6 +213,12 @@ def gauge_family(name: str) -> GaugeMetricFamily:
     """Empty, for a collector to fill."""
     spec = _made(name, Kind.GAUGE)
     return GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
+
+
+def summary_family(name: str) -> SummaryMetricFamily:
+    """Empty, for a collector to fill."""
+    spec = _made(name, Kind.SUMMARY)
+    return SummaryMetricFamily(spec.name, spec.help, labels=spec.labels)
 
 
 def metrics_table() -> str:

@@ -35,9 +35,9 @@ class TopLabels:
         self._names: dict[str, str] = {}  # value → label
         self._scores: dict[str, tuple[float, float]] = {}  # value → uses, as of when
         self._swapped = -swap_every_s
-        self._forgetters: list[Callable[[str], None]] = []
+        self._forgetters: list[Callable[[str], object]] = []
 
-    def on_forget(self, forget: Callable[[str], None]) -> None:
+    def on_forget(self, forget: Callable[[str], object]) -> None:
         """Have `forget` called with each label that is given up: its series must go."""
         self._forgetters.append(forget)
 
