@@ -70,7 +70,7 @@ class World:
         monkeypatch.setattr(serve, "get_replica_context", lambda: context)
         monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app: self.gateways)
         monkeypatch.setattr(metrics_peers, "replica_states", self._replica_states)
-        self.peers = RayPeers({"base": ServedModel("E", 1, 3, 1)}, {"base": SimpleNamespace(broadcast=self._broadcast)})  # type: ignore[dict-item]
+        self.peers = RayPeers({"base": ServedModel("E", 1, 3, 1)}, {"base": SimpleNamespace(broadcast=self._broadcast)})
 
     def _broadcast(self, method: str) -> Any:
         return self.engines.broadcast(method)
