@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from slipstream.protocol import SamplingParams
 from slipstream.testing import ManualClock
 
 PROCESS = Process("r1", "base")
-DIGESTS = [f"sha256:{i:064x}" for i in range(1, 5)]
+DIGESTS = [f"sha256:{hashlib.sha256(bytes([i])).hexdigest()}" for i in range(4)]
 LABELS = [digest[7:19] for digest in DIGESTS]
 
 
