@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fmt bench bench-peers soak clean lock
+.PHONY: help serve test check fmt bench bench-peers soak clean dashboards lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
 clean: ## Remove the virtual environment and all caches; your data folder stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+dashboards: $(VENV)/dev.stamp ## Write the Grafana dashboards of k8s/monitoring from tests/support/boards.py
+	PYTHONPATH=tests $(BIN)/python -m support.dashboards
 
 lock: $(VENV)/dev.stamp ## Write constraints.txt from what is installed in .venv
 	$(BIN)/python -m tests.support.lock > constraints.tmp && mv constraints.tmp constraints.txt

@@ -107,6 +107,18 @@ class TenantLimits:
             if bucket is not None and left is not None:
                 bucket.left = left
 
+    def shares_used(self, quota: Quota, now: float) -> dict[Exceeded, float]:
+        """Of the minute's allowances that there are: 0 = nothing yet, 1 = all, more = charged too little before."""
+        found = {}
+        for kind, capacity in (
+            (Exceeded.REQUESTS, quota.requests_per_minute),
+            (Exceeded.TOKENS, quota.tokens_per_minute),
+        ):
+            bucket = self._bucket(kind, capacity, now)
+            if bucket is not None:
+                found[kind] = 1.0 - bucket.left / bucket.capacity
+        return found
+
     def renew(self, request_id: str, now: float) -> None:
         """It still runs."""
         if request_id in self.active:

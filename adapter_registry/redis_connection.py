@@ -93,6 +93,7 @@ class RedisConnection:
 
     def __init__(self, client: Redis | RedisCluster, *, max_connections: int = 64) -> None:
         self._client = client
+        self.failures = 0  # commands that were not answered
         # One command holds one connection. The cluster client refuses rather than waits when it runs out of them.
         self._connections = asyncio.Semaphore(max_connections)
         self._scripts = {name: client.register_script(load_script(name)) for name in self.SCRIPTS}
@@ -144,10 +145,12 @@ class RedisConnection:
             finally:
                 self._connections.release()
         except (NoPermissionError, AuthenticationError) as error:
+            self.failures += 1
             raise StoreUnavailable(
                 "Redis refuses this user a command, or the user itself: check SLIPSTREAM_REDIS_URL and the user's rights."
             ) from error
         except (RedisError, RedisClusterException, OSError) as error:
+            self.failures += 1
             raise StoreUnavailable("The registry cannot be reached or did not answer in time; try again.") from error
 
     async def _check_schema(self) -> None:

@@ -31,6 +31,7 @@ _NOT_ARGS = {
     "host",
     "port",
     "admin_key",
+    "metrics_key",
     "redis_url",
     "demo_adapters",
 }  # Serve's own, secrets, and what only a laptop has
@@ -95,6 +96,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         max_training_jobs=settings.max_training_jobs,
         pull_sources=settings.pull_sources,
         webhook_private_hosts=settings.webhook_private_hosts,
+        metrics_key_sha256=None if settings.metrics_key is None else hash_key(settings.metrics_key.get_secret_value()),
         models={
             model_id: ServedModel(deployment_name(m), m.min_replicas, m.most_replicas, m.tensor_parallel_size)
             for model_id, m in zip(engines, settings.models, strict=True)

@@ -26,7 +26,7 @@ class RayCluster:
         )
 
     async def _model(self, model_id: str, model: ServedModel, states: States) -> ModelView:
-        reports, (steady, changes) = await asyncio.gather(
+        reports, scaling = await asyncio.gather(
             self._engines[model_id].reports(), asyncio.to_thread(read_decisions, self._app, model.deployment)
         )
         return ModelView(
@@ -36,6 +36,5 @@ class RayCluster:
             tensor_parallel_size=model.tensor_parallel_size,
             states=states,
             replicas=tuple(report for _, report in sorted(reports.items())),
-            steady=steady,
-            changes=changes,
+            scaling=scaling,
         )

@@ -27,10 +27,13 @@ from slipstream.base_models import prepare_base_model
 from slipstream.cluster.rates import Rates
 from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.errors import EngineFailed, SlipstreamError
+from slipstream.metrics.engine import EngineMetrics
+from slipstream.metrics.pages import Page, Process
 from slipstream.protocol import BaseModelSpec, EngineClient, GenerateEvent, GenerateRequest, work
 
 log = logging.getLogger("ray.serve")
 _GUARD_S = 0.25  # between two looks at the step loop
+_RANK_TIMEOUT_S = 0.5  # for a rank to say that it is there
 _LAST_WORDS_S = 0.25  # for what the engine has said to leave the process
 
 
@@ -75,7 +78,9 @@ class EngineReplica:
         self._plan = plan
         self._ranks = Ranks(plan) if plan.model.tensor_parallel_size > 1 else None
         more = {"lead": self._ranks.lead} if self._ranks is not None else {}
-        self._engine: Engine = getattr(import_module(module), name)(engine_config(plan, prepared.path), source, **more)
+        self._metrics = EngineMetrics()
+        make = getattr(import_module(module), name)
+        self._engine: Engine = make(engine_config(plan, prepared.path), source, observer=self._metrics, **more)
         self._coalescer = Coalescer()
         self._arrivals, self._rates, self._since = 0, Rates(), time.monotonic()
         await self._start()
@@ -145,8 +150,14 @@ class EngineReplica:
         """What this replica is and does."""
         own = RankReport(0, own_address(), os.getpid())
         others = await self._ranks.reports() if self._ranks is not None else ()
-        name = serve.get_replica_context().replica_id.unique_id
-        return ReplicaReport(name, (own, *others), time.monotonic() - self._since, await self._engine.stats())
+        return ReplicaReport(_own_name(), (own, *others), time.monotonic() - self._since, await self._engine.stats())
+
+    async def metrics(self) -> Page:
+        """What this replica counts, for the gateway that is scraped."""
+        size = self._plan.model.tensor_parallel_size
+        up = 1 if self._ranks is None else 1 + await self._ranks.answering(_RANK_TIMEOUT_S)
+        process = Process(_own_name(), self._plan.model_id)
+        return self._metrics.page(process, await self._engine.stats(), size, up)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """For `AdapterRouter`; Serve asks every second or so."""
@@ -178,3 +189,7 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
+
+
+def _own_name() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)

@@ -19,11 +19,15 @@ from adapter_registry.redis_tenants import RedisTenants
 from adapter_registry.redis_webhooks import RedisWebhooks
 from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
+from deployments.metrics_peers import RayPeers
 from deployments.remote_sources import RemoteSources
 from deployments.serve_states import ServedModel
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
+from slipstream.api.runtime import Runtime
+from slipstream.api.scrape import own_page
 from slipstream.api.services import ApiServices
+from slipstream.metrics.pages import Page
 
 APP_NAME = "slipstream"  # in Serve, where we name it
 
@@ -42,6 +46,7 @@ class GatewayPlan:
     max_training_jobs: int = 1
     pull_sources: tuple[str, ...] = ()
     webhook_private_hosts: tuple[str, ...] = ()
+    metrics_key_sha256: str | None = None
 
 
 class Gateway:
@@ -53,19 +58,26 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this in the replica's own event loop, after the constructor."""
-        plan = self._plan
-        self._store = RedisStore.from_url(plan.redis_url.get_secret_value())
+        plan, redis_url = self._plan, self._plan.redis_url.get_secret_value()
+        store, jobs, tenants = (
+            RedisStore.from_url(redis_url),
+            RedisJobs.from_url(redis_url),
+            RedisTenants.from_url(redis_url),
+        )
+        imports, webhooks = RedisImports.from_url(redis_url), RedisWebhooks.from_url(redis_url)
+        connections = (store, jobs, tenants, imports, webhooks)
         app = serve.get_replica_context().app_name  # not always ours: `serve run` calls it "default"
         engines = {id_: RayEngineClient(handle, app, plan.models[id_]) for id_, handle in self._engines.items()}
         services = ApiServices(
             engines=engines,
             cluster=RayCluster(app, plan.models, engines),
-            store=self._store,
+            peers=RayPeers(plan.models, self._engines),
+            store=store,
             blobs=ObstoreBlobs.from_url(plan.blob_url),
-            jobs=RedisJobs.from_url(plan.redis_url.get_secret_value()),
-            tenants=RedisTenants.from_url(plan.redis_url.get_secret_value()),
-            imports=RedisImports.from_url(plan.redis_url.get_secret_value()),
-            webhooks=RedisWebhooks.from_url(plan.redis_url.get_secret_value()),
+            jobs=jobs,
+            tenants=tenants,
+            imports=imports,
+            webhooks=webhooks,
             webhook_private_hosts=plan.webhook_private_hosts,
             sources=RemoteSources(plan.pull_sources, plan.blob_url),
             job_runner=RayJobRunner(plan.training),
@@ -73,5 +85,13 @@ class Gateway:
             upload_dir=plan.upload_dir,
             max_upload_bytes=plan.max_upload_bytes,
             max_running_jobs=plan.max_training_jobs,
+            metrics_key_sha256=plan.metrics_key_sha256,
+            registry_failures=lambda: sum(each.failures for each in connections),
         )
-        return create_app(services)
+        app = create_app(services)
+        self._runtime: Runtime = app.state.runtime
+        return app
+
+    async def metrics(self) -> Page:
+        """What this gateway counts, for the one that is scraped."""
+        return await own_page(self._runtime)

@@ -88,6 +88,14 @@ class Ranks:
         found: list[RankReport] = await asyncio.gather(*(_life(actor.report.remote()) for actor in self._actors))
         return found
 
+    async def answering(self, timeout_s: float) -> int:
+        """How many of the others answer within the time."""
+        asked = [asyncio.ensure_future(_life(actor.report.remote())) for actor in self._actors]
+        done, late = await asyncio.wait(asked, timeout=timeout_s)
+        for call in late:
+            call.cancel()
+        return sum(call.exception() is None for call in done)
+
 
 async def _life(ref: Any) -> Any:
     return await ref

@@ -44,7 +44,9 @@ class ReplicaPlan:
     home: Path
     blob_url: str
     redis_url: SecretStr | None = None  # whose changes it follows
-    engine: str = REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource); tests put a fake here
+    engine: str = (
+        REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource, observer=…); tests may put a fake here
+    )
 
     @property
     def adapter_cache(self) -> Path:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,8 +15,8 @@ from typing import Any
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import AutoscalingContext
 
-from slipstream.cluster.scaling import Decision, Load, ScalingOptions, ScalingPolicy
-from slipstream.cluster.view import ScalingRecord
+from slipstream.cluster.scaling import Cause, Decision, Load, ScalingOptions, ScalingPolicy
+from slipstream.cluster.view import ScalingHistory, ScalingRecord
 
 KEPT = 32  # changes that people can look back on
 REQUESTS, TOKENS, WAIT, PRESSURE = "requests_per_s", "tokens_per_s", "queue_wait_s", "slot_pressure"
@@ -31,6 +31,7 @@ class RequestRatePolicy:
     def __init__(self, **options: Any) -> None:
         self._policy = ScalingPolicy(ScalingOptions(**options))
         self._changes: deque[ScalingRecord] = deque(maxlen=KEPT)
+        self._counts: Counter[str] = Counter()
         self._noted: tuple[float, str] = (float("-inf"), "")
         self._target: int | None = None  # as we left it
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slipstream-scaling")
@@ -38,11 +39,12 @@ class RequestRatePolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted now."""
         if self._target is None:
-            self._changes.extend(_read(context)[1])  # of the controller before this one
+            before = _read(context)  # by the controller before this one
+            self._changes.extend(before.changes)
+            self._counts.update(before.counts)
         elif self._target == 0 < context.target_num_replicas:  # Serve wakes a deployment without asking
-            self._changes.append(
-                ScalingRecord(time.time(), 0, context.target_num_replicas, "a request waits for a replica")
-            )
+            woken = ScalingRecord(time.time(), 0, context.target_num_replicas, "a request waits for a replica")
+            self._count(woken, Cause.HELD)
         decision = self._policy.decide(load_of(context), time.monotonic())
         self._note(context, decision)
         self._target = decision.replicas
@@ -55,13 +57,18 @@ class RequestRatePolicy:
             return
         record = ScalingRecord(now, before, decision.replicas, decision.reason)
         if changed:
-            self._changes.append(record)
+            self._count(record, decision.cause)
             log.warning(
                 "%s: %d -> %d replicas: %s", context.deployment_name, before, decision.replicas, decision.reason
             )
         self._noted = (now, decision.reason)
-        page = json.dumps({"steady": asdict(record), "changes": [asdict(change) for change in self._changes]})
+        changes = [asdict(change) for change in self._changes]
+        page = json.dumps({"steady": asdict(record), "changes": changes, "counts": self._counts})
         self._writer.submit(_write, f"{context.app_name}/{context.deployment_name}", page)
+
+    def _count(self, record: ScalingRecord, cause: Cause) -> None:
+        self._changes.append(record)
+        self._counts[f"{'up' if record.after > record.before else 'down'}/{cause}"] += 1
 
 
 def load_of(context: AutoscalingContext) -> Load:
@@ -86,12 +93,12 @@ def load_of(context: AutoscalingContext) -> Load:
     )
 
 
-def _read(context: AutoscalingContext) -> tuple[ScalingRecord | None, tuple[ScalingRecord, ...]]:
+def _read(context: AutoscalingContext) -> ScalingHistory:
     try:
         return read_decisions(str(context.app_name), context.deployment_name)
     except Exception:  # history is nice to have; the controller must go on without
         log.exception("scaling decisions of %s could not be read", context.deployment_name)
-        return None, ()
+        return ScalingHistory()
 
 
 def _write(key: str, page: str) -> None:
@@ -101,10 +108,11 @@ def _write(key: str, page: str) -> None:
         log.exception("scaling decisions of %s could not be written", key)
 
 
-def read_decisions(app: str, deployment: str) -> tuple[ScalingRecord | None, tuple[ScalingRecord, ...]]:
-    """The newest reason and the last changes. Blocks for a call to Ray's own store."""
+def read_decisions(app: str, deployment: str) -> ScalingHistory:
+    """What the deployment's policy has written down. Blocks for a call to Ray's own store."""
     page = _internal_kv_get(f"{app}/{deployment}", namespace=_NAMESPACE)
     if page is None:
-        return None, ()
+        return ScalingHistory()
     found = json.loads(page)
-    return ScalingRecord(**found["steady"]), tuple(ScalingRecord(**change) for change in found["changes"])
+    changes = tuple(ScalingRecord(**change) for change in found["changes"])
+    return ScalingHistory(ScalingRecord(**found["steady"]), changes, found.get("counts", {}))

@@ -189,6 +189,10 @@ class Settings(ModelDefaults, BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="Admin key; empty = generated once and kept in the data folder."
     )
+    metrics_key: SecretStr | None = Field(
+        None,
+        description="Key with which `/metrics` shows what names tenants and adapters; empty = the admin key alone does.",
+    )
     redis_url: SecretStr | None = Field(
         None,
         description="Address of the registry: `redis://:password@host:6379/0` (`rediss://` with TLS), `redis+cluster://…` or "
@@ -253,11 +257,11 @@ class Settings(ModelDefaults, BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("admin_key")
+    @field_validator("admin_key", "metrics_key")
     @classmethod
     def _long_enough(cls, key: SecretStr | None) -> SecretStr | None:
         if key is not None and len(key.get_secret_value()) < 16:
-            raise ValueError("an admin key must have at least 16 characters")
+            raise ValueError("such a key must have at least 16 characters")
         return key
 
     @field_validator("models")
@@ -364,7 +368,7 @@ def _sentence(error: ValidationError, path: Path | None) -> str:
         close = difflib.get_close_matches(str(loc[-1]), [*Settings.model_fields, "id"], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"{field!r} in {file} is not a setting.{hint}"
-    shown = "" if loc[0] in {"admin_key", "redis_url"} else f" (got {first['input']!r})"
+    shown = "" if loc[0] in {"admin_key", "metrics_key", "redis_url"} else f" (got {first['input']!r})"
     top = str(loc[0]) if loc else ""
     where = f"{variable_name(top)}, or {field!r} in {file}," if top in Settings.model_fields else f"{field!r}"
     return f"{where} is wrong{shown}: {first['msg'].removeprefix('Value error, ')}."

@@ -87,6 +87,7 @@ class Courier:
     resolve: Resolve = resolve
     now: Callable[[], datetime] = utc_now
     transport: httpx.AsyncBaseTransport | None = None
+    note: Callable[[bool], None] = lambda ok: None  # told of each try
     holder: str = field(default_factory=lambda: secrets.token_hex(8))
     _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # webhook → who delivers to it
     _tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)  # takes a while to make
@@ -139,6 +140,7 @@ class Courier:
         tries += 1
         status, error = await self._post(webhook, entry)
         ok = status is not None and 200 <= status < 300
+        self.note(ok)
         delivery = Delivery(at=self.now(), event=entry.id, ok=ok, tries=tries, status=status, error=error)
         await self.webhooks.note(webhook.tenant, webhook.id, delivery)
         if ok:

@@ -19,6 +19,7 @@ import pytest
 import pytest_asyncio
 from support.tiny_model import NoAdapters, tiny_engine_config
 
+from slipstream.engine.observer import StepFacts, Unobserved
 from slipstream.engine.service import EngineService
 from slipstream.errors import ClientError, ContextOverflow, InvalidRequest, Overloaded
 from slipstream.protocol import (
@@ -255,6 +256,39 @@ async def test_stats_count(engine_client: EngineClient) -> None:
     assert after.accepted_tokens - before.accepted_tokens == usage.accepted_tokens
     assert after.steps > before.steps
     assert after.kv_blocks_free <= after.kv_blocks_total
+
+
+class Seen(Unobserved):
+    """What an engine tells its observer."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepFacts] = []
+        self.waits: list[float] = []
+
+    def stepped(self, facts: StepFacts) -> None:
+        self.steps.append(facts)
+
+    def started(self, adapter: str | None, waited_s: float) -> None:
+        self.waits.append(waited_s)
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["fake", "real"])
+async def test_an_observer_hears_of_steps_and_starts(real: bool, tmp_path: Path) -> None:
+    seen = Seen()
+    config = tiny_engine_config(tmp_path)
+    engine = EngineService(config, NoAdapters(), observer=seen) if real else FakeEngine(observer=seen)
+    if isinstance(engine, EngineService):
+        await engine.start()
+    try:
+        await run(engine, asked(n=2, temperature=1.0))
+        stats = await engine.stats()
+    finally:
+        if isinstance(engine, EngineService):
+            await engine.close()
+    assert len(seen.steps) == stats.steps
+    assert len(seen.waits) == 2
+    assert all(wait >= 0 for wait in seen.waits)
+    assert all(0 < facts.tokens <= facts.budget and facts.sequences >= 1 for facts in seen.steps)
 
 
 async def test_the_description_is_plain_data(engine_client: EngineClient) -> None:

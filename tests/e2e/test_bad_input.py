@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import struct
 import time
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from support.metrics_page import scrape, total
 from support.serving import MODEL, Running
 from support.shared import shared_path
 
@@ -231,21 +231,18 @@ def test_an_upload_that_is_cut_off_leaves_nothing(published: Running) -> None:
     eventually(lambda: left_over(published) == [])
 
 
-def engine_gauge(client: httpx.Client, name: str) -> float:
-    found = re.search(rf"^slipstream_engine_{name}\{{.*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    assert found
-    return float(found[1])
+def engine_gauge(running: Running, name: str) -> float:
+    return total(scrape(running.url, None), f"slipstream_engine_{name}")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_blocks(published: Running, stream: bool) -> None:
     body = text(model="snips", max_tokens=4000, ignore_eos=True, stream=stream, n=2)
-    with published.client() as client:
-        with connect(published, TEXT, len(body), "application/json") as connection:
-            connection.sendall(body)
-            eventually(lambda: engine_gauge(client, "running") == 2)
-        eventually(lambda: engine_gauge(client, "running") == 0)
-        assert engine_gauge(client, "kv_blocks_free") == engine_gauge(client, "kv_blocks_total")
+    with connect(published, TEXT, len(body), "application/json") as connection:
+        connection.sendall(body)
+        eventually(lambda: engine_gauge(published, "running_sequences") == 2)
+    eventually(lambda: engine_gauge(published, "running_sequences") == 0)
+    assert engine_gauge(published, "kv_blocks_used") == 0
 
 
 def test_four_choices_each_under_load(published: Running) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from support.metrics_page import parse, total
 from support.serving import MODEL, Running
 from support.shared import shared_path
 
@@ -140,12 +141,8 @@ async def test_a_client_that_goes_away_frees_its_blocks(published: Running) -> N
         await anext(aiter(stream))
         await stream.close()
 
-    async def idle() -> bool:
-        text = (await client_.get("/metrics")).text
-        return 'slipstream_engine_running{model="' + MODEL + '"} 0.0' in text
-
-    async with httpx.AsyncClient(base_url=published.url, trust_env=False) as client_, asyncio.timeout(30):
-        while not await idle():
+    async with httpx.AsyncClient(base_url=published.url, trust_env=False) as plain, asyncio.timeout(30):
+        while total(parse((await plain.get("/metrics")).text), "slipstream_engine_running_sequences", model=MODEL):
             await asyncio.sleep(0.1)
 
 

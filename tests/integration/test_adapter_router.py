@@ -10,8 +10,9 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.config import AutoscalingContext
 
+from deployments import scaling_policy
 from deployments.adapter_router import AdapterRouter, route_key, routing_stats
-from deployments.scaling_policy import load_of
+from deployments.scaling_policy import RequestRatePolicy, load_of, read_decisions
 from slipstream.protocol import AdapterRef, ChatMessage, EngineStats, GenerateRequest, SamplingParams
 
 DIGEST = "sha256:" + "ab" * 32
@@ -78,3 +79,21 @@ def test_rates_add_up_over_replicas_and_waits_are_averaged() -> None:
 def test_without_reports_there_is_no_load() -> None:
     load = load_of(context(total_queued_requests=0.0, total_num_requests=0.0))
     assert (load.requests_per_s, load.queue_wait_s, load.ongoing) == (0.0, 0.0, 0)
+
+
+def test_decisions_are_counted_over_the_lives_of_controllers(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, str] = {}
+    monkeypatch.setattr(scaling_policy, "_internal_kv_get", lambda key, namespace: kept.get(key))
+    monkeypatch.setattr(
+        scaling_policy, "_internal_kv_put", lambda key, page, overwrite, namespace: kept.update({key: page})
+    )
+    options = {"min_replicas": 1, "max_replicas": 4, "target_requests_per_s": 1.0, "up_delay_s": 0.0}
+    busy = {"requests_per_s": {"a": 3.0}}
+    for life in (1, 2):
+        policy = RequestRatePolicy(**options)
+        policy(context(current_num_replicas=1, target_num_replicas=1, aggregated_metrics=busy))
+        policy._writer.shutdown(wait=True)
+        found = read_decisions("a", "d")
+        assert found.counts == {"up/rate": life}
+        assert [(change.before, change.after) for change in found.changes] == [(1, 3)] * life
+    assert read_decisions("a", "another").steady is None

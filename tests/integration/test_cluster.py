@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
+import openai
 import pytest
 import pytest_asyncio
-from support.load import UNHARMED, Load, questions
-from support.ray_cluster import ADMIN_KEY, EDGE, WORKER, Platform, kill, platform
+from support.load import UNHARMED, Load, Question, questions
+from support.metrics_page import Series, families, is_counter, of, queries_without_data, scrape
+from support.processes import eventually
+from support.prometheus import needs_prometheus, running_prometheus
+from support.ray_cluster import ADMIN_KEY, EDGE, METRICS_KEY, WORKER, Platform, kill, platform
 from support.tiny_model import save_tiny_model
 from typer.testing import CliRunner
 
 from slipstream.cli.app import app
+from slipstream.metrics.catalogue import SPECS
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(600)]
 WIDE, SPLIT = "wide", "split"  # two base models: one with two replicas, one whose replica is two ranks
@@ -47,6 +55,23 @@ async def load(world: Platform) -> AsyncIterator[Load]:
         yield found
 
 
+def scraped(world: Platform) -> dict[Series, float]:
+    return scrape(world.url, METRICS_KEY)
+
+
+def scraped_when(world: Platform, up: dict[tuple[str, str], int]) -> dict[Series, float]:
+    """The first page on which so many replicas of each role and model answer: on a busy machine one may be late."""
+    deadline = time.monotonic() + 30
+    while True:
+        page = scraped(world)
+        found = Counter(
+            (labels["role"], labels["model"]) for labels, value in of(page, "slipstream_replica_up") if value
+        )
+        if found == up:
+            return page
+        assert time.monotonic() < deadline, found
+
+
 def test_both_base_models_are_listed_and_shown(world: Platform) -> None:
     listed = {model["id"] for model in world.admin("/v1/models", tenant="acme")["data"]}
     assert {WIDE, SPLIT, *world.adapters} <= listed
@@ -67,6 +92,70 @@ async def test_requests_go_where_their_adapter_is(world: Platform) -> None:
     held = Counter(digest for replica in world.replicas(WIDE) for digest in replica["adapters"])
     assert len(held) == len(wide)
     assert set(held.values()) == {1}
+
+
+async def test_any_gateway_counts_for_all_processes(world: Platform, load: Load) -> None:
+    """Scrapes go to either gateway; no counter is smaller at the next one."""
+    async with load.going():
+        await load.grows(10)
+        pages = [await asyncio.to_thread(scraped, world) for _ in range(20)]
+    seen: dict[Series, float] = {}
+    for page in pages:
+        counters = {series: value for series, value in page.items() if is_counter(series)}
+        assert [series for series, value in counters.items() if value < seen.get(series, 0)] == []
+        seen |= counters
+    last = await asyncio.to_thread(scraped_when, world, {("gateway", ""): 2, ("engine", WIDE): 2, ("engine", SPLIT): 1})
+    asked = {
+        labels["replica"] for labels, _ in of(last, "slipstream_http_requests_total") if labels["route"] == "/metrics"
+    }
+    assert len(asked) == 2, "both gateways were asked"
+    ranks = {(labels["model"], value) for labels, value in of(last, "slipstream_engine_ranks_up")}
+    assert ranks == {(WIDE, 1), (SPLIT, 2)}
+    assert sum(value for _, value in of(last, "slipstream_adapter_drafts_judged_total")) > 0
+
+
+async def test_a_replica_that_hangs_is_down_and_hides_no_other(world: Platform, load: Load) -> None:
+    stuck, other = world.replicas(WIDE)
+    os.kill(stuck["ranks"][0]["pid"], signal.SIGSTOP)
+    try:
+        rest = {("gateway", ""): 2, ("engine", WIDE): 1, ("engine", SPLIT): 1}
+        page = await asyncio.to_thread(scraped_when, world, rest)
+    finally:
+        os.kill(stuck["ranks"][0]["pid"], signal.SIGCONT)
+    up = {labels["replica"]: value for labels, value in of(page, "slipstream_replica_up")}
+    assert (up[stuck["replica"]], up[other["replica"]]) == (0, 1)
+    steps = {labels["replica"] for labels, _ in of(page, "slipstream_engine_steps_total")}
+    assert stuck["replica"] not in steps
+    assert other["replica"] in steps
+    world.wait_for(WIDE, 2)
+
+
+@needs_prometheus
+async def test_prometheus_has_data_for_every_dashboard(world: Platform, load: Load) -> None:
+    quota = {"tokens_per_month": 10**9, "tokens_per_minute": 10**8, "requests_per_minute": 10**6}
+    world.admin("/v1/tenants/acme", "PUT", json={"quota": quota})
+    world.admin("/v1/tenants/tiny", "PUT", json={"quota": {"requests_per_minute": 1}})
+    target = {"job_name": "slipstream", "authorization": {"credentials": METRICS_KEY}}
+    with running_prometheus({**target, "static_configs": [{"targets": [f"127.0.0.1:{world.port}"]}]}) as prometheus:
+        assert await asyncio.to_thread(eventually, lambda: bool(prometheus.query("slipstream_replica_up")))
+        async with load.going():
+            model = await asyncio.to_thread(save_tiny_model, world.folder / "same-fresh", hidden=32)
+            await asyncio.to_thread(world.publish_one, WIDE, model, "fresh", 9)
+            await load.ask(Question("fresh", "what is new?", stream=True, temperature=0, seed=1))
+            async with world.client(tenant="tiny") as tiny:
+                await tiny.completions.create(model=WIDE, prompt="me too", max_tokens=2)
+                with pytest.raises(openai.RateLimitError):
+                    await tiny.completions.create(model=WIDE, prompt="me too", max_tokens=2)
+            await load.grows(40)
+        assert await asyncio.to_thread(eventually, lambda: not queries_without_data(prometheus)), queries_without_data(
+            prometheus
+        )
+        evaluated = {"ok"}
+        assert await asyncio.to_thread(eventually, lambda: {rule["health"] for rule in prometheus.rules()} == evaluated)
+        assert [rule["name"] for rule in prometheus.rules() if rule.get("state") == "firing"] == []
+        assert prometheus.value("slipstream:call_errors:ratio_rate5m") == 0
+        exposed = {each for each in prometheus.get("label/__name__/values") if each.startswith("slipstream_")}
+    assert families(exposed) == {spec.name for spec in SPECS}
 
 
 async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from deployments.proxy import middlewares
 from slipstream.api.connection import Connection
-from slipstream.api.metrics import HttpMetrics
+from slipstream.metrics.gateway import GatewayMetrics
 
 
 async def ask(offered: bytes | None, inner: ASGIApp) -> list[str]:
@@ -23,7 +23,7 @@ async def ask(offered: bytes | None, inner: ASGIApp) -> list[str]:
 
 
 def application() -> ASGIApp:
-    return Connection(PlainTextResponse("ok"), metrics=HttpMetrics(), body_limit=lambda method, path: 1)
+    return Connection(PlainTextResponse("ok"), metrics=GatewayMetrics(), body_limit=lambda method, path: 1)
 
 
 @pytest.mark.parametrize("inner", [application(), PlainTextResponse("Serve's own answer")])

@@ -17,10 +17,12 @@ from adapter_registry.records import AdapterDraft, AdapterKind, AdapterVersion, 
 from deployments.remote_sources import RemoteSources
 from slipstream.api import ApiServices, create_app
 from slipstream.importing.sources import Sources
+from slipstream.metrics.engine import EngineMetrics
 from slipstream.testing import (
     FAKE_BASE,
     FakeCluster,
     FakeEngine,
+    FakePeers,
     ManualClock,
     MemoryBlobs,
     MemoryImports,
@@ -74,6 +76,7 @@ class ApiWorld:
     """One application and everything behind it."""
 
     upload_dir: Path
+    engine_metrics: EngineMetrics = field(default_factory=EngineMetrics)
     engine: FakeEngine = field(default_factory=FakeEngine)
     store: FlakyStore = field(default_factory=FlakyStore)
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
@@ -89,6 +92,7 @@ class ApiWorld:
     app: FastAPI = field(init=False)
 
     def __post_init__(self) -> None:
+        self.engine.observer = self.engine_metrics
         self.jobs = MemoryJobs(self.store)
         self.tenants = MemoryTenants(self.store, clock=self.clock)
         self.imports = MemoryImports(self.store)
@@ -109,6 +113,7 @@ class ApiWorld:
             sources=self.sources,
             job_runner=self.runner,
             cluster=self.cluster,
+            peers=FakePeers({BASE: self.engine}, {BASE: self.engine_metrics}),
             admin_key_sha256=hash_key(ADMIN_KEY),
             upload_dir=self.upload_dir,
             clock=self.clock,

@@ -37,6 +37,7 @@ from slipstream.config import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ADMIN_KEY = "an-admin-key-of-a-test"
+METRICS_KEY = "a-metrics-key-of-a-test"
 ADAPTERS = 3
 _NODE: dict[str, Any] = {"object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1", "include_dashboard": False}
 WORKER = {**_NODE, "num_cpus": 8, "resources": {"engine": 4}}  # takes engines; the head takes gateways
@@ -91,6 +92,7 @@ class Platform:
             home=self.folder / "home",
             redis_url=SecretStr(self.redis.url),
             admin_key=SecretStr(ADMIN_KEY),
+            metrics_key=SecretStr(METRICS_KEY),
             **more,
         )
 
@@ -122,14 +124,18 @@ class Platform:
     def publish(self, base: str, model: Any) -> None:
         """Some Turbo LoRAs for a base."""
         for i in range(ADAPTERS):
-            folder = self.folder / f"adapter-{base}-{i}"
-            random_peft_adapter(model, folder, seed=i, r=4, target_modules=ALL_LINEAR)
-            rename_base(folder, base)
-            write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=i), base_model=base)
             name = f"{base}-{i}"
-            form = {"name": name, "base": base}
-            self.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))
+            self.publish_one(base, model, name, i)
             self.adapters.append(name)
+
+    def publish_one(self, base: str, model: Any, name: str, seed: int) -> None:
+        """One that questions do not name."""
+        folder = self.folder / f"adapter-{name}"
+        random_peft_adapter(model, folder, seed=seed, r=4, target_modules=ALL_LINEAR)
+        rename_base(folder, base)
+        write_own_streams(folder, random_streams(model.config.hidden_size, 3, rank=4, seed=seed), base_model=base)
+        form = {"name": name, "base": base}
+        self.admin("/v1/adapters", "POST", tenant="acme", data=form, files=form_files(folder))
 
     def used(self) -> tuple[int, int]:
         """Requests and answer tokens that were counted so far."""
@@ -152,8 +158,8 @@ class Platform:
             self.keys[tenant] = self.admin("/v1/keys", "POST", json={"tenant": tenant, "label": ""})["secret"]
         return self.keys[tenant]
 
-    def client(self, retries: int = 0) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key(), max_retries=retries, timeout=120)
+    def client(self, retries: int = 0, tenant: str = "acme") -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key(tenant), max_retries=retries, timeout=120)
 
     # -- what runs ------------------------------------------------------------------------------------------------
 

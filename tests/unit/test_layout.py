@@ -33,11 +33,22 @@ RULES = (
     Rule("slipstream", ("adapter_registry",), save=tuple(f"adapter_registry.{name}" for name in REGISTRY_SEAM)),
     Rule("slipstream.api", ("ray", "redis", "torch", "transformers")),
     Rule("slipstream.client", ("ray", "redis", "torch", "transformers", "fastapi")),
-    Rule("slipstream.engine", ("ray", "redis", "fastapi", "slipstream.api")),
+    Rule("slipstream.engine", ("ray", "redis", "fastapi", "prometheus_client", "slipstream.api", "slipstream.metrics")),
+    Rule("slipstream.metrics", ("ray", "redis", "torch", "transformers", "fastapi", "slipstream.api")),
     Rule("slipstream.adapters", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.engine")),
     *(
         Rule(f"slipstream.engine.{name}", ("torch", "transformers", "numpy"))
-        for name in ("scheduler", "blocks", "prefixes", "leases", "residency", "sequence", "plan", "waiting")
+        for name in (
+            "scheduler",
+            "blocks",
+            "prefixes",
+            "leases",
+            "residency",
+            "sequence",
+            "plan",
+            "waiting",
+            "observer",
+        )
     ),
     Rule("slipstream.protocol", ("torch", "ray", "redis", "fastapi", "pydantic")),
     Rule("slipstream.config", ("torch", "ray", "redis", "fastapi")),
@@ -153,6 +164,7 @@ def test_k8s_holds_no_python() -> None:
         ("slipstream/api/x.py", "from redis import asyncio"),
         ("slipstream/engine/x.py", "from fastapi import FastAPI"),
         ("slipstream/engine/scheduler.py", "import torch"),
+        ("slipstream/engine/x.py", "import prometheus_client"),
         ("slipstream/engine/x.py", "from ..api import app"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -27,9 +28,10 @@ from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.api.sse import Json
 from slipstream.api.uploads import receive_upload
 from slipstream.api.wishes import smoke_of, wish_of
-from slipstream.errors import Conflict, InvalidRequest
+from slipstream.errors import AdapterRejected, Conflict, InvalidRequest
 from slipstream.importing.archives import unpacked
 from slipstream.importing.smoke import smoke_test
+from slipstream.metrics.gateway import Publish
 from slipstream.publishing import publish_folder, run_to_end
 
 router = APIRouter(tags=["Adapters"])
@@ -130,8 +132,23 @@ async def publish(request: Request, caller: CallerDep, runtime: RuntimeDep) -> R
             wish=wish,
             check=check,
         )
-        version, is_new = await while_connected(request.receive, publishing)
+        version, is_new = await while_connected(request.receive, _counted(runtime, publishing))
     return JSONResponse(version_body(version), 201 if is_new else 200)
+
+
+async def _counted(
+    runtime: Runtime, publishing: Coroutine[Any, Any, tuple[AdapterVersion, bool]]
+) -> tuple[AdapterVersion, bool]:
+    try:
+        version, is_new = await publishing
+    except AdapterRejected:
+        runtime.metrics.published(Publish.REJECTED)
+        raise
+    except Exception:
+        runtime.metrics.published(Publish.FAILED)
+        raise
+    runtime.metrics.published(Publish.NEW if is_new else Publish.EXISTING)
+    return version, is_new
 
 
 @router.get("/v1/adapters")

@@ -26,13 +26,13 @@ from slipstream.api import (
 )
 from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
-from slipstream.api.metrics import HttpMetrics
 from slipstream.api.rollout import TELL_EVERY_S
 from slipstream.api.runtime import Runtime, build_runtime
 from slipstream.api.services import ApiServices
 from slipstream.api.uploads import prepare_upload_dir, scratch_folder
 from slipstream.importing.rounds import ImportRounds
 from slipstream.loops import keep_doing
+from slipstream.metrics.gateway import GatewayMetrics
 from slipstream.protocol import BaseModelSpec, EngineClient
 from slipstream.publishing import Sweeper
 from slipstream.training.jobs import Rounds
@@ -53,7 +53,7 @@ def create_app(services: ApiServices) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         prepare_upload_dir(services.upload_dir)
         importing = import_rounds(services, runtime)
-        courier = Courier(services.webhooks, services.webhook_private_hosts)
+        courier = Courier(services.webhooks, services.webhook_private_hosts, note=metrics.delivered)
         sweeper = Sweeper(
             services.store, services.blobs, services.sweep_grace_s, max(1, round(MEND_EVERY_S / services.sweep_every_s))
         )
@@ -89,10 +89,10 @@ def create_app(services: ApiServices) -> FastAPI:
         return services.max_body_bytes
 
     app = FastAPI(title="Slipstream", description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
-    http_metrics = HttpMetrics()
-    app.state.runtime = runtime = build_runtime(services, http_metrics)
+    metrics = GatewayMetrics(services.clock)
+    app.state.runtime = runtime = build_runtime(services, metrics)
     install_handlers(app)
-    app.add_middleware(Connection, metrics=http_metrics, body_limit=body_limit)
+    app.add_middleware(Connection, metrics=metrics, body_limit=body_limit)
     for module in (
         chat,
         completions,
@@ -141,4 +141,5 @@ def import_rounds(services: ApiServices, runtime: Runtime) -> ImportRounds:
         base=base,
         scratch=lambda: scratch_folder(services.upload_dir),
         max_bytes=services.max_upload_bytes,
+        ended=runtime.metrics.imported,
     )

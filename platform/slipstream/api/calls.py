@@ -9,9 +9,11 @@ from fastapi import Request
 
 from slipstream.api.catalog import Target
 from slipstream.api.connection import while_connected
-from slipstream.api.generation import Ending, Generation
+from slipstream.api.generation import Ending, Generation, called_of
 from slipstream.api.metering import needed_tokens
 from slipstream.api.runtime import Runtime
+from slipstream.errors import ClientError, Overloaded
+from slipstream.metrics.gateway import Called, Outcome
 from slipstream.protocol import GenerateRequest
 
 
@@ -27,7 +29,11 @@ async def begin(
     wanted = [replace(each, weight=ticket.weight) for each in wanted]
     own = [replace(each, speculation=target.speculation(each.speculation)) for each in wanted]
 
+    called = called_of(target, wanted[0].tenant)
+    runtime.metrics.begun(called, target.version)
+
     def settle(ending: Ending) -> None:
+        _count(runtime, called, ending)
         runtime.meter.settle(ticket, ending.counts)
         runtime.outcomes.note(target, ending)
 
@@ -39,6 +45,19 @@ async def begin(
         raise
     runtime.shadows.send(target, wanted, generation)
     return generation, ticket.headers
+
+
+def _count(runtime: Runtime, called: Called, ending: Ending) -> None:
+    metrics, error = runtime.metrics, ending.error
+    if error is None:
+        outcome = Outcome.OK if ending.whole else Outcome.CANCELLED
+    else:
+        outcome = Outcome.REFUSED if isinstance(error, ClientError) else Outcome.FAILED
+    metrics.ended(called, outcome, ending.counts.prompt_tokens, ending.counts.completion_tokens)
+    if outcome is Outcome.FAILED and ending.begun:
+        metrics.broke(called)
+    if isinstance(error, Overloaded):
+        metrics.rejected(called.tenant, error.code)
 
 
 def _prompts(wanted: GenerateRequest) -> Sequence[str | tuple[int, ...]]:

@@ -29,8 +29,8 @@ def _model(model: ModelView) -> Json:
         "tensor_parallel_size": model.tensor_parallel_size,
         "states": dict(model.states),
         "replicas": [_replica(replica) for replica in model.replicas],
-        "scaling": None if model.steady is None else asdict(model.steady),
-        "scaling_changes": [asdict(change) for change in model.changes],
+        "scaling": None if model.scaling.steady is None else asdict(model.scaling.steady),
+        "scaling_changes": [asdict(change) for change in model.scaling.changes],
     }
 
 

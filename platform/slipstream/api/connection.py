@@ -16,8 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream.api.errors import CLIENT_CLOSED_REQUEST, ClientGone, problem_of
-from slipstream.api.metrics import HttpMetrics
 from slipstream.errors import PayloadTooLarge
+from slipstream.metrics.gateway import GatewayMetrics
 
 T = TypeVar("T")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -52,7 +52,7 @@ async def _disconnected(receive: Receive) -> None:
 class Connection:
     """Outermost layer: every response leaves through it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, body_limit: Callable[[str, str], int]) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, body_limit: Callable[[str, str], int]) -> None:
         self._app = app
         self._metrics = metrics
         self._body_limit = body_limit
@@ -77,7 +77,7 @@ class _Exchange:
         self._received = 0
         self._limit = 0
 
-    async def run(self, metrics: HttpMetrics, body_limit: Callable[[str, str], int]) -> None:
+    async def run(self, metrics: GatewayMetrics, body_limit: Callable[[str, str], int]) -> None:
         started = perf_counter()
         self._scope.setdefault("state", {})["request_id"] = self._id
         self._limit = body_limit(self._scope["method"], self._scope["path"])

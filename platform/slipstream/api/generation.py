@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
-from slipstream.api.metrics import HttpMetrics
 from slipstream.errors import EngineFailed, Unavailable
+from slipstream.metrics.gateway import Called, GatewayMetrics
 from slipstream.protocol import FinishReason, GenerateEvent, GenerateRequest, TokenLogprob, Usage
 
 Batch = list[GenerateEvent]
@@ -39,6 +39,7 @@ class Ending:
     counts: UsageCounts
     error: Exception | None
     whole: bool  # every choice was finished; without an error, its client has left otherwise
+    begun: bool = False  # a stream whose first tokens were on their way
 
 
 class Generation:
@@ -52,11 +53,11 @@ class Generation:
         target: Target,
         requests: Sequence[GenerateRequest],
         timeout_s: float,
-        metrics: HttpMetrics,
+        metrics: GatewayMetrics,
         settle: Callable[[Ending], None],
     ) -> None:
         """`settle` is told how it ended."""
-        self._target = target
+        self._called = called_of(target, requests[0].tenant)
         self._n = requests[0].params.n
         self._streamed = requests[0].stream
         self._streams: list[AsyncIterator[Batch]] = [target.engine.generate(request) for request in requests]
@@ -72,6 +73,8 @@ class Generation:
         self.usages: dict[int, Usage] = {}  # of choices that have finished
         self._sofar: dict[int, Usage] = {}  # of those that have not, when they began
         self._came: Counter[int] = Counter()  # tokens of each choice
+        self._firsts: dict[int, tuple[float, int]] = {}  # of each choice: when its first tokens came, and how many
+        self._begun = False
 
     async def start(self) -> None:
         """Wait for the first step of every prompt."""
@@ -86,7 +89,8 @@ class Generation:
             await self.aclose()
             raise
         if self._streamed:  # otherwise a remote engine sends everything at the end
-            self._metrics.first_token(self._target.base_id, perf_counter() - started)
+            self._begun = True
+            self._metrics.first_token(self._called, perf_counter() - started)
 
     async def events(self) -> AsyncGenerator[Batch]:
         """What each step added, until every choice has finished."""
@@ -133,7 +137,7 @@ class Generation:
         finally:
             if not self._ended.is_set():
                 self._ended.set()
-                self._settle(Ending(self._used(), self._error, not self._open))
+                self._settle(Ending(self._used(), self._error, not self._open, self._begun))
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -186,6 +190,8 @@ class Generation:
 
     def _note(self, event: GenerateEvent) -> GenerateEvent:
         self._came[event.index] += len(event.token_ids)
+        if event.index not in self._firsts:
+            self._firsts[event.index] = (perf_counter(), len(event.token_ids))
         if self._texts is not None:
             self._texts.setdefault(event.index, []).append(event.text)
         if event.usage is not None:
@@ -197,12 +203,23 @@ class Generation:
                 raise EngineFailed("A choice ended without its usage.")
             self._open.discard(event.index)
             self.usages[event.index] = event.usage
-            self._metrics.generated(self._target.base_id, event.usage)
+            self._metrics.generated(self._called, event.usage)
+            self._time_tokens(event.index)
         return event
+
+    def _time_tokens(self, index: int) -> None:
+        since, before = self._firsts[index]
+        if self._streamed and self._came[index] > before:
+            self._metrics.later_tokens(self._called, self._came[index] - before, perf_counter() - since)
 
     def _count_prompts(self) -> None:
         for usages in self.by_prompt():
-            self._metrics.prompted(self._target.base_id, usages[0].prompt_tokens, cached_tokens(usages))
+            self._metrics.prompted(self._called, usages[0].prompt_tokens, cached_tokens(usages))
+
+
+def called_of(target: Target, tenant: str) -> Called:
+    """Who calls what, for the metrics."""
+    return Called(target.base_id, tenant, target.version.digest if target.version is not None else None)
 
 
 def cached_tokens(usages: Sequence[Usage]) -> int:

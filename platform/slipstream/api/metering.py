@@ -25,6 +25,7 @@ MAX_UNSETTLED = 100_000  # requests whose usage waits for the store; beyond, the
 RETRY_S = 1.0  # how long a store that was away is left alone
 CHARS_PER_TOKEN = 4  # of prompts that nobody has tokenised yet
 UNKNOWN_ANSWER = 256  # tokens that an answer without a limit is charged for until its length is known
+MONTH_FRESH_S = 60.0
 MAX_TENANTS = 4096  # whose quotas are remembered
 _HINTS = {
     Exceeded.REQUESTS: "Its quota is {limit} requests a minute.",
@@ -65,8 +66,9 @@ class Meter:
         clock: Callable[[], float],
         max_unsettled: int = MAX_UNSETTLED,
         longest_s: float = math.inf,
+        rejected: Callable[[str, str], None] = lambda tenant, exceeded: None,
     ) -> None:
-        """`longest_s`: no request runs longer; one that seems to is not renewed."""
+        """`longest_s`: no request runs longer; one that seems to is not renewed. `rejected` is told of each refusal."""
         self._store = store
         self._clock = clock
         self._known: dict[str, _Known] = {}
@@ -74,6 +76,7 @@ class Meter:
         self._unsettled: deque[Settlement] = deque()
         self._max_unsettled = max_unsettled
         self._longest_s = longest_s
+        self._rejected = rejected
         self._wake = asyncio.Event()
         self._away_until = -math.inf
         self.lost = 0  # requests whose usage could not be kept
@@ -82,6 +85,14 @@ class Meter:
     def unsettled(self) -> int:
         """Requests whose usage is not yet in the store."""
         return len(self._unsettled)
+
+    def known(self, tenant: str) -> tuple[Quota, Mapping[Exceeded, float]] | None:
+        """The quota of a tenant that was here lately, and the shares of its minute's allowances that are used."""
+        known = self._known.get(tenant)
+        if known is None:
+            return None
+        quota = known.record.quota
+        return quota, known.limits.shares_used(quota, self._clock())
 
     async def admit(self, request_id: str, tenant: str, model: str, tokens: int) -> Ticket:
         """Charge a request for up to `tokens`. Raises `QuotaExceeded`."""
@@ -93,6 +104,7 @@ class Meter:
         quota = admission.tenant.quota
         headers = rate_headers(quota, admission.verdict)
         if admission.verdict.exceeded is not None:
+            self._rejected(tenant, admission.verdict.exceeded)
             raise _refusal(admission, tokens, headers)
         ticket = Ticket(request_id, tenant, model, charged, tokens, admission.tenant.weight, headers, self._clock())
         self._open[request_id] = ticket
@@ -196,6 +208,30 @@ class Meter:
             return Admission(Verdict(), TenantRecord(tenant=tenant))
         verdict = known.limits.admit(known.record.quota, request_id, tokens, 0, self._clock())
         return Admission(verdict, known.record)
+
+
+class MonthUse:
+    """Tokens that tenants have used this month, asked for now and then, for those who watch."""
+
+    def __init__(self, store: TenantStore, clock: Callable[[], float]) -> None:
+        self._store, self._clock = store, clock
+        self._kept: dict[str, tuple[float, int]] = {}
+
+    async def tokens(self, tenant: str, *, ask: bool) -> int | None:
+        """As of the last minute; with `ask` false, of the last time. None while nobody knows."""
+        kept, now = self._kept.get(tenant), self._clock()
+        if not ask or (kept is not None and now - kept[0] < MONTH_FRESH_S):
+            return None if kept is None else kept[1]
+        today = utc_now().date()
+        try:
+            rows = await self._store.usage(tenant, today.replace(day=1), today)
+        except StoreUnavailable:
+            return None if kept is None else kept[1]
+        self._kept.pop(tenant, None)
+        self._kept[tenant] = (now, sum(row.counts.tokens for row in rows))
+        if len(self._kept) > MAX_TENANTS:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[tenant][1]
 
 
 def needed_tokens(prompts: Iterable[str | tuple[int, ...]], answers: int, max_tokens: int | None) -> int:

@@ -1,23 +1,27 @@
-"""/healthz, /readyz and /metrics: for machines that watch, without a key."""
+"""/healthz, /readyz and /metrics: for machines that watch. None of them needs a key."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from adapter_registry.keys import hash_key
 from slipstream.api.errors import KNOWN_ERRORS
 from slipstream.api.runtime import RuntimeDep
+from slipstream.api.scrape import everybodys_page
+from slipstream.api.services import ApiServices
 from slipstream.api.sse import Json
+from slipstream.errors import Unauthorized
 
 router = APIRouter(tags=["Operations"])
 log = logging.getLogger("slipstream.api")
-T = TypeVar("T")
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -44,13 +48,21 @@ async def readyz(runtime: RuntimeDep) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(runtime: RuntimeDep) -> Response:
-    """Prometheus text."""
-    services = runtime.services
-    engines = services.engines
-    snapshots = await asyncio.gather(*(_probe(engine.stats(), services.probe_timeout_s) for engine in engines.values()))
-    page = runtime.metrics.render(dict(zip(engines, snapshots, strict=True)))
+async def metrics(runtime: RuntimeDep, authorization: Annotated[str | None, Header()] = None) -> Response:
+    """Prometheus text, for all gateways and engine replicas, whichever gateway is asked. What names tenants and adapters
+    is there for the metrics key and the admin key only; 401 for any other."""
+    if authorization is not None:
+        _check_key(authorization, runtime.services)
+    page = await everybodys_page(runtime, names=authorization is not None)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+
+def _check_key(authorization: str, services: ApiServices) -> None:
+    scheme, _, key = authorization.partition(" ")
+    sent = hash_key(key.strip())
+    known = [each for each in (services.admin_key_sha256, services.metrics_key_sha256) if each is not None]
+    if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, each) for each in known):
+        raise Unauthorized("This key does not open the metrics. Send the metrics key or the admin key, or none.")
 
 
 async def _answers(part: Awaitable[object], timeout_s: float) -> bool:
@@ -60,10 +72,3 @@ async def _answers(part: Awaitable[object], timeout_s: float) -> bool:
         log.info("not ready: %s", error)
         return False
     return True
-
-
-async def _probe(part: Awaitable[T], timeout_s: float) -> T | None:
-    try:
-        return await asyncio.wait_for(part, timeout_s)
-    except (TimeoutError, *KNOWN_ERRORS):
-        return None

@@ -15,8 +15,8 @@ from adapter_registry.store import Store
 from slipstream.api.catalog import Catalog, Target
 from slipstream.api.generation import Ending, Generation
 from slipstream.api.metering import Meter
-from slipstream.api.metrics import HttpMetrics
 from slipstream.errors import ClientError, SlipstreamError
+from slipstream.metrics.gateway import GatewayMetrics
 from slipstream.protocol import GenerateRequest
 
 log = logging.getLogger("slipstream.api")
@@ -96,7 +96,7 @@ class Shadows:
     their tenant, and are not begun where anybody waits."""
 
     def __init__(
-        self, catalog: Catalog, meter: Meter, outcomes: Outcomes, metrics: HttpMetrics, timeout_s: float
+        self, catalog: Catalog, meter: Meter, outcomes: Outcomes, metrics: GatewayMetrics, timeout_s: float
     ) -> None:
         self._catalog, self._meter, self._outcomes = catalog, meter, outcomes
         self._metrics, self._timeout_s = metrics, timeout_s

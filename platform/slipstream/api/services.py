@@ -14,6 +14,7 @@ from adapter_registry.tenants import TenantStore
 from adapter_registry.webhooks import WebhookStore
 from slipstream.cluster.view import ClusterClient
 from slipstream.importing.sources import Sources
+from slipstream.metrics.pages import MetricsPeers
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
 
@@ -34,6 +35,7 @@ class ApiServices:
     webhooks: WebhookStore
     job_runner: JobRunner
     cluster: ClusterClient
+    peers: MetricsPeers
     admin_key_sha256: str  # hex, as `adapter_registry.keys.hash_key` makes it
     upload_dir: Path  # on the disk that has room for uploads; made when missing
     max_upload_bytes: int = 4096 * MIB  # the whole multipart body
@@ -52,4 +54,8 @@ class ApiServices:
     outage_cache_s: float = 300.0  # how long known keys and names go on working while the registry is away
     sweep_every_s: float = 600.0  # between two looks for blobs that nothing refers to
     sweep_grace_s: float = 3600.0  # how long such a blob is kept: longer than any upload takes
+    metrics_key_sha256: str | None = (
+        None  # of a key that shows the metrics that name tenants and adapters, and nothing else
+    )
+    registry_failures: Callable[[], int] = lambda: 0  # commands that the registry did not answer, so far
     clock: Callable[[], float] = time.monotonic

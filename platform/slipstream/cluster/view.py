@@ -39,6 +39,15 @@ class ScalingRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingHistory:
+    """What a deployment's autoscaler has written down."""
+
+    steady: ScalingRecord | None = None  # why the target is what it is now; None without autoscaling
+    changes: tuple[ScalingRecord, ...] = ()  # the last ones, newest last
+    counts: Mapping[str, int] = field(default_factory=dict)  # all of them, by "up/cause" and "down/cause"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """One base model's deployment."""
 
@@ -48,8 +57,7 @@ class ModelView:
     tensor_parallel_size: int
     states: Mapping[str, int] = field(default_factory=dict)  # Serve's replica states → how many
     replicas: tuple[ReplicaReport, ...] = ()  # those that answer
-    steady: ScalingRecord | None = None  # why the target is what it is now; None without autoscaling
-    changes: tuple[ScalingRecord, ...] = ()  # newest last
+    scaling: ScalingHistory = ScalingHistory()
 
 
 class ClusterClient(Protocol):

@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.observer import AdapterMove, EngineObserver, StepFacts, Unobserved
 from slipstream.engine.plan import Emission, StepPlan, StepResult
 from slipstream.engine.residency import Residency, ResidencyManager, ResidencyPlan
 from slipstream.engine.scheduler import Scheduler
@@ -78,12 +79,14 @@ class EngineCore(Generic[P]):
         residency: ResidencyManager,
         runner: Runner[P],
         clock: Callable[[], float] = time.perf_counter,
+        observer: EngineObserver | None = None,
     ) -> None:
-        """`clock` gives seconds: how long steps take and requests wait is read from it."""
+        """`clock` gives seconds: how long steps take and requests wait is read from it. `observer` is told what happens."""
         self.scheduler = scheduler
         self.residency = residency
         self.runner = runner
         self._clock = clock
+        self._observer = observer or Unobserved()
         self.sequences: dict[int, Sequence] = {}
         self._on_host: dict[str, P] = {}
         self._steps = 0
@@ -129,8 +132,9 @@ class EngineCore(Generic[P]):
         """Free an adapter's slot and host memory; no sequence may be using it. Unknown digests are no error."""
         slot = self.residency.forget(digest)
         if slot is not None:
-            self.runner.unload_adapter(slot)
-        self._on_host.pop(digest, None)
+            self._unload(slot)
+        if self._on_host.pop(digest, None) is not None:
+            self._observer.moved(AdapterMove.DROPPED)
 
     def step(self) -> StepOutcome:
         """Move adapters, then: schedule → run → commit."""
@@ -140,13 +144,22 @@ class EngineCore(Generic[P]):
         plan = self.scheduler.schedule()
         if plan.sequences:
             began = self._clock()
+            for seq in self.scheduler.started:
+                self._observer.started(seq.adapter, began - seq.arrived)
             result = self.runner.run(plan)
-            self.scheduler.observe(plan, self._clock() - began)
+            took_s = self._clock() - began
+            self.scheduler.observe(plan, took_s)
+            self._observer.stepped(
+                StepFacts(len(plan.sequences), plan.num_tokens, self.scheduler.max_batched_tokens, took_s)
+            )
             outcome.emissions = self.scheduler.commit(plan, result)
             outcome.ran = True
             self._steps += 1
         for emission in outcome.emissions:
             self._work += len(emission.tokens)
+            adapter = self.sequences[emission.seq_id].adapter
+            if emission.judged and adapter is not None:
+                self._observer.judged(adapter, emission.judged, emission.accepted)
             if emission.finished:
                 self._count(self.sequences.pop(emission.seq_id))
         # Not at the next step: there may be none for hours.
@@ -168,22 +181,33 @@ class EngineCore(Generic[P]):
     def _move_adapters(self, outcome: StepOutcome) -> None:
         plan = self.residency.plan(self.scheduler.waiting_adapters())
         for _, slot in plan.unload:
-            self.runner.unload_adapter(slot)
+            self._unload(slot)
         for digest, slot in plan.load:
             try:
                 self.runner.load_adapter(slot, self._on_host[digest])
             except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors; the others go on
                 log.exception("adapter %s could not be copied to the device", digest)
+                self._observer.moved(AdapterMove.LOAD_FAILED)
                 outcome.failed[digest] = self.adapter_failed(digest)
+            else:
+                self._observer.moved(AdapterMove.LOADED)
         for digest in plan.drop:
-            del self._on_host[digest]
+            self._drop(digest)
         outcome.fetch = plan.fetch
 
     def _free(self, plan: ResidencyPlan) -> None:
         for _, slot in plan.unload:
-            self.runner.unload_adapter(slot)
+            self._unload(slot)
         for digest in plan.drop:
-            del self._on_host[digest]
+            self._drop(digest)
+
+    def _unload(self, slot: int) -> None:
+        self.runner.unload_adapter(slot)
+        self._observer.moved(AdapterMove.EVICTED)
+
+    def _drop(self, digest: str) -> None:
+        del self._on_host[digest]
+        self._observer.moved(AdapterMove.DROPPED)
 
     def _count(self, seq: Sequence) -> None:
         self._finished += 1

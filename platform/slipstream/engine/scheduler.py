@@ -49,6 +49,7 @@ class Scheduler:
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
+        self.started: list[Sequence] = []  # by the step planned last, for the first time
         self._shares = FairShare()
         self._waiting: list[Sequence] = []  # by turn
         self._running: list[Sequence] = []  # in order of admission
@@ -111,6 +112,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide one step. Blocks for everything planned are held when this returns."""
         planned: dict[int, PlannedSequence] = {}
+        self.started = []
         budget = self.max_batched_tokens
         by_arrival = sorted(self._running, key=_arrival)
         decodes = [s for s in by_arrival if self._missing(s) == 1]
@@ -315,6 +317,7 @@ class Scheduler:
         seq.num_published = len(cached)
         if seq.preemptions == 0:
             self.counters.started += 1
+            self.started.append(seq)
             seq.cached_prompt = min(known, seq.prompt_len)
             self.counters.prefix_hit_tokens += known
             self._shares.start(seq.tenant, work(seq.prompt_len - seq.cached_prompt, 0))

@@ -25,6 +25,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore, Runner, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.loader import pick_device
+from slipstream.engine.observer import EngineObserver, FetchOutcome, Unobserved
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.parallel.ranks import Lead, LeadRunner
 from slipstream.engine.plan import Emission, Logprob
@@ -91,11 +92,17 @@ class EngineService:
     """One engine on one event loop. `start` before use, `close` after."""
 
     def __init__(
-        self, config: EngineConfig, source: AdapterSource, lead: Lead | None = None, clock: Clock = time.perf_counter
+        self,
+        config: EngineConfig,
+        source: AdapterSource,
+        lead: Lead | None = None,
+        clock: Clock = time.perf_counter,
+        observer: EngineObserver | None = None,
     ) -> None:
-        """`lead`: for an engine of several ranks, of which this is the first."""
+        """`lead`: for an engine of several ranks, of which this is the first. `observer` is told what happens."""
         self.config = config
         self._clock = clock
+        self._observer = observer or Unobserved()
         self._lead = lead
         self._source = source
         self._ids = itertools.count(1)
@@ -151,7 +158,7 @@ class EngineService:
         if built.costs is not None:
             scheduler.drafts = GoodputDrafts(built.costs)
         self._runner = runner
-        self._core = EngineCore(scheduler, residency, runner, self._clock)
+        self._core = EngineCore(scheduler, residency, runner, self._clock, self._observer)
         self._admission = Admission(self._tokenizer, self._spec.vocab_size, self._spec.context_length, config.max_draft)
         self._stats = self._core.stats()
 
@@ -384,6 +391,7 @@ class EngineService:
 
     async def _fetch(self, ref: AdapterRef) -> None:
         """Download, read and lay out one adapter; the step loop goes on meanwhile."""
+        began = self._clock()
         try:
             with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._scratch()) as folder:
                 async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
@@ -392,8 +400,10 @@ class EngineService:
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
             log.exception("adapter %s could not be loaded", ref.digest)
             late = isinstance(error, TimeoutError)
+            self._observer.fetched(FetchOutcome.LATE if late else FetchOutcome.FAILED, self._clock() - began)
             outcome: Callable[[], None] = partial(self._adapter_failed, ref.digest, late)
         else:
+            self._observer.fetched(FetchOutcome.OK, self._clock() - began)
             outcome = partial(self._core.adapter_ready, ref.digest, prepared)
         with suppress(EngineFailed):
             self._post(outcome)

@@ -56,6 +56,7 @@ class ImportRounds:
     base: Callable[[str | None], Awaitable[tuple[BaseModelSpec, EngineClient]]]
     scratch: Callable[[], AbstractAsyncContextManager[Path]]  # a folder that is gone afterwards
     max_bytes: int
+    ended: Callable[[VersionState], None] = lambda state: None  # told of each import that has come to its end
     now: Callable[[], datetime] = utc_now
     lease_s: float = LEASE_S
     holder: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -128,7 +129,10 @@ class ImportRounds:
                 raise LostLease
             return found.changed(**changes)
 
-        return await self.imports.update(record.tenant, record.id, if_ours)
+        changed = await self.imports.update(record.tenant, record.id, if_ours)
+        if changed.state in (VersionState.READY, VersionState.REJECTED):
+            self.ended(changed.state)
+        return changed
 
     def lease(self) -> Lease:
         """From now on."""

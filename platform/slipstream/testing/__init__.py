@@ -2,6 +2,7 @@
 
 from slipstream.testing.fake_cluster import FakeCluster
 from slipstream.testing.fake_engine import FAKE_BASE, FakeAnswer, FakeEngine
+from slipstream.testing.fake_peers import FakePeers
 from slipstream.testing.manual_clock import ManualClock
 from slipstream.testing.memory_blobs import MemoryBlobs
 from slipstream.testing.memory_changes import MemoryChanges
@@ -17,6 +18,7 @@ __all__ = [
     "FakeAnswer",
     "FakeCluster",
     "FakeEngine",
+    "FakePeers",
     "ManualClock",
     "MemoryBlobs",
     "MemoryChanges",

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
+from slipstream.engine.observer import EngineObserver, StepFacts, Unobserved
 from slipstream.errors import ContextOverflow, InvalidRequest, Overloaded, SlipstreamError
 from slipstream.protocol import (
     BaseModelSpec,
@@ -49,9 +50,15 @@ class FakeEngine(EngineClient):
     """One word is one token. A request that speculates gets two tokens a step: its own and one accepted draft."""
 
     def __init__(
-        self, spec: BaseModelSpec = FAKE_BASE, *, step_delay_s: float = 0.0, capacity: int | None = None
+        self,
+        spec: BaseModelSpec = FAKE_BASE,
+        *,
+        step_delay_s: float = 0.0,
+        capacity: int | None = None,
+        observer: EngineObserver | None = None,
     ) -> None:
         self.spec = spec
+        self.observer = observer or Unobserved()
         self.step_delay_s = step_delay_s
         self.capacity = capacity  # choices at a time; None = any number
         self.refusal: Exception | None = None  # raised by the first step of every request
@@ -109,6 +116,7 @@ class FakeEngine(EngineClient):
                 await asyncio.sleep(self.step_delay_s)
                 self._totals["steps"] += 1
                 batch = [choice.step() for choice in choices if not choice.done]
+                self._observe(request, batch)
                 for event in batch:
                     self._count(event)
                 yield batch
@@ -118,6 +126,16 @@ class FakeEngine(EngineClient):
         finally:
             self.running.discard(request.request_id)
             self._open -= request.params.n
+
+    def _observe(self, request: GenerateRequest, batch: Sequence[GenerateEvent]) -> None:
+        adapter = request.adapter.digest if request.adapter else None
+        tokens = sum(len(event.token_ids) for event in batch)
+        self.observer.stepped(StepFacts(len(batch), tokens, max(tokens, 64), self.step_delay_s))
+        for event in batch:
+            if event.usage is not None and event.finish_reason is None:
+                self.observer.started(adapter, 0.0)
+            if adapter is not None and len(event.token_ids) > 1:
+                self.observer.judged(adapter, 1, 1)
 
     def _admit(self, request: GenerateRequest) -> int:
         self.requests.append(request)

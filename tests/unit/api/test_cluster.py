@@ -10,7 +10,7 @@ from support.api_app import ADMIN_KEY, ApiWorld
 from typer.testing import CliRunner
 
 from slipstream.cli.app import app
-from slipstream.cluster.view import ModelView, RankReport, ReplicaReport, ScalingRecord, total
+from slipstream.cluster.view import ModelView, RankReport, ReplicaReport, ScalingHistory, ScalingRecord, total
 from slipstream.errors import Unavailable
 from slipstream.protocol import EngineStats
 from slipstream.testing import FakeCluster
@@ -28,8 +28,11 @@ VIEW = ModelView(
     tensor_parallel_size=2,
     states={"RUNNING": 1, "STARTING": 1},
     replicas=(ReplicaReport("abc", (RankReport(0, "10.0.0.1", 11), RankReport(1, "10.0.0.2", 12)), 61.0, STATS),),
-    steady=ScalingRecord(100.0, 2, 2, "steady: 3.00 requests/s at 2 a replica"),
-    changes=(ScalingRecord(90.0, 1, 2, "3.00 requests/s at 2 a replica"),),
+    scaling=ScalingHistory(
+        ScalingRecord(100.0, 2, 2, "steady: 3.00 requests/s at 2 a replica"),
+        (ScalingRecord(90.0, 1, 2, "3.00 requests/s at 2 a replica"),),
+        {"up/rate": 1},
+    ),
 )
 ASLEEP = ModelView("small", 0, 1, 1)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.cluster.rates import Rates
-from slipstream.cluster.scaling import Decision, Load, ScalingOptions, ScalingPolicy
+from slipstream.cluster.scaling import Cause, Decision, Load, ScalingOptions, ScalingPolicy
 from slipstream.protocol import work
 from slipstream.testing import ManualClock
 
@@ -80,6 +80,28 @@ def test_long_waits_ask_for_more_whatever_the_rate() -> None:
     assert deployment.tick(2, requests_per_s=1.0, queue_wait_s=3.0, ongoing=9) == 3
     assert "wait 3.0 s" in deployment.last.reason
     assert deployment.tick(2, requests_per_s=1.0, queue_wait_s=300.0, ongoing=9) == 6, "at most twice as many at a time"
+
+
+@pytest.mark.parametrize(
+    ("load", "cause"),
+    [
+        ({"requests_per_s": 9.0}, Cause.RATE),
+        ({"requests_per_s": 1.0, "queue_wait_s": 9.0, "ongoing": 9}, Cause.QUEUE_WAIT),
+        ({"requests_per_s": 1.0, "slot_pressure": 2.0, "ongoing": 9}, Cause.SLOT_PRESSURE),
+        ({"requests_per_s": 1.0, "held": 4, "ongoing": 9}, Cause.HELD),
+    ],
+)
+def test_a_change_says_what_caused_it(load: dict[str, float], cause: Cause) -> None:
+    deployment = Deployment(replicas=2)
+    assert deployment.tick(2, **load) > 2
+    assert deployment.last.cause is cause
+
+
+def test_limits_and_idleness_are_causes_too() -> None:
+    assert ScalingPolicy(OPTIONS).decide(Load(replicas=12, target=12, requests_per_s=40.0), 0.0).cause is Cause.LIMITS
+    deployment = Deployment(min_replicas=0)
+    assert deployment.tick(200) == 0
+    assert deployment.last.cause is Cause.IDLE
 
 
 def test_what_waits_taught_is_forgotten_one_replica_at_a_time() -> None:

@@ -1,0 +1,1 @@
+"""What Prometheus is told: the catalogue of metrics, who counts what, and the page that answers for all processes."""
