@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -21,6 +21,7 @@ from deployments.cluster import RayCluster
 from deployments.engine_client import RayEngineClient
 from deployments.remote_sources import RemoteSources
 from deployments.serve_states import ServedModel
+from deployments.telemetry import TelemetryPlan, begin_telemetry
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.services import ApiServices
@@ -42,6 +43,7 @@ class GatewayPlan:
     max_training_jobs: int = 1
     pull_sources: tuple[str, ...] = ()
     webhook_private_hosts: tuple[str, ...] = ()
+    telemetry: TelemetryPlan = field(default_factory=TelemetryPlan)
 
 
 class Gateway:
@@ -55,8 +57,12 @@ class Gateway:
         """Serve calls this in the replica's own event loop, after the constructor."""
         plan = self._plan
         self._store = RedisStore.from_url(plan.redis_url.get_secret_value())
-        app = serve.get_replica_context().app_name  # not always ours: `serve run` calls it "default"
-        engines = {id_: RayEngineClient(handle, app, plan.models[id_]) for id_, handle in self._engines.items()}
+        context = serve.get_replica_context()
+        app = context.app_name  # not always ours: `serve run` calls it "default"
+        tracing = begin_telemetry(plan.telemetry, "gateway", context.replica_id.unique_id)
+        engines = {
+            id_: RayEngineClient(handle, app, plan.models[id_], tracing) for id_, handle in self._engines.items()
+        }
         services = ApiServices(
             engines=engines,
             cluster=RayCluster(app, plan.models, engines),
@@ -73,5 +79,6 @@ class Gateway:
             upload_dir=plan.upload_dir,
             max_upload_bytes=plan.max_upload_bytes,
             max_running_jobs=plan.max_training_jobs,
+            tracing=tracing,
         )
         return create_app(services)

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from adapter_registry import errors as registry
 from adapter_registry.imports import ImportEnded
 from slipstream import errors as tree
+from slipstream.api.observing import note_problem
 
 log = logging.getLogger("slipstream.api")
 
@@ -94,6 +95,12 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 def problem_of(error: Exception, request_id: str) -> Problem:
     """What a client is told about `error`; whatever is not in a tree is a bug, and logged as one."""
+    problem = _problem_of(error, request_id)
+    note_problem(problem.status, problem.code)
+    return problem
+
+
+def _problem_of(error: Exception, request_id: str) -> Problem:
     rule = next((_RULES[cls] for cls in type(error).__mro__ if cls in _RULES), None)
     if rule is None:
         log.error("request %s failed", request_id, exc_info=error)

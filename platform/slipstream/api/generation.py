@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
 from slipstream.api.metrics import HttpMetrics
+from slipstream.api.observing import note_first_token
 from slipstream.errors import EngineFailed, Unavailable
 from slipstream.protocol import FinishReason, GenerateEvent, GenerateRequest, TokenLogprob, Usage
 
@@ -39,6 +40,8 @@ class Ending:
     counts: UsageCounts
     error: Exception | None
     whole: bool  # every choice was finished; without an error, its client has left otherwise
+    decode_steps: int = 0  # of choices that are known to have finished
+    reasons: tuple[FinishReason, ...] = ()  # of the same
 
 
 class Generation:
@@ -72,6 +75,7 @@ class Generation:
         self.usages: dict[int, Usage] = {}  # of choices that have finished
         self._sofar: dict[int, Usage] = {}  # of those that have not, when they began
         self._came: Counter[int] = Counter()  # tokens of each choice
+        self._reasons: list[FinishReason] = []
 
     async def start(self) -> None:
         """Wait for the first step of every prompt."""
@@ -87,6 +91,7 @@ class Generation:
             raise
         if self._streamed:  # otherwise a remote engine sends everything at the end
             self._metrics.first_token(self._target.base_id, perf_counter() - started)
+            note_first_token()
 
     async def events(self) -> AsyncGenerator[Batch]:
         """What each step added, until every choice has finished."""
@@ -133,7 +138,8 @@ class Generation:
         finally:
             if not self._ended.is_set():
                 self._ended.set()
-                self._settle(Ending(self._used(), self._error, not self._open))
+                steps = sum(usage.decode_steps for usage in self.usages.values())
+                self._settle(Ending(self._used(), self._error, not self._open, steps, tuple(self._reasons)))
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -154,7 +160,11 @@ class Generation:
         await self._ended.wait()
         if self._open or self._texts is None:
             return None
-        return ["".join(pieces) for _, pieces in sorted(self._texts.items())]
+        return self.said()
+
+    def said(self) -> list[str]:
+        """What each choice has said so far, of a target that keeps it."""
+        return ["".join(pieces) for _, pieces in sorted((self._texts or {}).items())]
 
     def by_prompt(self) -> Iterable[list[Usage]]:
         """The usages of each prompt's choices."""
@@ -197,6 +207,7 @@ class Generation:
                 raise EngineFailed("A choice ended without its usage.")
             self._open.discard(event.index)
             self.usages[event.index] = event.usage
+            self._reasons.append(event.finish_reason)
             self._metrics.generated(self._target.base_id, event.usage)
         return event
 

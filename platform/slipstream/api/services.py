@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
@@ -16,6 +17,9 @@ from slipstream.cluster.view import ClusterClient
 from slipstream.importing.sources import Sources
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
+
+if TYPE_CHECKING:
+    from slipstream.telemetry.tracing import Tracing
 
 MIB = 1 << 20
 
@@ -53,3 +57,4 @@ class ApiServices:
     sweep_every_s: float = 600.0  # between two looks for blobs that nothing refers to
     sweep_grace_s: float = 3600.0  # how long such a blob is kept: longer than any upload takes
     clock: Callable[[], float] = time.monotonic
+    tracing: Tracing | None = None  # None = off
