@@ -233,7 +233,7 @@ class Settings(ModelDefaults, BaseSettings):
         None,
         pattern=r"^https?://[^\s/]+",
         description="Where traces go: an OpenTelemetry collector's base address for OTLP over HTTP, as "
-        "`http://collector:4318`; empty = what `OTEL_EXPORTER_OTLP_ENDPOINT` says, or no traces. The other `OTEL_*` variables "
+        "`http://collector:4318`; empty = what `OTEL_EXPORTER_OTLP_ENDPOINT` says, or no traces. Other `OTEL_*` variables "
         "hold as well.",
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or `json` for collectors.")

@@ -18,7 +18,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from support.processes import eventually
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SentSpan:
     """One span as it came in."""
 
