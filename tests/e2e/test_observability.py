@@ -132,7 +132,7 @@ def test_neither_prompts_nor_keys_are_told(published: Running, collector: Collec
     bearer = f"sk-slip-{canary}key"
     trace_id, header = traced()
     with published.client() as http:
-        http.headers |= {"traceparent": header}
+        http.headers.update({"traceparent": header})
         chat = {"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": canary}], "max_tokens": 2}
         for body in (
             chat,
