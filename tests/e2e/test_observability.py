@@ -142,7 +142,7 @@ def test_neither_prompts_nor_keys_are_told(published: Running, collector: Collec
             {**chat, "model": "no"},
         ):
             http.post(CHAT, json=body)
-        for prompt in (canary, [canary, canary], canary * 4000):
+        for prompt in (canary, [canary, canary], canary * 400):
             http.post(TEXT, json={"model": "snips", "prompt": prompt, "max_tokens": 2, "logprobs": 1})
         http.post(TEXT, content=f'{{"prompt": "{canary}"', headers={"content-type": "application/json"})
         http.post(TEXT, json={"model": "snips", "prompt": "x", "stop": [canary], "user": canary})

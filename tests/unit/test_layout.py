@@ -33,11 +33,23 @@ RULES = (
     Rule("slipstream", ("adapter_registry",), save=tuple(f"adapter_registry.{name}" for name in REGISTRY_SEAM)),
     Rule("slipstream.api", ("ray", "redis", "torch", "transformers")),
     Rule("slipstream.client", ("ray", "redis", "torch", "transformers", "fastapi")),
-    Rule("slipstream.engine", ("ray", "redis", "fastapi", "slipstream.api")),
+    Rule("slipstream.engine", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.telemetry", "opentelemetry")),
+    Rule("slipstream.client", ("slipstream.telemetry", "opentelemetry")),
+    Rule("slipstream.telemetry", ("ray", "redis", "fastapi", "torch", "transformers", "slipstream.api")),
     Rule("slipstream.adapters", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.engine")),
     *(
         Rule(f"slipstream.engine.{name}", ("torch", "transformers", "numpy"))
-        for name in ("scheduler", "blocks", "prefixes", "leases", "residency", "sequence", "plan", "waiting")
+        for name in (
+            "scheduler",
+            "blocks",
+            "prefixes",
+            "leases",
+            "residency",
+            "sequence",
+            "plan",
+            "timeline",
+            "waiting",
+        )
     ),
     Rule("slipstream.protocol", ("torch", "ray", "redis", "fastapi", "pydantic")),
     Rule("slipstream.config", ("torch", "ray", "redis", "fastapi")),
@@ -153,6 +165,7 @@ def test_k8s_holds_no_python() -> None:
         ("slipstream/api/x.py", "from redis import asyncio"),
         ("slipstream/engine/x.py", "from fastapi import FastAPI"),
         ("slipstream/engine/scheduler.py", "import torch"),
+        ("slipstream/engine/x.py", "from opentelemetry import trace"),
         ("slipstream/engine/x.py", "from ..api import app"),
     ],
 )

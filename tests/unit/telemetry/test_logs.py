@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from support.log_lines import KeptLines
 
 from adapter_registry.keys import new_key
 from slipstream.errors import EngineFailed
@@ -13,27 +14,15 @@ from slipstream.telemetry.exchange import CURRENT, Exchange
 from slipstream.telemetry.logs import MAX_TEXT_CHARS, OURS, RequestContext, forward_logs, redacted, shortened
 
 HOST = "host-of-test"
-
-
-class Kept(logging.Handler):
-    """Keeps records, and how a plain formatter shows them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-        self.lines.append(self.format(record))
+PROMPT = "what was asked"  # never spelt out where it is raised: tracebacks show source lines
 
 
 @pytest.fixture
-def host() -> Iterator[Kept]:
+def host() -> Iterator[KeptLines]:
     """A host's logger, as Serve's; what is set up for it is undone."""
     names = (*OURS, "opentelemetry", "asyncio")
     before = {name: (logging.getLogger(name).level, logging.getLogger(name).handlers) for name in names}
-    logger, kept = logging.getLogger(HOST), Kept()
+    logger, kept = logging.getLogger(HOST), KeptLines()
     logger.handlers, logger.propagate = [kept], False
     yield kept
     logger.handlers, logger.filters = [], []
@@ -51,7 +40,7 @@ def exchange() -> Iterator[Exchange]:
     CURRENT.reset(token)
 
 
-def test_a_line_carries_its_request_as_fields(host: Kept, exchange: Exchange) -> None:
+def test_a_line_carries_its_request_as_fields(host: KeptLines, exchange: Exchange) -> None:
     forward_logs(HOST, "INFO", as_text=False)
     logging.getLogger("slipstream.x").info("loaded %d", 3, extra={"seconds": 0.5})
     (record,) = host.records
@@ -62,7 +51,7 @@ def test_a_line_carries_its_request_as_fields(host: Kept, exchange: Exchange) ->
     assert host.lines == ["loaded 3"]
 
 
-def test_text_shows_the_same_behind_the_message(host: Kept, exchange: Exchange) -> None:
+def test_text_shows_the_same_behind_the_message(host: KeptLines, exchange: Exchange) -> None:
     forward_logs(HOST, "INFO", as_text=True)
     logging.getLogger("adapter_registry.x").warning("gone", extra={"seconds": 0.5})
     (line,) = host.lines
@@ -70,13 +59,13 @@ def test_text_shows_the_same_behind_the_message(host: Kept, exchange: Exchange) 
     assert {"request_id=req-1", "tenant=acme", "adapter=sha256:ab", "seconds=0.5"} <= set(line.split())
 
 
-def test_what_belongs_to_no_request_says_so_by_carrying_none(host: Kept) -> None:
+def test_what_belongs_to_no_request_says_so_by_carrying_none(host: KeptLines) -> None:
     forward_logs(HOST, "INFO", as_text=True)
     logging.getLogger("slipstream.x").info("swept")
     assert host.lines == ["swept"]
 
 
-def test_levels_hold_and_setting_up_twice_says_nothing_twice(host: Kept) -> None:
+def test_levels_hold_and_setting_up_twice_says_nothing_twice(host: KeptLines) -> None:
     for _ in range(2):
         forward_logs(HOST, "WARNING", as_text=True)
     logging.getLogger("slipstream.x").info("quiet")
@@ -89,17 +78,17 @@ def fail(what: str) -> None:
     raise ValueError(f"cannot take {what}")
 
 
-def test_what_an_error_says_is_withheld_while_it_may_quote_a_request(host: Kept, exchange: Exchange) -> None:
+def test_what_an_error_says_is_withheld_while_it_may_quote_a_request(host: KeptLines, exchange: Exchange) -> None:
     forward_logs(HOST, "INFO", as_text=False)
     try:
         try:
-            fail("the prompt")
+            fail(PROMPT)
         except ValueError as error:
             raise EngineFailed("The engine has stopped.") from error
     except EngineFailed as error:
         logging.getLogger("slipstream.x").error("failed", exc_info=error)
     (line,) = host.lines
-    assert "the prompt" not in line
+    assert PROMPT not in line
     assert "builtins.ValueError (what it says is withheld)" in line
     assert 'raise ValueError(f"cannot take {what}")' in line, "where it was raised is shown"
     assert "EngineFailed: The engine has stopped." in line, "our own sentences quote nobody"
@@ -107,7 +96,7 @@ def test_what_an_error_says_is_withheld_while_it_may_quote_a_request(host: Kept,
 
 @pytest.mark.parametrize("log_prompts", [True, None])
 def test_what_an_error_says_is_shown_where_it_can_hurt_nobody(
-    host: Kept, exchange: Exchange, log_prompts: bool | None
+    host: KeptLines, exchange: Exchange, log_prompts: bool | None
 ) -> None:
     """Outside of requests, and for a tenant that has its prompts logged."""
     forward_logs(HOST, "INFO", as_text=False)
@@ -122,7 +111,7 @@ def test_what_an_error_says_is_shown_where_it_can_hurt_nobody(
     assert "ValueError: cannot take what I got" in host.lines[0]
 
 
-def test_keys_headers_and_passwords_are_taken_out(host: Kept) -> None:
+def test_keys_headers_and_passwords_are_taken_out(host: KeptLines) -> None:
     secret, _ = new_key("acme")
     forward_logs(HOST, "INFO", as_text=True)
     said = f"{secret} 'authorization': 'Bearer my-own-admin-key', redis://:hunter2@host/0 https://me:pw@x/"
