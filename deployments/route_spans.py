@@ -7,6 +7,7 @@ builds routers by itself and runs them in a thread of their own: what a router k
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +46,7 @@ def one_try(
         _WAITING[origin.traceparent] = span
     try:
         yield replace(request, origin=origin)
-    except GeneratorExit:
+    except (GeneratorExit, asyncio.CancelledError):  # its client has gone
         span.set_attribute("slipstream.cancelled", True)
         raise
     except BaseException as error:

@@ -97,7 +97,7 @@ async def test_what_became_of_a_traced_request_is_told_before_its_end(tmp_path: 
         after = time.time()
         await others
         assert len(told) == 1
-        async with aclosing(engine.generate(replace(traced, params=replace(traced.params, max_tokens=400)))) as left:
+        async with aclosing(engine.generate(replace(traced, params=replace(traced.params, max_tokens=200)))) as left:
             await anext(left)
         await collect(engine, request("whoever comes next"))
     finally:
