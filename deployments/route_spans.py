@@ -32,13 +32,15 @@ def one_try(
     if tracing is None or request.origin is None or request.origin.traceparent is None:
         yield request
         return
-    attributes = {
+    attributes: dict[str, str | int] = {
         "slipstream.deployment": deployment,
         "slipstream.try": number,
         "slipstream.call_id": request.request_id,
-        **({"slipstream.retry.reason": why} if why is not None else {}),
-        **({"slipstream.adapter": request.adapter.digest} if request.adapter is not None else {}),
     }
+    if why is not None:
+        attributes["slipstream.retry.reason"] = why
+    if request.adapter is not None:
+        attributes["slipstream.adapter"] = request.adapter.digest
     span = tracing.beneath(request.origin, "route", attributes, SpanKind.CLIENT)
     origin = carried(request.origin, span)
     assert origin.traceparent is not None

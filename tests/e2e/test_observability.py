@@ -14,6 +14,7 @@ from support.otlp import Collector, SentSpan, only
 from support.processes import eventually
 from support.serving import Running
 
+pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.model, pytest.mark.timeout(600)]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HOPS = ("route", "replica", "engine", "prefill", "decode", "step")
 
