@@ -100,7 +100,8 @@ def _check_gateway(gateway: SentSpan, request_id: str) -> None:
         "gen_ai.operation.name": "text_completion",
         "gen_ai.response.model": "snips@1",
         "gen_ai.usage.output_tokens": 12,
-        "slipstream.finish_reason": "length",
+        "gen_ai.request.model": "snips",
+        "gen_ai.response.finish_reasons": ["length"],
     }
     assert {name: gateway.attributes.get(name) for name in wanted} == wanted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("slipstream.access")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: no spans, and lines for DEBUG alone
 _LONGEST_PATH = 200
+_NAME = re.compile(r"[!-~]{1,200}")
 _STATUS = "http.response.status_code"
 _INPUT, _OUTPUT = "gen_ai.input.messages", "gen_ai.output.messages"
 # What the access line calls it → OpenTelemetry's name, or ours where it has none.
@@ -34,7 +36,6 @@ _ATTRIBUTES = {
     "decode_steps": "slipstream.decode_steps",
     "drafted_tokens": "slipstream.drafted_tokens",
     "accepted_tokens": "slipstream.accepted_tokens",
-    "finish_reason": "slipstream.finish_reason",
     "first_token_seconds": "gen_ai.response.time_to_first_chunk",
     "error": "error.type",
 }
@@ -73,9 +74,11 @@ class Observed:
 
 def _end_span(exchange: Exchange, span: Span, name: str, more: Mapping[str, Fact]) -> None:
     span.update_name(name)
-    span.set_attributes({**more, **{_ATTRIBUTES.get(k, f"slipstream.{k}"): v for k, v in exchange.facts.items()}})
+    facts = {_ATTRIBUTES[name]: fact for name, fact in exchange.facts.items() if name in _ATTRIBUTES}
     known = {"slipstream.tenant": exchange.tenant, "slipstream.adapter": exchange.adapter}
-    span.set_attributes({k: v for k, v in known.items() if v is not None})
+    span.set_attributes({**more, **facts, **{name: value for name, value in known.items() if value is not None}})
+    if "finish_reason" in exchange.facts:
+        span.set_attribute("gen_ai.response.finish_reasons", str(exchange.facts["finish_reason"]).split(","))
     if exchange.failed:
         span.set_status(StatusCode.ERROR)
     span.end()
@@ -86,6 +89,15 @@ def note_tenant(tenant: str | None) -> None:
     exchange = CURRENT.get()
     if exchange is not None:
         exchange.tenant = tenant
+
+
+def note_model(asked: str) -> None:
+    """What the client wants to answer; a name that could forge a line is not repeated."""
+    exchange = CURRENT.get()
+    if exchange is not None and _NAME.fullmatch(asked):
+        exchange.model = asked
+        if exchange.span is not None:
+            exchange.span.set_attribute("gen_ai.request.model", asked)
 
 
 def note_problem(status: int, code: str | None) -> None:
@@ -111,7 +123,6 @@ def note_call(call_id: str, target: Target, wanted: Sequence[GenerateRequest], l
     known: dict[str, Fact | None] = {
         "gen_ai.operation.name": "chat" if first.messages is not None else "text_completion",
         "gen_ai.provider.name": "slipstream",
-        "gen_ai.request.model": target.base_id,
         "gen_ai.request.stream": first.stream,
         "gen_ai.request.choice.count": len(wanted) * params.n,
         "gen_ai.request.max_tokens": params.max_tokens,

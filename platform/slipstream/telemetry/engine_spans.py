@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opentelemetry.trace import Span
+from opentelemetry.util.types import AttributeValue
 
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.timeline import StepMark, Timeline
@@ -66,13 +67,13 @@ class EngineSpans:
 
 def _sequence(timeline: Timeline, seq: Sequence) -> Attributes:
     began = timeline.started if timeline.started is not None else timeline.ended
-    known: dict[str, str | int | float] = {
+    known: dict[str, AttributeValue] = {
         "slipstream.request_id": timeline.origin.request_id,
         "slipstream.tenant": seq.tenant,
         "slipstream.choice": timeline.index,
         "slipstream.queue_seconds": began - timeline.arrived,
         "slipstream.preemptions": seq.preemptions,
-        "slipstream.finish_reason": (seq.finish_reason or FinishReason.ABORTED).value,
+        "gen_ai.response.finish_reasons": [(seq.finish_reason or FinishReason.ABORTED).value],
         **_counts(seq),
     }
     if seq.adapter is not None:

@@ -20,7 +20,7 @@ OURS = ("slipstream", "adapter_registry", "deployments")
 MAX_TEXT_CHARS = 8192  # of a prompt or an answer in one line
 _MAX_CHAIN = 8  # exceptions that led to one another
 _SECRETS = re.compile(
-    rf"(?i)(\b(?:bearer|basic)\s+)[^\s'\",;]+|{re.escape(SECRET_PREFIX)}[\w-]{{8,}}|(://[^/\s:@]*:)[^@\s/]+(?=@)"
+    rf"(?i)(\bbearer\s+)[^\s'\",;]+|{re.escape(SECRET_PREFIX)}[\w-]{{8,}}|(://[^/\s:@]*:)[^@\s/]+(?=@)"
 )
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 

@@ -64,14 +64,14 @@ async def test_the_server_span(world: ApiWorld, kept: KeptSpans, http: httpx.Asy
         "slipstream.tenant": "demo",
         "slipstream.adapter": version.digest,
         "gen_ai.operation.name": "chat",
-        "gen_ai.request.model": BASE,
+        "gen_ai.request.model": "sql",
         "gen_ai.response.model": "sql@1",
         "gen_ai.request.max_tokens": 8,
         "gen_ai.usage.input_tokens": 3,
         "gen_ai.usage.output_tokens": 4,
         "slipstream.decode_steps": 3,
         "slipstream.accepted_tokens": 1,
-        "slipstream.finish_reason": "stop",
+        "gen_ai.response.finish_reasons": ("stop",),
     }
     assert {name: attributes(span).get(name) for name in wanted} == wanted
     assert [event.name for event in span.events] == (["first token"] if stream else [])
@@ -193,6 +193,12 @@ async def test_prompts_are_told_for_the_tenant_that_wants_it_and_for_no_other(
         ("admin", False),
         ("admin", True),
     ]
+
+
+async def test_a_name_that_would_forge_a_line_is_not_repeated(http: httpx.AsyncClient, lines: KeptLines) -> None:
+    for name, shown in (("no-such", "no-such"), ("x\nERROR all is lost", None), ("y" * 201, None)):
+        assert (await http.post(CHAT, json={**ASKED, "model": name})).status_code == 404
+        assert access(lines)[-1].get("model") == shown
 
 
 async def test_only_the_admin_switches_it_on(world: ApiWorld, http: httpx.AsyncClient) -> None:

@@ -161,7 +161,7 @@ def test_what_is_cut_short_is_told_as_far_as_it_came() -> None:
     engine.core.step()
     engine.core.step()
     engine.core.abort(1)
-    assert attributes(engine.kept.only("engine"))["slipstream.finish_reason"] == "aborted"
+    assert attributes(engine.kept.only("engine"))["gen_ai.response.finish_reasons"] == ("aborted",)
     assert len(engine.kept.named("step")) == 2
     waiting = engine.add(2, adapter="sha256:none")
     engine.core.step()
