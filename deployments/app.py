@@ -73,9 +73,7 @@ def serve_config(settings: Settings) -> str:
     page = {
         "proxy_location": "EveryNode",
         "http_options": {"host": settings.host, "port": settings.port},
-        "logging_config": serve_logging(settings).model_dump(
-            mode="json", include={"encoding", "log_level", "enable_access_log"}
-        ),
+        "logging_config": serve_logging(settings).model_dump(mode="json", exclude={"logs_dir"}),
         "applications": [application],
     }
     return yaml.safe_dump(page, sort_keys=False)

@@ -46,6 +46,7 @@ def serve_logging(settings: Settings, logs_dir: Path | None = None) -> LoggingCo
         log_level=settings.log_level,
         logs_dir=str(logs_dir) if logs_dir is not None else None,
         enable_access_log=False,
+        additional_log_standard_attrs=["name"] if settings.log_format == "json" else [],  # which logger it was
     )
 
 

@@ -116,7 +116,7 @@ def test_every_line_of_a_request_says_whose_it_is(http: httpx.Client, published:
     assert eventually(lambda: any(line["message"] == f"POST {TEXT} 200" for line in logged(published, request_id)))
     lines = logged(published, request_id)
     (access,) = [line for line in lines if line["message"] == f"POST {TEXT} 200"]
-    assert access["levelname"] == "INFO"
+    assert (access["levelname"], access["name"]) == ("INFO", "slipstream.access")
     wanted = {"route": TEXT, "status": 200, "completion_tokens": 4, "finish_reason": "length", "model": "wikisql@1"}
     assert {name: access[name] for name in wanted} == wanted
     assert access["seconds"] > 0

@@ -112,6 +112,7 @@ def test_how_to_log_and_where_spans_go_reaches_everybody(tmp_path: Path, monkeyp
         "encoding": "JSON",
         "log_level": "DEBUG",
         "enable_access_log": False,
+        "additional_log_standard_attrs": ["name"],
     }
     found = deployments(app.build_application(load_settings(), logs_dir=tmp_path))
     for config, _, _, plan in found.values():

@@ -11,12 +11,14 @@ import pytest
 from opentelemetry.trace import StatusCode
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from support.log_lines import kept_lines
 from support.spans import HEADER, PARENT_ID, TRACE_ID, KeptSpans, id_of, parent_of
 
 from deployments.engine_client import RayEngineClient
-from deployments.engine_replica import Refusal
+from deployments.engine_replica import Refusal, refusal
 from deployments.route_spans import waiting_span
 from deployments.serve_states import ServedModel
+from deployments.serving_spans import served
 from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.errors import EngineFailed, InvalidRequest, Overloaded, SlipstreamError, Unavailable
 from slipstream.protocol import (
@@ -199,6 +201,24 @@ async def test_a_bug_on_one_request_is_not_taken_elsewhere(stream: bool) -> None
     with pytest.raises(EngineFailed):
         await collect(handle, stream)
     assert len(handle.calls) == 1
+
+
+def test_a_bug_is_logged_by_us_and_not_raised_into_serve_which_would_quote_it() -> None:
+    canary = " ".join(("a", "canary", "sings"))
+    kept = KeptSpans()
+    with (
+        kept_lines("ray.serve") as lines,
+        served(kept.tracing, replace(request(stream=True), origin=Origin("req-1", HEADER)), "base") as task,
+    ):
+        try:
+            raise ValueError(canary)
+        except ValueError as error:
+            told = refusal(task, error)
+    assert told.bug
+    assert isinstance(told.error, EngineFailed)
+    assert canary not in lines.told() + str(told.error) + kept.only("replica").to_json()
+    assert "builtins.ValueError (what it says is withheld)" in lines.told()
+    assert kept.only("replica").status.status_code is StatusCode.ERROR
 
 
 async def test_a_finished_choice_is_not_asked_for_again() -> None:

@@ -31,7 +31,9 @@ class KeptLines(logging.Handler):
 def kept_lines(logger: str) -> Iterator[KeptLines]:
     """What is logged beneath `logger` meanwhile, at every level and with its request's context."""
     found, kept = logging.getLogger(logger), KeptLines()
-    kept.addFilter(RequestContext(as_text=False))
+    context = RequestContext(as_text=False)
+    kept.addFilter(context)
+    found.addFilter(context)  # before other handlers, which would write an error's text down for all
     level = found.level
     found.setLevel(logging.DEBUG)
     found.addHandler(kept)
@@ -39,4 +41,5 @@ def kept_lines(logger: str) -> Iterator[KeptLines]:
         yield kept
     finally:
         found.removeHandler(kept)
+        found.removeFilter(context)
         found.setLevel(level)

@@ -414,7 +414,7 @@ class EngineService:
                     await self._source.fetch(ref, Path(folder))
                     prepared = await _in_own_thread(lambda: self._runner.prepare_adapter(load_adapter(Path(folder))))
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
-            log.exception("adapter %s could not be loaded", ref.digest)
+            log.exception("adapter %s could not be loaded", ref.digest, extra={"shows_error": True})
             late = isinstance(error, TimeoutError)
             outcome: Callable[[], None] = partial(self._adapter_failed, ref.digest, late)
         else:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from adapter_registry.errors import RegistryError
 from adapter_registry.keys import SECRET_PREFIX
 from slipstream.errors import SlipstreamError
-from slipstream.telemetry.exchange import CURRENT
+from slipstream.telemetry.exchange import CURRENT, Exchange
 
 OURS = ("slipstream", "adapter_registry", "deployments")
 MAX_TEXT_CHARS = 8192  # of a prompt or an answer in one line
@@ -22,7 +22,9 @@ _MAX_CHAIN = 8  # exceptions that led to one another
 _SECRETS = re.compile(
     rf"(?i)(\bbearer\s+)[^\s'\",;]+|{re.escape(SECRET_PREFIX)}[\w-]{{8,}}|(://[^/\s:@]*:)[^@\s/]+(?=@)"
 )
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_SHOWN = "_context_shown"
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", _SHOWN}
+SHOWS_ERROR = "shows_error"  # in a record's `extra`: what its error says has nothing to do with what was asked
 
 
 class RequestContext(logging.Filter):
@@ -38,21 +40,31 @@ class RequestContext(logging.Filter):
         exchange = CURRENT.get()
         if exchange is not None:
             for name, value in exchange.context().items():
-                if name not in record.__dict__:
-                    setattr(record, name, value)
-        if record.exc_info and record.exc_info[1] is not None and not record.exc_text:
-            error = record.exc_info[1]
-            withhold = exchange is not None and not exchange.log_prompts
-            record.exc_text = redacted(withheld(error) if withhold else "".join(traceback.format_exception(error)))
-        message = redacted(record.getMessage())
-        if self._as_text and not getattr(record, "context_shown", False):
-            extra = {
-                k: v for k, v in record.__dict__.items() if k not in _STANDARD and isinstance(v, str | int | float)
-            }
-            message = " ".join([message, *(f"{name}={value}" for name, value in extra.items())])
-            record.context_shown = True
-        record.msg, record.args = message, ()
+                record.__dict__.setdefault(name, value)
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not record.exc_text:
+            shown = record.__dict__.pop(SHOWS_ERROR, False) or not _may_quote(exchange, record)
+            record.exc_text = redacted("".join(traceback.format_exception(error)) if shown else withheld(error))
+        message = record.getMessage()
+        if record.name == "asyncio":  # what a task was doing when nobody looked: its error is in the message as well
+            message = message.partition("\n")[0]
+        if self._as_text and not record.__dict__.get(_SHOWN):
+            fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+            message = " ".join([message, *(f"{name}={_word(value)}" for name, value in fields.items())])
+            record.__dict__[_SHOWN] = True
+        record.msg, record.args = redacted(message), ()
         return True
+
+
+def _may_quote(exchange: Exchange | None, record: logging.LogRecord) -> bool:
+    """Whether an error may have somebody's prompt in what it says."""
+    return not exchange.log_prompts if exchange is not None else record.name == "asyncio"
+
+
+def _word(value: object) -> str:
+    """One word, whatever is in it: nobody forges a line."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else repr(text)
 
 
 class Forward(logging.Handler):

@@ -25,7 +25,7 @@ from slipstream.telemetry.propagation import W3C, context_of
 
 log = logging.getLogger(__name__)
 
-_LAST_SPANS_S = 3.0  # that a process which ends gives its last spans
+_LAST_SPANS_S = 2.0  # that a process which ends gives its last spans
 Attributes = Mapping[str, AttributeValue]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -11,7 +13,15 @@ from support.log_lines import KeptLines
 from adapter_registry.keys import new_key
 from slipstream.errors import EngineFailed
 from slipstream.telemetry.exchange import CURRENT, Exchange
-from slipstream.telemetry.logs import MAX_TEXT_CHARS, OURS, RequestContext, forward_logs, redacted, shortened
+from slipstream.telemetry.logs import (
+    MAX_TEXT_CHARS,
+    OURS,
+    SHOWS_ERROR,
+    RequestContext,
+    forward_logs,
+    redacted,
+    shortened,
+)
 
 HOST = "host-of-test"
 PROMPT = "what was asked"  # never spelt out where it is raised: tracebacks show source lines
@@ -109,6 +119,41 @@ def test_what_an_error_says_is_shown_where_it_can_hurt_nobody(
     finally:
         CURRENT.reset(token)
     assert "ValueError: cannot take what I got" in host.lines[0]
+
+
+def test_what_an_error_of_ours_alone_says_is_shown(host: KeptLines, exchange: Exchange) -> None:
+    """An adapter that cannot be read says why; no field is left of the mark."""
+    forward_logs(HOST, "INFO", as_text=True)
+    try:
+        fail("this adapter")
+    except ValueError:
+        logging.getLogger("slipstream.x").exception("not loaded", extra={SHOWS_ERROR: True})
+    assert "ValueError: cannot take this adapter" in host.lines[0]
+    assert SHOWS_ERROR not in host.lines[0]
+
+
+def test_a_task_that_failed_unseen_is_told_without_its_error(host: KeptLines) -> None:
+    """Python says so when the task is collected, in whatever context that is."""
+    forward_logs(HOST, "INFO", as_text=False)
+
+    async def main() -> None:
+        async def lost() -> None:
+            fail(PROMPT)
+
+        task = asyncio.ensure_future(lost())
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    gc.collect()
+    assert len(host.lines) == 1
+    assert host.lines[0].startswith("Task exception was never retrieved")
+    assert PROMPT not in host.lines[0]
+
+
+def test_what_has_more_than_a_word_forges_no_line(host: KeptLines) -> None:
+    forward_logs(HOST, "INFO", as_text=True)
+    logging.getLogger("slipstream.x").info("prompt", extra={"prompt": "one\nERROR two", "n": 3})
+    assert host.lines == ["prompt prompt='one\\nERROR two' n=3"]
 
 
 def test_keys_headers_and_passwords_are_taken_out(host: KeptLines) -> None:

@@ -132,12 +132,6 @@ def test_a_process_elsewhere_is_set_up_by_what_its_plan_brings() -> None:
         assert {headers["api-key"] for headers in collector.headers} == {"secret"}
 
 
-def test_the_sampler_is_opentelemetrys_own() -> None:
-    with collecting() as collector:
-        child("", f"OTEL_EXPORTER_OTLP_ENDPOINT={collector.url}", "OTEL_TRACES_SAMPLER=always_off")
-        assert not collector.spans
-
-
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_collector_that_takes_nothing_keeps_nobody_waiting(answers: bool) -> None:
     """It is away, or answers 503 for ever: spans are dropped, and the process ends."""
