@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream.api.errors import CLIENT_CLOSED_REQUEST, ClientGone, problem_of
 from slipstream.api.metrics import HttpMetrics
-from slipstream.api.observing import Observed
+from slipstream.api.observing import UNMATCHED, Observed
 from slipstream.errors import PayloadTooLarge
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _Exchange:
         try:
             await self._guarded()
         finally:
-            route = getattr(self._scope.get("route"), "path", "") or "unmatched"
+            route = getattr(self._scope.get("route"), "path", "") or UNMATCHED
             status = self._status or CLIENT_CLOSED_REQUEST
             metrics.answered(route, self._scope["method"], status, observed.end(route, status))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("slipstream.access")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: no spans, and lines for DEBUG alone
+UNMATCHED = "unmatched"  # instead of a route
 _LONGEST_PATH = 200
 _NAME = re.compile(r"[!-~]{1,200}")
 _STATUS = "http.response.status_code"
@@ -63,7 +64,7 @@ class Observed:
         exchange = self.exchange
         seconds = perf_counter() - exchange.began
         if exchange.span is not None:
-            _end_span(exchange, exchange.span, f"{self._method} {route}", {"http.route": route, _STATUS: status})
+            _end_span(exchange, exchange.span, self._method, route, status)
         level = logging.DEBUG if self._path in _QUIET else logging.INFO
         if log.isEnabledFor(level):
             own = {"method": self._method, "route": route, "status": status, "seconds": round(seconds, 6)}
@@ -72,8 +73,11 @@ class Observed:
         return seconds
 
 
-def _end_span(exchange: Exchange, span: Span, name: str, more: Mapping[str, Fact]) -> None:
-    span.update_name(name)
+def _end_span(exchange: Exchange, span: Span, method: str, route: str, status: int) -> None:
+    more: dict[str, Fact] = {_STATUS: status}
+    if route != UNMATCHED:  # a path that nobody serves names no span: there are endlessly many
+        span.update_name(f"{method} {route}")
+        more["http.route"] = route
     facts = {_ATTRIBUTES[name]: fact for name, fact in exchange.facts.items() if name in _ATTRIBUTES}
     known = {"slipstream.tenant": exchange.tenant, "slipstream.adapter": exchange.adapter}
     span.set_attributes({**more, **facts, **{name: value for name, value in known.items() if value is not None}})

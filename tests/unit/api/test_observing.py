@@ -91,7 +91,7 @@ async def test_who_watches_is_not_traced(world: ApiWorld, kept: KeptSpans, http:
 @pytest.mark.parametrize(
     ("refusal", "status", "failed", "error"),
     [
-        (None, 400, False, None),
+        (None, 400, False, "invalid_value"),
         (EngineFailed("gone"), 503, True, "engine_failed"),
         (ValueError(CANARY), 500, True, "internal_error"),
     ],
