@@ -144,8 +144,8 @@ def test_neither_prompts_nor_keys_are_told(published: Running, collector: Collec
             {**chat, "model": "no"},
         ):
             http.post(CHAT, json=body)
-        for prompt in (canary, [canary, canary], canary * 400):
-            http.post(TEXT, json={"model": "snips", "prompt": prompt, "max_tokens": 2, "logprobs": 1})
+        for prompt, most in ((canary, 2), ([canary, canary], 2), (canary, 100_000)):  # the last does not fit
+            http.post(TEXT, json={"model": "snips", "prompt": prompt, "max_tokens": most, "logprobs": 1})
         http.post(TEXT, content=f'{{"prompt": "{canary}"', headers={"content-type": "application/json"})
         http.post(TEXT, json={"model": "snips", "prompt": "x", "stop": [canary], "user": canary})
         http.get("/v1/models", params={"key": canary})
