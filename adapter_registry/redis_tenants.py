@@ -59,7 +59,7 @@ class RedisTenants(RedisConnection, TenantStore):
         """Keep a tenant's settings; they hold from its next request on."""
         await self._command("SADD", TENANTS_KEY, record.tenant)
         keys = _Keys(record.tenant)
-        args: list[str | int] = [record.model_dump_json(exclude_none=True), record.tenant, by, AUDIT_KEPT]
+        args: list[str | int] = [record.stored(), record.tenant, by, AUDIT_KEPT]
         await self._script("put_tenant", [keys.settings, keys.audit], args)
 
     async def get_tenant(self, tenant: str) -> TenantRecord:

@@ -30,7 +30,12 @@ class TenantRecord(Frozen):
     tenant: Name
     quota: Quota = Quota()
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0  # its share of a busy engine, against others'
+    log_prompts: bool = False  # whether its prompts and answers go into logs and traces
     changed_at: datetime = Field(default_factory=utc_now)
+
+    def stored(self) -> str:
+        """As JSON. A switch that is off is left out: gateways of before it read what they know and nothing else."""
+        return self.model_dump_json(exclude_none=True, exclude=None if self.log_prompts else {"log_prompts"})
 
 
 class UsageCounts(Frozen):

@@ -11,8 +11,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opentelemetry.trace import Span
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from deployments.route_spans import waiting_span
 from slipstream.cluster.routing import AdapterRouting, ReplicaView, RouteKey, RoutingOptions, Tier
 from slipstream.engine.residency import Residency
 from slipstream.protocol import EngineStats, GenerateRequest
@@ -90,7 +92,14 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has taken a request."""
-        self._routing.routed(_key_of(pending_request), replica_id.unique_id, time.monotonic())
+        key, name, now = _key_of(pending_request), replica_id.unique_id, time.monotonic()
+        span = _span_of(pending_request)
+        if span is not None:
+            tier = {"slipstream.adapter.tier": self._routing.tier(name, key.adapter, now).value} if key.adapter else {}
+            chosen = {"slipstream.replica": name, "slipstream.queue": self._queue_of(name), **tier}
+            span.set_attributes({**chosen, "slipstream.replicas": len(self._by_name)})
+            span.add_event("replica chosen", chosen)
+        self._routing.routed(key, name, now)
 
     def _queue_of(self, name: str) -> int:
         replica = self._by_name.get(name)
@@ -110,6 +119,13 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
         found = self._by_call.get(id(request_metadata))
         return found if found is not None and not found.future.done() else None
+
+
+def _span_of(pending_request: PendingRequest) -> Span | None:
+    arguments: Sequence[Any] = pending_request.args
+    if arguments and isinstance(arguments[0], GenerateRequest):
+        return waiting_span(arguments[0])
+    return None
 
 
 def _key_of(pending_request: PendingRequest) -> RouteKey:

@@ -5,6 +5,7 @@ dictionary if it found a name.
 """
 
 import warnings
+from pathlib import Path
 from typing import Any, Optional
 
 import yaml
@@ -12,6 +13,7 @@ from pydantic import ConfigDict, Field, create_model
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from adapter_registry.keys import hash_key
 from deployments.embedded_redis import check_redis_url
@@ -19,6 +21,7 @@ from deployments.engine_replica import EngineReplica
 from deployments.gateway import APP_NAME, Gateway, GatewayPlan
 from deployments.replica_plan import REAL_ENGINE, ReplicaPlan, on_its_cores
 from deployments.serve_states import ServedModel
+from deployments.telemetry import serve_logging, telemetry_plan
 from deployments.training_jobs import TrainingPlan
 from slipstream.base_models import served_id
 from slipstream.config import ModelSettings, Settings, load_settings
@@ -71,21 +74,24 @@ def serve_config(settings: Settings) -> str:
     page = {
         "proxy_location": "EveryNode",
         "http_options": {"host": settings.host, "port": settings.port},
+        "logging_config": serve_logging(settings).model_dump(mode="json", exclude={"logs_dir"}),
         "applications": [application],
     }
     return yaml.safe_dump(page, sort_keys=False)
 
 
-def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Application:
-    """Gateway and engines, wired. `settings` has Redis and the admin key resolved."""
+def build_application(settings: Settings, *, engine: str = REAL_ENGINE, logs_dir: Path | None = None) -> Application:
+    """Gateway and engines, wired. `settings` has Redis and the admin key resolved. `logs_dir`: None = where Ray's are."""
     assert settings.redis_url is not None
     assert settings.admin_key is not None
     blob_url = settings.blob_url or f"file://{settings.home / 'blobs'}"
+    telemetry = telemetry_plan(settings)
+    logging_config = serve_logging(settings, logs_dir)
     engines: dict[str, Application] = {}
     for model in settings.models:
         model_id = model.id or served_id(model.base_model)
-        replica = ReplicaPlan(model, model_id, settings.home, blob_url, settings.redis_url, engine)
-        engines[model_id] = _engine(replica, settings.drain_s)
+        replica = ReplicaPlan(model, model_id, settings.home, blob_url, settings.redis_url, engine, telemetry)
+        engines[model_id] = _engine(replica, settings.drain_s, logging_config)
     plan = GatewayPlan(
         redis_url=settings.redis_url,
         blob_url=blob_url,
@@ -97,6 +103,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         pull_sources=settings.pull_sources,
         webhook_private_hosts=settings.webhook_private_hosts,
         metrics_key_sha256=None if settings.metrics_key is None else hash_key(settings.metrics_key.get_secret_value()),
+        telemetry=telemetry,
         models={
             model_id: ServedModel(deployment_name(m), m.min_replicas, m.most_replicas, m.tensor_parallel_size)
             for model_id, m in zip(engines, settings.models, strict=True)
@@ -110,6 +117,7 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE) -> Appli
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=settings.gateway_drain_s,
         graceful_shutdown_wait_loop_s=0.2,
+        logging_config=logging_config,
     )(serve.ingress()(Gateway))
     return deployment.bind(plan, engines)
 
@@ -132,7 +140,7 @@ def deployment_name(model: ModelSettings) -> str:
     return f"EngineReplica-{model.slug}"
 
 
-def _engine(plan: ReplicaPlan, drain_s: float) -> Application:
+def _engine(plan: ReplicaPlan, drain_s: float, logging_config: LoggingConfig) -> Application:
     model = plan.model
     # More than the engine itself takes: a full queue is then refused by the engine, at once and with a reason, rather
     # than waiting unseen in a router.
@@ -149,6 +157,7 @@ def _engine(plan: ReplicaPlan, drain_s: float) -> Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
+        logging_config=logging_config,
         **_replicas(model),
         **_places(model),
     )(EngineReplica)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine_replica import Refusal
+from deployments.route_spans import one_try
 from deployments.serve_states import ServedModel, States, replica_states
 from slipstream.cluster.view import ReplicaReport, total
 from slipstream.errors import EngineFailed, Overloaded, SlipstreamError, Unavailable
 from slipstream.protocol import BaseModelSpec, ChoiceProgress, EngineStats, GenerateEvent, GenerateRequest
 
+if TYPE_CHECKING:
+    from slipstream.telemetry.tracing import Tracing
+
+log = logging.getLogger("deployments.engine_client")
 _CALL_TIMEOUT_S = 1.5  # shorter than the probes that ask
 _REPORT_KEPT_S = 30.0
 _WAKE_TIMEOUT_S = 600.0  # of a deployment that is asleep: a node may have to come first, and a model be loaded
@@ -32,32 +39,40 @@ class RayEngineClient:
     """Sends each request to a replica of one `EngineReplica` deployment, and to another one when that dies. `n` choices are
     one call: a router of Ray's that has no FIFO order hangs on several calls under one parent request."""
 
-    def __init__(self, handle: DeploymentHandle, app: str, served: ServedModel) -> None:
+    def __init__(self, handle: DeploymentHandle, app: str, served: ServedModel, tracing: Tracing | None = None) -> None:
         self._unary: Any = handle
         self._stream: Any = handle.options(stream=True)
-        self._app, self._served = app, served
+        self._app, self._served, self._tracing = app, served, tracing
         self._reported: tuple[float, Mapping[str, ReplicaReport]] = (float("-inf"), {})
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[GenerateEvent], None]:
         """As `EngineClient.generate`. When a replica dies, another one goes on from the tokens that were sent: seed and
         positions are in the request, so the text is what the first would have given, and nothing is sent twice."""
-        send = self._streamed if request.stream else self._whole
-        progress = _Progress(request)
+        progress, why = _Progress(request), None
         for losses in range(_LOSSES + 1):
-            events = send(progress.rest())
+            events = self._try(progress.rest(), losses + 1, why)
             try:
                 async for batch in events:
                     progress.note(batch)
                     yield batch
                 return
-            except ReplicaLost:
+            except ReplicaLost as error:
                 if progress.complete:
                     return
                 if losses == _LOSSES:
                     raise
+                why = str(error.__cause__ and type(error.__cause__).__name__)
+                log.warning("request %s goes on elsewhere: its replica was lost (%s)", request.request_id, why)
             finally:
                 await events.aclose()
             await asyncio.sleep(_PAUSE_S * 2**losses)
+
+    async def _try(self, request: GenerateRequest, number: int, why: str | None) -> Any:
+        send = self._streamed if request.stream else self._whole
+        with one_try(self._tracing, request, self._served.deployment, number, why) as traced:
+            async with aclosing(send(traced)) as events:
+                async for batch in events:
+                    yield batch
 
     async def _streamed(self, request: GenerateRequest) -> Any:
         response = self._stream.generate.remote(request)
@@ -154,6 +169,8 @@ class _Progress:
 def raise_refusal(message: object) -> None:
     """Raise what a replica refused with. One whose engine has stopped is about to end: as good as lost."""
     if isinstance(message, Refusal):
+        if message.bug:
+            raise message.error
         if isinstance(message.error, EngineFailed):
             raise ReplicaLost(str(message.error)) from message.error
         raise message.error

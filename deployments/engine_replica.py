@@ -23,9 +23,12 @@ from deployments.change_follower import KeepsAdapters, follow
 from deployments.ranks import Ranks, own_address
 from deployments.replica_plan import ReplicaPlan, engine_config
 from deployments.scaling_policy import PRESSURE, REQUESTS, TOKENS, WAIT
+from deployments.serving_spans import Served, served
+from deployments.telemetry import begin_telemetry
 from slipstream.base_models import prepare_base_model
 from slipstream.cluster.rates import Rates
 from slipstream.cluster.view import RankReport, ReplicaReport
+from slipstream.engine.timeline import TimelineEnded
 from slipstream.errors import EngineFailed, SlipstreamError
 from slipstream.metrics.engine import EngineMetrics
 from slipstream.metrics.pages import Page, Process
@@ -58,11 +61,21 @@ class HealthChecked(Protocol):
         ...
 
 
+@runtime_checkable
+class Traceable(Protocol):
+    """An engine that tells what became of each traced sequence."""
+
+    def trace_to(self, on_end: TimelineEnded) -> None:
+        """Before `start`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An error as a stream's last message: Ray would log a raised one as a crash and wrap it beyond recognition."""
 
     error: SlipstreamError
+    bug: bool = False  # of ours, on this request: another replica would do no better
 
 
 class EngineReplica:
@@ -81,6 +94,11 @@ class EngineReplica:
         self._metrics = EngineMetrics()
         make = getattr(import_module(module), name)
         self._engine: Engine = make(engine_config(plan, prepared.path), source, observer=self._metrics, **more)
+        self._tracing = begin_telemetry(plan.telemetry, "engine", _own_name())
+        if self._tracing is not None and isinstance(self._engine, Traceable):
+            from slipstream.telemetry.engine_spans import EngineSpans  # noqa: PLC0415 - not where nobody wants it
+
+            self._engine.trace_to(EngineSpans(self._tracing).draw)
         self._coalescer = Coalescer()
         self._arrivals, self._rates, self._since = 0, Rates(), time.monotonic()
         await self._start()
@@ -125,22 +143,29 @@ class EngineReplica:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[GenerateEvent] | Refusal]:
         """Stream a request's events. Serve closes this generator when the other end cancels."""
         self._arrivals += 1
-        batches = self._coalescer.batches(self._engine.generate(request))
-        async with aclosing(batches) as stream:
-            try:
-                async for batch in stream:
-                    yield batch
-            except SlipstreamError as error:
-                yield Refusal(error)
+        with served(self._tracing, request, self._plan.model_id) as task:
+            batches = self._coalescer.batches(self._engine.generate(task.request))
+            async with aclosing(batches) as stream:
+                try:
+                    async for batch in stream:
+                        task.note(batch)
+                        yield batch
+                except Exception as error:  # the call's top loop: what is raised into Serve is logged with all it says
+                    yield refusal(task, error)
 
     async def generate_all(self, request: GenerateRequest) -> list[GenerateEvent] | Refusal:
         """The whole answer in one message."""
         self._arrivals += 1
-        async with aclosing(self._engine.generate(request)) as stream:
-            try:
-                return merge_events([event async for step in stream for event in step])
-            except SlipstreamError as error:
-                return Refusal(error)
+        with served(self._tracing, request, self._plan.model_id) as task:
+            async with aclosing(self._engine.generate(task.request)) as stream:
+                try:
+                    events = []
+                    async for step in stream:
+                        task.note(step)
+                        events.extend(step)
+                    return merge_events(events)
+                except Exception as error:  # as above
+                    return refusal(task, error)
 
     async def describe(self) -> BaseModelSpec:
         """The base model behind this engine."""
@@ -189,7 +214,19 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def _own_name() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def refusal(task: Served, error: Exception) -> Refusal:
+    """What the other end is told of it."""
+    task.fail(error)
+    if isinstance(error, SlipstreamError):
+        return Refusal(error)
+    log.error("the engine failed on a request", exc_info=error)
+    return Refusal(EngineFailed("The engine failed on this request."), bug=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -22,6 +22,7 @@ from deployments.engine_client import RayEngineClient
 from deployments.metrics_peers import RayPeers
 from deployments.remote_sources import RemoteSources
 from deployments.serve_states import ServedModel
+from deployments.telemetry import TelemetryPlan, begin_telemetry
 from deployments.training_jobs import RayJobRunner, TrainingPlan
 from slipstream.api.app import create_app
 from slipstream.api.runtime import Runtime
@@ -47,6 +48,7 @@ class GatewayPlan:
     pull_sources: tuple[str, ...] = ()
     webhook_private_hosts: tuple[str, ...] = ()
     metrics_key_sha256: str | None = None
+    telemetry: TelemetryPlan = field(default_factory=TelemetryPlan)
 
 
 class Gateway:
@@ -66,8 +68,12 @@ class Gateway:
         )
         imports, webhooks = RedisImports.from_url(redis_url), RedisWebhooks.from_url(redis_url)
         connections = (store, jobs, tenants, imports, webhooks)
-        app = serve.get_replica_context().app_name  # not always ours: `serve run` calls it "default"
-        engines = {id_: RayEngineClient(handle, app, plan.models[id_]) for id_, handle in self._engines.items()}
+        context = serve.get_replica_context()
+        app = context.app_name  # not always ours: `serve run` calls it "default"
+        tracing = begin_telemetry(plan.telemetry, "gateway", context.replica_id.unique_id)
+        engines = {
+            id_: RayEngineClient(handle, app, plan.models[id_], tracing) for id_, handle in self._engines.items()
+        }
         services = ApiServices(
             engines=engines,
             cluster=RayCluster(app, plan.models, engines),
@@ -87,6 +93,7 @@ class Gateway:
             max_running_jobs=plan.max_training_jobs,
             metrics_key_sha256=plan.metrics_key_sha256,
             registry_failures=lambda: sum(each.failures for each in connections),
+            tracing=tracing,
         )
         app = create_app(services)
         self._runtime: Runtime = app.state.runtime

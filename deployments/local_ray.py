@@ -51,7 +51,8 @@ def local_ray(settings: Settings, home: Home) -> Iterator[None]:
     import ray  # noqa: PLC0415 - not at the top: `prepare_ray_environment` comes first
     from ray import serve  # noqa: PLC0415
     from ray.serve.config import HTTPOptions, ProxyLocation  # noqa: PLC0415
-    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
+
+    from deployments.telemetry import serve_logging  # noqa: PLC0415
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -70,9 +71,7 @@ def local_ray(settings: Settings, home: Home) -> Iterator[None]:
             serve.start(
                 proxy_location=ProxyLocation.HeadOnly,
                 http_options=HTTPOptions(host=settings.host, port=settings.port),
-                logging_config=LoggingConfig(
-                    logs_dir=str(home.logs / "serve"), enable_access_log=False, log_level="WARNING"
-                ),
+                logging_config=serve_logging(settings, home.logs / "serve"),
             )
             yield
         finally:

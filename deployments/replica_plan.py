@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
+from deployments.telemetry import TelemetryPlan
 from slipstream.config import ModelSettings
 from slipstream.engine.config import EngineConfig
 
@@ -47,6 +48,7 @@ class ReplicaPlan:
     engine: str = (
         REAL_ENGINE  # "module:callable" taking (EngineConfig, AdapterSource, observer=…); tests may put a fake here
     )
+    telemetry: TelemetryPlan = field(default_factory=TelemetryPlan)
 
     @property
     def adapter_cache(self) -> Path:

@@ -183,7 +183,8 @@ def _run_application(settings: Settings, engine: str | None, home: Home) -> None
     from deployments.replica_plan import REAL_ENGINE  # noqa: PLC0415
 
     try:
-        serve.run(build_application(settings, engine=engine or REAL_ENGINE), name=APP_NAME, route_prefix="/")
+        application = build_application(settings, engine=engine or REAL_ENGINE, logs_dir=home.logs / "serve")
+        serve.run(application, name=APP_NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:  # Ray's own where a replica died while Serve was still asking for it
         raise ConfigError(_why_not(APP_NAME, home)) from error
 

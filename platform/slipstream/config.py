@@ -233,6 +233,15 @@ class Settings(ModelDefaults, BaseSettings):
     training_cpus: float = Field(1.0, gt=0, description="CPU cores, and so torch threads, of each training job.")
     training_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each training job.")
     max_training_jobs: Count = Field(1, description="Training jobs that run at once; more wait in the queue.")
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+",
+        description="Where traces go: an OpenTelemetry collector's base address for OTLP over HTTP, as "
+        "`http://collector:4318`; empty = what `OTEL_EXPORTER_OTLP_ENDPOINT` says, or no traces. Other `OTEL_*` variables "
+        "hold as well.",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or `json` for collectors.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
     models: tuple[ModelSettings, ...] = Field(
         (), description="Models served, each with the fields above; empty = one, from the flat settings."
     )

@@ -77,6 +77,21 @@ class ChoiceProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request comes from, for logs and traces. Nothing in it changes an answer."""
+
+    request_id: str  # the HTTP request's, `x-request-id`
+    traceparent: str | None = None  # W3C, of the span beneath which whoever gets this draws its own
+    tracestate: str | None = None
+    log_prompts: bool = False  # its tenant has switched on that prompts are logged
+
+    @property
+    def sampled(self) -> bool:
+        """Whether somebody keeps this request's trace."""
+        return self.traceparent is not None and bool(int(self.traceparent[-2:], 16) & 1)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One call: exactly one of `text`, `token_ids` and `messages` is set."""
 
@@ -95,6 +110,7 @@ class GenerateRequest:
     )
     progress: tuple[ChoiceProgress, ...] = ()  # of each choice, when another replica has begun this request; else empty
     weight: float = 1.0  # of its tenant: twice the weight is twice the share of a busy engine
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

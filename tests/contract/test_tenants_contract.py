@@ -52,6 +52,16 @@ async def test_settings_come_back_exactly_and_hold_from_the_next_request_on(tena
     assert await ask(tenants, "b") == Verdict()
 
 
+async def test_whether_prompts_are_logged_is_kept_and_off_unless_it_is_on(tenants: TenantStore, store: Store) -> None:
+    assert not (await tenants.get_tenant("acme")).log_prompts
+    for wanted in (True, False):
+        record = TenantRecord(tenant="acme", log_prompts=wanted)
+        await tenants.put_tenant(record, "admin")
+        assert (await tenants.admit("acme", f"r{wanted}", 1)).tenant == record
+        newest = next(iter(await store.audit_log("acme", 1)))
+        assert ("log_prompts" in newest.detail) is wanted, "gateways of before it can read what does not use it"
+
+
 async def test_requests_of_a_minute(tenants: TenantStore) -> None:
     await given(tenants, requests_per_minute=3)
     lefts = [(await ask(tenants, f"r{i}")).requests_left for i in range(3)]

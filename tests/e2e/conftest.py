@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.otlp import Collector, collecting
 from support.processes import free_port
 from support.serving import Running, serving, slipstream, stop
 from support.shared import shared_path
@@ -15,12 +16,28 @@ from support.shared import shared_path
 ADAPTERS = {"snips": "snips-turbo", "wikisql": "wikisql-turbo"}
 
 
+OBSERVED = {
+    "SLIPSTREAM_LOG_LEVEL": "DEBUG",
+    "SLIPSTREAM_LOG_FORMAT": "json",
+    "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # traces of those clients only that ask for one
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
+}
+
+
 @pytest.fixture(scope="package")
-def server() -> Iterator[Running]:
+def collector() -> Iterator[Collector]:
+    """Where the server's spans go."""
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def server(collector: Collector) -> Iterator[Running]:
     """A running server."""
+    more = {**OBSERVED, "SLIPSTREAM_OTLP_ENDPOINT": collector.url, "SLIPSTREAM_WEBHOOK_PRIVATE_HOSTS": '["127.0.0.1"]'}
     with (
         tempfile.TemporaryDirectory(prefix="slip-e2e-") as folder,
-        serving(Path(folder) / "home", free_port(), SLIPSTREAM_WEBHOOK_PRIVATE_HOSTS='["127.0.0.1"]') as running,
+        serving(Path(folder) / "home", free_port(), **more) as running,
     ):
         yield running
         assert stop(running, signal.SIGINT) == 0

@@ -102,6 +102,30 @@ def test_what_the_settings_say_reaches_serve(tmp_path: Path) -> None:
     assert found["EngineReplica-two"][2] == [{"CPU": 0.5}] * 3
 
 
+def test_how_to_log_and_where_spans_go_reaches_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "log_format: json\nlog_level: DEBUG\notlp_endpoint: http://collector:4318\n"
+    (tmp_path / "slipstream.yaml").write_text(text)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=hunter2")
+    page = CliRunner().invoke(command_line, ["config", "--serve"]).output
+    assert "hunter2" not in page
+    assert yaml.safe_load(page)["logging_config"] == {
+        "encoding": "JSON",
+        "log_level": "DEBUG",
+        "enable_access_log": False,
+        "additional_log_standard_attrs": ["name"],
+    }
+    found = deployments(app.build_application(load_settings(), logs_dir=tmp_path))
+    for config, _, _, plan in found.values():
+        assert config["logging_config"]["encoding"] == "JSON"
+        assert config["logging_config"]["logs_dir"] == str(tmp_path)
+        assert not config["logging_config"]["enable_access_log"]
+        assert (plan.telemetry.log_level, plan.telemetry.log_format) == ("DEBUG", "json")
+        assert plan.telemetry.tracing.endpoint == "http://collector:4318"
+        headers = plan.telemetry.tracing.variables["OTEL_EXPORTER_OTLP_HEADERS"]
+        assert headers.get_secret_value() == "api-key=hunter2"
+        assert "hunter2" not in repr(plan)
+
+
 def test_serve_itself_calls_the_builder() -> None:
     """As `serve run`, `serve deploy` and KubeRay do it, with and without arguments."""
     for args in ({}, {"gateway_replicas": 3, "models": [{"id": "a"}]}):

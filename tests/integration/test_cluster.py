@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import time
 from collections import Counter
@@ -159,7 +160,10 @@ async def test_prometheus_has_data_for_every_dashboard(world: Platform, load: Lo
 
 
 async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
+    """And the trace shows which requests went on elsewhere, and why."""
     before = await asyncio.to_thread(world.used)
+    trace_id = secrets.token_hex(16)
+    load.client = load.client.with_options(default_headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
     async with load.going():
         await load.grows(20)
         for replica in world.replicas(WIDE):
@@ -168,6 +172,38 @@ async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
     assert load.verdict() == UNHARMED
     assert await world.counted(before, load.answered, load.tokens), "every answer once, whoever gave its parts"
     world.wait_for(WIDE, 2)
+    await asyncio.to_thread(_check_second_tries, world, trace_id)
+
+
+def _check_second_tries(world: Platform, trace_id: str) -> None:
+    """Each is a span beside the try that failed, with its replica's and its engine's spans beneath it."""
+
+    def complete() -> bool:
+        spans = world.collector.trace(trace_id)
+        again = {span.span_id for span in spans if span.name == "route" and span.attributes["slipstream.try"] == 2}
+        return again != set() and again <= {span.parent_id for span in spans if span.name == "replica"}
+
+    assert eventually(complete)
+    spans = world.collector.trace(trace_id)
+    routes = [span for span in spans if span.name == "route"]
+    replicas = {span.parent_id: span for span in spans if span.name == "replica"}
+    for again in (span for span in routes if span.attributes["slipstream.try"] == 2):
+        assert again.attributes["slipstream.retry.reason"] in {
+            "ActorDiedError",
+            "EngineFailed",
+            "ActorUnavailableError",
+        }
+        same = {"parent_id": again.parent_id, "call": again.attributes["slipstream.call_id"]}
+        (first,) = [
+            span
+            for span in routes
+            if span.attributes["slipstream.try"] == 1
+            and {"parent_id": span.parent_id, "call": span.attributes["slipstream.call_id"]} == same
+        ]
+        assert first.failed
+        assert first.attributes["error.type"] == "ReplicaLost"
+        assert first.end_ns <= again.start_ns
+        assert any(span.parent_id == replicas[again.span_id].span_id for span in spans if span.name == "engine")
 
 
 async def test_a_rank_dies_and_its_group_with_it(world: Platform, load: Load) -> None:

@@ -8,30 +8,38 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from opentelemetry.trace import StatusCode
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from support.log_lines import kept_lines
+from support.spans import HEADER, PARENT_ID, TRACE_ID, KeptSpans, id_of, parent_of
 
 from deployments.engine_client import RayEngineClient
-from deployments.engine_replica import Refusal
+from deployments.engine_replica import Refusal, refusal
+from deployments.route_spans import waiting_span
 from deployments.serve_states import ServedModel
+from deployments.serving_spans import served
 from slipstream.cluster.view import RankReport, ReplicaReport
 from slipstream.errors import EngineFailed, InvalidRequest, Overloaded, SlipstreamError, Unavailable
 from slipstream.protocol import (
+    AdapterRef,
     ChoiceProgress,
     EngineStats,
     FinishReason,
     GenerateEvent,
     GenerateRequest,
+    Origin,
     SamplingParams,
 )
+from slipstream.telemetry.tracing import Tracing
 
 EVENTS = [GenerateEvent(0, " a", (1,)), GenerateEvent(0, " b", (2, 3))]
 END = [GenerateEvent(0, " c", (4,), finish_reason=FinishReason.STOP)]
 SERVED = ServedModel("EngineReplica-x", 1, 1, 1)
 
 
-def client(handle: Any, served: ServedModel = SERVED) -> RayEngineClient:
-    return RayEngineClient(handle, "app", served)
+def client(handle: Any, served: ServedModel = SERVED, tracing: Tracing | None = None) -> RayEngineClient:
+    return RayEngineClient(handle, "app", served, tracing)
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +160,65 @@ async def test_a_request_that_kills_replicas_kills_few() -> None:
     with pytest.raises(Unavailable):
         await collect(handle)
     assert len(handle.calls) == 4
+
+
+async def test_each_try_is_a_span_and_what_the_replica_draws_is_beneath_it() -> None:
+    kept = KeptSpans()
+    handle = FakeHandle([EVENTS, ActorDiedError()], [Refusal(EngineFailed("the engine stopped"))], [END])
+    traced = replace(request(stream=True), origin=Origin("req-1", HEADER), adapter=AdapterRef("acme", "sha256:a"))
+    assert [event async for batch in client(handle, tracing=kept.tracing).generate(traced) for event in batch]
+    tries = kept.named("route")
+    assert [parent_of(span) for span in tries] == [PARENT_ID] * 3
+    seen = [dict(span.attributes or {}) for span in tries]
+    assert [each["slipstream.try"] for each in seen] == [1, 2, 3]
+    assert [each.get("slipstream.retry.reason") for each in seen] == [None, "ActorDiedError", "EngineFailed"]
+    assert [each.get("error.type") for each in seen] == ["ReplicaLost", "ReplicaLost", None]
+    assert [asked.origin and asked.origin.traceparent for asked in handle.asked] == [
+        f"00-{TRACE_ID}-{id_of(span)}-01" for span in tries
+    ]
+    assert all(waiting_span(asked) is None for asked in handle.asked), "nothing is left behind"
+
+
+async def test_the_router_finds_the_span_of_a_try_while_it_waits() -> None:
+    kept = KeptSpans()
+    handle = FakeHandle([EVENTS, ...])
+    events: Any = client(handle, tracing=kept.tracing).generate(
+        replace(request(stream=True), origin=Origin("req-1", HEADER))
+    )
+    await anext(events)
+    span = waiting_span(handle.asked[0])
+    assert span is not None
+    await events.aclose()
+    assert waiting_span(handle.asked[0]) is None
+    only = kept.only("route")
+    assert (only.attributes or {})["slipstream.cancelled"] is True
+    assert only.status.status_code is StatusCode.UNSET, "a client that leaves is no error"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_bug_on_one_request_is_not_taken_elsewhere(stream: bool) -> None:
+    handle = FakeHandle([Refusal(EngineFailed("The engine failed on this request."), bug=True)], [EVENTS])
+    with pytest.raises(EngineFailed):
+        await collect(handle, stream)
+    assert len(handle.calls) == 1
+
+
+def test_a_bug_is_logged_by_us_and_not_raised_into_serve_which_would_quote_it() -> None:
+    canary = " ".join(("a", "canary", "sings"))
+    kept = KeptSpans()
+    with (
+        kept_lines("ray.serve") as lines,
+        served(kept.tracing, replace(request(stream=True), origin=Origin("req-1", HEADER)), "base") as task,
+    ):
+        try:
+            raise ValueError(canary)
+        except ValueError as error:
+            told = refusal(task, error)
+    assert told.bug
+    assert isinstance(told.error, EngineFailed)
+    assert canary not in lines.told() + str(told.error) + kept.only("replica").to_json()
+    assert "builtins.ValueError (what it says is withheld)" in lines.told()
+    assert kept.only("replica").status.status_code is StatusCode.ERROR
 
 
 async def test_a_finished_choice_is_not_asked_for_again() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from support.adapters import random_peft_adapter, random_streams, write_own_streams
+from support.spans import HEADER, UNSAMPLED
 from support.tiny_model import FolderAdapters, save_tiny_model, tiny_engine_config
 
+from slipstream.engine.sequence import Sequence
 from slipstream.engine.service import EngineService
+from slipstream.engine.timeline import Timeline
 from slipstream.errors import AdapterUnavailable, ConfigError, ContextOverflow, EngineFailed, InvalidRequest, Overloaded
-from slipstream.protocol import AdapterRef, FinishReason, GenerateEvent, GenerateRequest, SamplingParams
+from slipstream.protocol import AdapterRef, FinishReason, GenerateEvent, GenerateRequest, Origin, SamplingParams
 
 
 @asynccontextmanager
@@ -75,6 +80,34 @@ async def test_many_at_once_answer_as_alone(tmp_path: Path, source: FolderAdapte
         assert stats.drafted_tokens > 0
         assert stats.kv_blocks_free == stats.kv_blocks_total
         assert set(stats.adapters.values()) == {"on_device"}
+
+
+async def test_what_became_of_a_traced_request_is_told_before_its_end(tmp_path: Path, source: FolderAdapters) -> None:
+    engine = EngineService(tiny_engine_config(tmp_path), source)
+    told: list[tuple[Timeline, Sequence]] = []
+    engine.trace_to(lambda timeline, seq: told.append((timeline, seq)))
+    await engine.start()
+    try:
+        traced = replace(request("traced", "sha256:0"), origin=Origin("req-1", HEADER))
+        unsampled = replace(request("not"), origin=Origin("req-2", UNSAMPLED))
+        others = asyncio.gather(*(collect(engine, each) for each in (unsampled, request("nor this"))))
+        before = time.time()
+        assert len(tokens(await collect(engine, traced))) == 12
+        ((timeline, seq),) = told
+        after = time.time()
+        await others
+        assert len(told) == 1
+        async with aclosing(engine.generate(replace(traced, params=replace(traced.params, max_tokens=200)))) as left:
+            await anext(left)
+        await collect(engine, request("whoever comes next"))
+    finally:
+        await engine.close()
+    assert (timeline.origin.request_id, seq.num_answer, timeline.steps >= seq.decode_steps) == ("req-1", 12, True)
+    assert None not in (timeline.on_host, timeline.on_device, timeline.started, timeline.first_token)
+    times = [timeline.arrived, timeline.on_host, timeline.on_device, timeline.started, timeline.first_token]
+    order = [before, *(time_ + timeline.epoch for time_ in (*times, timeline.ended) if time_ is not None), after]
+    assert order == sorted(order), "in seconds since 1970, each after the other"
+    assert [seq.finish_reason for _, seq in told] == [FinishReason.LENGTH, FinishReason.ABORTED]
 
 
 async def test_one_fetch_serves_everybody_who_waits(tmp_path: Path, source: FolderAdapters) -> None:

@@ -27,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 from support.adapters import random_peft_adapter, random_streams, rename_base, write_own_streams
 from support.api_app import form_files
 from support.load import Answer, Question
+from support.otlp import Collector, collecting
 from support.processes import command, descendants, eventually, free_port
 from support.redis_server import RedisServer, running_redis
 from support.tiny_model import save_tiny_model
@@ -52,6 +53,8 @@ _FAST = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
     "RAY_external_storage_namespace": "slipstream-test",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray's addresses on loopback
+    "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
 }
 
 
@@ -78,6 +81,7 @@ class Platform:
     folder: Path
     redis: RedisServer
     port: int
+    collector: Collector  # of spans of those requests whose client asks for a trace
     keys: dict[str, str] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
     answers: dict[Question, Answer] = field(default_factory=dict)  # of `support.load`, from before the first fault
@@ -93,6 +97,7 @@ class Platform:
             redis_url=SecretStr(self.redis.url),
             admin_key=SecretStr(ADMIN_KEY),
             metrics_key=SecretStr(METRICS_KEY),
+            otlp_endpoint=self.collector.url,
             **more,
         )
 
@@ -212,6 +217,7 @@ def platform(workers: int = 2) -> Iterator[Platform]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slip-")))
         registry = stack.enter_context(running_redis())
+        collector = stack.enter_context(collecting())
         gcs = stack.enter_context(running_redis())
         paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
         kept = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs.port}", "RAY_REDIS_PASSWORD": gcs.password, "PYTHONPATH": paths}
@@ -239,4 +245,4 @@ def platform(workers: int = 2) -> Iterator[Platform]:
             logging_config=LoggingConfig(logs_dir=str(folder / "logs"), enable_access_log=False, log_level="WARNING"),
         )
         stack.callback(serve.shutdown)
-        yield Platform(cluster, folder, registry, port, nodes=nodes)
+        yield Platform(cluster, folder, registry, port, collector, nodes=nodes)

@@ -33,8 +33,22 @@ RULES = (
     Rule("slipstream", ("adapter_registry",), save=tuple(f"adapter_registry.{name}" for name in REGISTRY_SEAM)),
     Rule("slipstream.api", ("ray", "redis", "torch", "transformers")),
     Rule("slipstream.client", ("ray", "redis", "torch", "transformers", "fastapi")),
-    Rule("slipstream.engine", ("ray", "redis", "fastapi", "prometheus_client", "slipstream.api", "slipstream.metrics")),
+    Rule(
+        "slipstream.engine",
+        (
+            "ray",
+            "redis",
+            "fastapi",
+            "prometheus_client",
+            "opentelemetry",
+            "slipstream.api",
+            "slipstream.metrics",
+            "slipstream.telemetry",
+        ),
+    ),
     Rule("slipstream.metrics", ("ray", "redis", "torch", "transformers", "fastapi", "slipstream.api")),
+    Rule("slipstream.client", ("slipstream.telemetry", "opentelemetry")),
+    Rule("slipstream.telemetry", ("ray", "redis", "fastapi", "torch", "transformers", "slipstream.api")),
     Rule("slipstream.adapters", ("ray", "redis", "fastapi", "slipstream.api", "slipstream.engine")),
     *(
         Rule(f"slipstream.engine.{name}", ("torch", "transformers", "numpy"))
@@ -46,6 +60,7 @@ RULES = (
             "residency",
             "sequence",
             "plan",
+            "timeline",
             "waiting",
             "observer",
         )
@@ -165,6 +180,7 @@ def test_k8s_holds_no_python() -> None:
         ("slipstream/engine/x.py", "from fastapi import FastAPI"),
         ("slipstream/engine/scheduler.py", "import torch"),
         ("slipstream/engine/x.py", "import prometheus_client"),
+        ("slipstream/engine/x.py", "from opentelemetry import trace"),
         ("slipstream/engine/x.py", "from ..api import app"),
     ],
 )

@@ -80,6 +80,8 @@ def create_app(services: ApiServices) -> FastAPI:
                 await runtime.outcomes.tell()
             finally:
                 await runtime.meter.flush()
+            if services.tracing is not None:
+                await asyncio.to_thread(services.tracing.close)
 
     def body_limit(method: str, path: str) -> int:
         if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):
@@ -92,7 +94,7 @@ def create_app(services: ApiServices) -> FastAPI:
     metrics = GatewayMetrics(services.clock)
     app.state.runtime = runtime = build_runtime(services, metrics)
     install_handlers(app)
-    app.add_middleware(Connection, metrics=metrics, body_limit=body_limit)
+    app.add_middleware(Connection, metrics=metrics, body_limit=body_limit, tracing=services.tracing)
     for module in (
         chat,
         completions,

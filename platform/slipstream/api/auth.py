@@ -11,6 +11,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from adapter_registry.keys import hash_key
 from adapter_registry.records import check_name, utc_now
 from slipstream.api.caller import TENANT_HEADER, Caller
+from slipstream.api.observing import note_tenant
 from slipstream.api.runtime import Runtime, RuntimeDep
 from slipstream.errors import Forbidden, Unauthorized
 
@@ -27,10 +28,12 @@ async def _authenticate(
             "No API key was sent. Send the header 'Authorization: Bearer <key>'.", code="missing_api_key"
         )
     caller = await _identify(runtime, hash_key(credentials.credentials))
+    note_tenant(caller.tenant)
     if acting_for is None:
         return caller
     check_name(acting_for, "tenant")
     if caller.is_admin:
+        note_tenant(acting_for)
         return Caller(acting_for, caller.key_id, is_admin=True)
     if caller.tenant != acting_for:
         raise Forbidden(f"This key may not act for another tenant. Leave the header '{TENANT_HEADER}' out.")

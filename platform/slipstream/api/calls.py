@@ -11,6 +11,7 @@ from slipstream.api.catalog import Target
 from slipstream.api.connection import while_connected
 from slipstream.api.generation import Ending, Generation, called_of
 from slipstream.api.metering import needed_tokens
+from slipstream.api.observing import note_call, note_ending
 from slipstream.api.runtime import Runtime
 from slipstream.errors import ClientError, Overloaded
 from slipstream.metrics.gateway import Called, Outcome
@@ -26,7 +27,10 @@ async def begin(
     """
     tokens = sum(needed_tokens(_prompts(each), each.params.n, each.params.max_tokens) for each in wanted)
     ticket = await runtime.meter.admit(call_id, wanted[0].tenant, target.served_as, tokens)
-    wanted = [replace(each, weight=ticket.weight) for each in wanted]
+    origin = note_call(call_id, target, wanted, ticket.log_prompts)
+    wanted = [replace(each, weight=ticket.weight, origin=origin) for each in wanted]
+    if ticket.log_prompts:
+        target = replace(target, keeps_texts=True)
     own = [replace(each, speculation=target.speculation(each.speculation)) for each in wanted]
 
     called = called_of(target, wanted[0].tenant)
@@ -36,6 +40,7 @@ async def begin(
         _count(runtime, called, ending)
         runtime.meter.settle(ticket, ending.counts)
         runtime.outcomes.note(target, ending)
+        note_ending(ending, wanted, generation.said())
 
     generation = Generation(target, own, runtime.services.request_timeout_s, runtime.metrics, settle)
     try:

@@ -12,6 +12,7 @@ from adapter_registry.errors import InvalidName, NotPublished
 from adapter_registry.records import AdapterVersion, PromptFormat, Route, Watch, parse_reference
 from adapter_registry.store import Store
 from slipstream.api.caller import Caller
+from slipstream.api.observing import note_model
 from slipstream.api.recent import RecentAnswers
 from slipstream.errors import InvalidRequest, NotFound, ServerError
 from slipstream.protocol import AdapterRef, BaseModelSpec, EngineClient, Speculation
@@ -121,6 +122,7 @@ class Catalog:
         Raises `NotFound`, the same for unknown names, other tenants' and those that the key is not for.
         """
         tenant, base = caller.acting_tenant(), self.base_of(model)
+        note_model(model)
         unknown = NotFound(
             f"The model '{model[:200]}' does not exist, or you do not have access to it. GET /v1/models lists yours.",
             code="model_not_found",

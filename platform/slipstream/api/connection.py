@@ -6,21 +6,30 @@ Pure ASGI: Starlette's `BaseHTTPMiddleware` puts a queue between handler and cli
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import Callable, Coroutine
-from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream.api.errors import CLIENT_CLOSED_REQUEST, ClientGone, problem_of
+from slipstream.api.observing import UNMATCHED, Observed
 from slipstream.errors import PayloadTooLarge
 from slipstream.metrics.gateway import GatewayMetrics
 
+if TYPE_CHECKING:
+    from slipstream.telemetry.tracing import Tracing
+
+log = logging.getLogger("slipstream.api")
 T = TypeVar("T")
 _SANE_ID = re.compile(r"[!-~]{1,128}")
+
+
+class AnswerCut(Exception):
+    """An answer broke off after its status was sent; why is in the log."""
 
 
 def is_sane_id(offered: str) -> bool:
@@ -52,17 +61,25 @@ async def _disconnected(receive: Receive) -> None:
 class Connection:
     """Outermost layer: every response leaves through it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, body_limit: Callable[[str, str], int]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: GatewayMetrics,
+        body_limit: Callable[[str, str], int],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._body_limit = body_limit
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await _Exchange(self._app, scope, receive, send).run(self._metrics, self._body_limit)
+        await _Exchange(self._app, scope, receive, send).run(self._metrics, self._body_limit, self._tracing)
 
 
 class _Exchange:
@@ -77,16 +94,18 @@ class _Exchange:
         self._received = 0
         self._limit = 0
 
-    async def run(self, metrics: GatewayMetrics, body_limit: Callable[[str, str], int]) -> None:
-        started = perf_counter()
+    async def run(
+        self, metrics: GatewayMetrics, body_limit: Callable[[str, str], int], tracing: Tracing | None
+    ) -> None:
+        observed = Observed(self._scope, self._headers, self._id, tracing)
         self._scope.setdefault("state", {})["request_id"] = self._id
         self._limit = body_limit(self._scope["method"], self._scope["path"])
         try:
             await self._guarded()
         finally:
-            route = getattr(self._scope.get("route"), "path", "") or "unmatched"
+            route = getattr(self._scope.get("route"), "path", "") or UNMATCHED
             status = self._status or CLIENT_CLOSED_REQUEST
-            metrics.answered(route, self._scope["method"], status, perf_counter() - started)
+            metrics.answered(route, self._scope["method"], status, observed.end(route, status))
 
     async def _guarded(self) -> None:
         try:
@@ -95,7 +114,10 @@ class _Exchange:
             await self._app(self._scope, self._count_in, self._stamp_out)
         except Exception as error:  # the connection's top loop: whatever got here must not leak
             if self._status is not None:
-                raise  # too late for a status: the server cuts the connection, so nobody takes the rest for an answer
+                # Too late for a status: the server cuts the connection, so nobody takes the rest for an answer. It logs what
+                # it is raised, and what this says may quote the request.
+                log.error("request %s: the answer was cut", self._id, exc_info=error)
+                raise AnswerCut from None
             await problem_of(error, self._id).response()(self._scope, self._receive, self._stamp_out)
 
     def _announced(self) -> int:

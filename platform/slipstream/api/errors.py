@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from adapter_registry import errors as registry
 from adapter_registry.imports import ImportEnded
 from slipstream import errors as tree
+from slipstream.api.observing import note_problem
 
 log = logging.getLogger("slipstream.api")
 
@@ -94,6 +95,16 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 def problem_of(error: Exception, request_id: str) -> Problem:
     """What a client is told about `error`; whatever is not in a tree is a bug, and logged as one."""
+    return _noted(_problem_of(error, request_id))
+
+
+def _noted(problem: Problem) -> Problem:
+    """For the access line and the span."""
+    note_problem(problem.status, problem.code)
+    return problem
+
+
+def _problem_of(error: Exception, request_id: str) -> Problem:
     rule = next((_RULES[cls] for cls in type(error).__mro__ if cls in _RULES), None)
     if rule is None:
         log.error("request %s failed", request_id, exc_info=error)
@@ -142,16 +153,16 @@ async def _http(request: Request, error: Exception) -> Response:
     if isinstance(error.__cause__, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if error.__cause__ is not None:
-        return Problem(
-            400, "The body cannot be read as JSON: it must be UTF-8 text of sane depth and numbers.", "invalid_json"
-        ).response()
+        sentence = "The body cannot be read as JSON: it must be UTF-8 text of sane depth and numbers."
+        return _noted(Problem(400, sentence, "invalid_json")).response()
     path = request.scope.get("path", "")[:_LONGEST_NAME]
     sentences = {
         404: f"There is no route {path}. See /docs for the list.",
         405: f"{request.method[:16]} is not possible on {path}. See /docs for the list.",
     }
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
-    response = Problem(error.status_code, sentences.get(error.status_code, str(error.detail)), code).response()
+    problem = Problem(error.status_code, sentences.get(error.status_code, str(error.detail)), code)
+    response = _noted(problem).response()
     if error.headers and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response
@@ -159,7 +170,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_problem(error.errors()).response()
+    return _noted(validation_problem(error.errors())).response()
 
 
 def validation_problem(errors: Sequence[Any]) -> Problem:

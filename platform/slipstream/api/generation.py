@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
+from slipstream.api.observing import note_first_token
 from slipstream.errors import EngineFailed, Unavailable
 from slipstream.metrics.gateway import Called, GatewayMetrics
 from slipstream.protocol import FinishReason, GenerateEvent, GenerateRequest, TokenLogprob, Usage
@@ -40,6 +41,8 @@ class Ending:
     error: Exception | None
     whole: bool  # every choice was finished; without an error, its client has left otherwise
     begun: bool = False  # a stream whose first tokens were on their way
+    decode_steps: int = 0  # of choices that are known to have finished
+    reasons: tuple[FinishReason, ...] = ()  # of the same
 
 
 class Generation:
@@ -75,6 +78,7 @@ class Generation:
         self._came: Counter[int] = Counter()  # tokens of each choice
         self._firsts: dict[int, tuple[float, int]] = {}  # of each choice: when its first tokens came, and how many
         self._begun = False
+        self._reasons: list[FinishReason] = []
 
     async def start(self) -> None:
         """Wait for the first step of every prompt."""
@@ -91,6 +95,7 @@ class Generation:
         if self._streamed:  # otherwise a remote engine sends everything at the end
             self._begun = True
             self._metrics.first_token(self._called, perf_counter() - started)
+            note_first_token()
 
     async def events(self) -> AsyncGenerator[Batch]:
         """What each step added, until every choice has finished."""
@@ -137,7 +142,10 @@ class Generation:
         finally:
             if not self._ended.is_set():
                 self._ended.set()
-                self._settle(Ending(self._used(), self._error, not self._open, self._begun))
+                steps = sum(usage.decode_steps for usage in self.usages.values())
+                self._settle(
+                    Ending(self._used(), self._error, not self._open, self._begun, steps, tuple(self._reasons))
+                )
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""
@@ -158,7 +166,11 @@ class Generation:
         await self._ended.wait()
         if self._open or self._texts is None:
             return None
-        return ["".join(pieces) for _, pieces in sorted(self._texts.items())]
+        return self.said()
+
+    def said(self) -> list[str]:
+        """What each choice has said so far, of a target that keeps it."""
+        return ["".join(pieces) for _, pieces in sorted((self._texts or {}).items())]
 
     def by_prompt(self) -> Iterable[list[Usage]]:
         """The usages of each prompt's choices."""
@@ -203,6 +215,7 @@ class Generation:
                 raise EngineFailed("A choice ended without its usage.")
             self._open.discard(event.index)
             self.usages[event.index] = event.usage
+            self._reasons.append(event.finish_reason)
             self._metrics.generated(self._called, event.usage)
             self._time_tokens(event.index)
         return event

@@ -46,6 +46,7 @@ class Ticket:
     estimated: int  # tokens it may need at most
     weight: float
     headers: Mapping[str, str]  # OpenAI's, about what is left
+    log_prompts: bool
     since: float  # by the gateway's clock
 
 
@@ -106,7 +107,10 @@ class Meter:
         if admission.verdict.exceeded is not None:
             self._rejected(tenant, admission.verdict.exceeded)
             raise _refusal(admission, tokens, headers)
-        ticket = Ticket(request_id, tenant, model, charged, tokens, admission.tenant.weight, headers, self._clock())
+        record = admission.tenant
+        ticket = Ticket(
+            request_id, tenant, model, charged, tokens, record.weight, headers, record.log_prompts, self._clock()
+        )
         self._open[request_id] = ticket
         return ticket
 

@@ -133,7 +133,7 @@ class Shadows:
             if ours is not None and theirs is not None:
                 self._outcomes.compare(shadow, ours == theirs)
         except Exception as error:  # a task's top: nobody waits for it
-            log.warning("a shadow of %s failed: %s: %s", target.served_as, type(error).__name__, error)
+            log.warning("a shadow of %s failed", target.served_as, exc_info=error)
 
     async def _generate(self, shadow: Target, requests: Sequence[GenerateRequest]) -> list[str] | None:
         """What the shadow says, if it comes to its end."""

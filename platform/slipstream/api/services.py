@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapter_registry.imports import ImportStore
 from adapter_registry.jobs import JobStore
@@ -17,6 +18,9 @@ from slipstream.importing.sources import Sources
 from slipstream.metrics.pages import MetricsPeers
 from slipstream.protocol import EngineClient
 from slipstream.training.jobs import JobRunner
+
+if TYPE_CHECKING:
+    from slipstream.telemetry.tracing import Tracing
 
 MIB = 1 << 20
 
@@ -59,3 +63,4 @@ class ApiServices:
     )
     registry_failures: Callable[[], int] = lambda: 0  # commands that the registry did not answer, so far
     clock: Callable[[], float] = time.monotonic
+    tracing: Tracing | None = None  # None = off

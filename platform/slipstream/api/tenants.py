@@ -46,14 +46,18 @@ class TenantSettings(BaseModel):
 
     quota: NewQuota = NewQuota()
     weight: Annotated[float, Field(gt=0, le=1000, strict=False)] = 1.0
+    log_prompts: bool = Field(False, description="Whether its prompts and answers go into logs and traces.")
 
 
 @router.put("/v1/tenants/{tenant}")
 async def put_tenant(tenant: str, body: TenantSettings, caller: CallerDep, runtime: RuntimeDep) -> Json:
-    """Set a tenant's quota and weight; both hold from its next request on, at every gateway."""
+    """Set a tenant's quota, its weight and whether its prompts are logged: from its next request on, at every gateway."""
     caller.require_admin()
     record = TenantRecord(
-        tenant=check_name(tenant, "tenant"), quota=Quota(**body.quota.model_dump()), weight=body.weight
+        tenant=check_name(tenant, "tenant"),
+        quota=Quota(**body.quota.model_dump()),
+        weight=body.weight,
+        log_prompts=body.log_prompts,
     )
     await runtime.services.tenants.put_tenant(record, caller.key_id)
     return _body(record)

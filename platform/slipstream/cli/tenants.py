@@ -41,6 +41,14 @@ def set_tenant(
     weight: Annotated[
         float | None, typer.Option(help="Its share of busy engines, against others' 1.", show_default=False)
     ] = None,
+    log_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--log-prompts/--no-log-prompts",
+            help="Whether its prompts and answers go into logs and traces; off unless you say so.",
+            show_default=False,
+        ),
+    ] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = "",
     as_json: JsonOption = False,
@@ -55,7 +63,8 @@ def set_tenant(
     changes = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
     quota = {**now["quota"], **changes}
     share = now["weight"] if weight is None else weight
-    _show([found.run(lambda client: client.put_tenant(tenant, quota, share))], as_json)
+    logged = now["log_prompts"] if log_prompts is None else log_prompts
+    _show([found.run(lambda client: client.put_tenant(tenant, quota, share, logged))], as_json)
 
 
 @app.command("list")
@@ -104,9 +113,15 @@ def _show(tenants: list[dict[str, Any]], as_json: bool) -> None:
         show_json(tenants)
         return
     rows = [
-        [each["tenant"], *(_number(each["quota"][name]) for name in LIMITS), f"{each['weight']:g}"] for each in tenants
+        [
+            each["tenant"],
+            *(_number(each["quota"][name]) for name in LIMITS),
+            f"{each['weight']:g}",
+            "logged" if each["log_prompts"] else "–",
+        ]
+        for each in tenants
     ]
-    heads = ["TENANT", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "TOKENS/MONTH", "STORAGE BYTES", "WEIGHT"]
+    heads = ["TENANT", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "TOKENS/MONTH", "STORAGE BYTES", "WEIGHT", "PROMPTS"]
     show_table(heads, rows, "There are no tenants yet. Make a key for one: slipstream keys create --tenant acme")
 
 

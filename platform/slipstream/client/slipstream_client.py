@@ -305,9 +305,9 @@ class SlipstreamClient:
         """Take a key back."""
         await self._send("DELETE", f"/v1/keys/{path_part(key_id)}", params=_whose(tenant))
 
-    async def put_tenant(self, tenant: str, quota: Json, weight: float = 1.0) -> Json:
-        """Set what a tenant may use, and its share of busy engines. Needs the admin key."""
-        body = {"quota": quota, "weight": weight}
+    async def put_tenant(self, tenant: str, quota: Json, weight: float = 1.0, log_prompts: bool = False) -> Json:
+        """Set what a tenant may use, its share of busy engines and whether its prompts are logged. Needs the admin key."""
+        body = {"quota": quota, "weight": weight} | ({"log_prompts": True} if log_prompts else {})
         return dict((await self._send("PUT", f"/v1/tenants/{path_part(tenant)}", json=body)).json())
 
     async def get_tenant(self, tenant: str) -> Json:

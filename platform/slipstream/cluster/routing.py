@@ -228,6 +228,11 @@ class AdapterRouting:
             + o.slots_weight * room
         )
 
+    def tier(self, name: str, adapter: str, now: float) -> Tier:
+        """How near an adapter is on a replica, as far as this router knows."""
+        view = self._views.get(name)
+        return self._tier(view, adapter, now) if view is not None else Tier.ABSENT
+
     def _tier(self, view: ReplicaView, digest: str | None, now: float) -> Tier:
         if digest is None:
             return Tier.ON_DEVICE

@@ -16,6 +16,7 @@ from slipstream.engine.plan import Emission, StepPlan, StepResult
 from slipstream.engine.residency import Residency, ResidencyManager, ResidencyPlan
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
+from slipstream.engine.timeline import Timelines
 from slipstream.engine.waiting import StartRate
 from slipstream.protocol import EngineStats, Queued, work
 
@@ -91,6 +92,7 @@ class EngineCore(Generic[P]):
         self._on_host: dict[str, P] = {}
         self._steps = 0
         self._starts = StartRate()
+        self.timelines = Timelines(clock)
         self._requests = self._finished = 0
         self._work = 0.0  # of all tokens so far, those of unfinished answers included
         self._totals = [0, 0, 0, 0]  # prompt, completion, drafted, accepted tokens of finished sequences
@@ -105,6 +107,9 @@ class EngineCore(Generic[P]):
         self.sequences[seq.seq_id] = seq
         self._requests += 1
         self._work += work(seq.prompt_len, 0)
+        if seq.timeline is not None:
+            residency = self.residency.state(seq.adapter).value if seq.adapter is not None else None
+            self.timelines.begin(seq, seq.timeline, residency)
         self.scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -118,6 +123,7 @@ class EngineCore(Generic[P]):
         """A fetch asked for by `step` is complete."""
         self._on_host[digest] = adapter
         self.residency.fetched(digest, adapter.nbytes, adapter.num_streams)
+        self.timelines.fetched(digest)
 
     def adapter_failed(self, digest: str) -> list[int]:
         """A fetch or a load did not work out: its waiting sequences are dropped; returns their ids."""
@@ -153,6 +159,8 @@ class EngineCore(Generic[P]):
                 StepFacts(len(plan.sequences), plan.num_tokens, self.scheduler.max_batched_tokens, took_s)
             )
             outcome.emissions = self.scheduler.commit(plan, result)
+            if self.timelines:
+                self.timelines.stepped(plan, outcome.emissions, began)
             outcome.ran = True
             self._steps += 1
         for emission in outcome.emissions:
@@ -180,11 +188,13 @@ class EngineCore(Generic[P]):
 
     def _move_adapters(self, outcome: StepOutcome) -> None:
         plan = self.residency.plan(self.scheduler.waiting_adapters())
-        for _, slot in plan.unload:
+        for digest, slot in plan.unload:
             self._unload(slot)
+            log.debug("adapter %s was evicted from slot %d", digest, slot)
         for digest, slot in plan.load:
             try:
                 self.runner.load_adapter(slot, self._on_host[digest])
+                self.timelines.loaded(digest)
             except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors; the others go on
                 log.exception("adapter %s could not be copied to the device", digest)
                 self._observer.moved(AdapterMove.LOAD_FAILED)
@@ -213,6 +223,7 @@ class EngineCore(Generic[P]):
         self._finished += 1
         counts = (seq.prompt_len, seq.num_answer, seq.drafted, seq.accepted)
         self._totals = [total + n for total, n in zip(self._totals, counts, strict=True)]
+        self.timelines.end(seq)
 
     def stats(self) -> EngineStats:
         """A snapshot; running sequences' tokens are counted when they finish."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from slipstream.protocol import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from slipstream.engine.timeline import Timeline
 
 
 class SequenceState(StrEnum):
@@ -35,6 +39,7 @@ class Sequence:
     weight: float = 1.0  # of its tenant
     arrived: float = 0.0  # in the engine clock's seconds, like the next
     start_by: float | None = None  # dropped if it has not started by then
+    timeline: Timeline | None = None  # of a request that is traced
 
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None

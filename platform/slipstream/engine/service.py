@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
 from slipstream.engine.text import ChoiceText, token_bytes
+from slipstream.engine.timeline import Timeline, TimelineEnded
 from slipstream.engine.waiting import Gate, too_late
 from slipstream.errors import (
     AdapterUnavailable,
@@ -86,6 +88,7 @@ class _Call:
     choices: list[_Choice]
     adapter: AdapterRef | None
     allowed_wait_s: float
+    context: Context  # of the caller: what is logged on its behalf says whose request it is
 
 
 class EngineService:
@@ -118,6 +121,7 @@ class EngineService:
         self._fetches: set[asyncio.Task[None]] = set()
         self._thread: threading.Thread | None = None
         self._owners: dict[str, set[str]] = {}  # digest → tenants that have it, of those used here
+        self._on_timeline: TimelineEnded | None = None
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -159,8 +163,18 @@ class EngineService:
             scheduler.drafts = GoodputDrafts(built.costs)
         self._runner = runner
         self._core = EngineCore(scheduler, residency, runner, self._clock, self._observer)
+        self._core.timelines.on_end = self._timeline_ended if self._on_timeline is not None else None
         self._admission = Admission(self._tokenizer, self._spec.vocab_size, self._spec.context_length, config.max_draft)
         self._stats = self._core.stats()
+
+    def trace_to(self, on_end: TimelineEnded) -> None:
+        """Before `start`. `on_end` is told on the event loop what became of each sequence whose request is traced, before
+        its caller hears of its end."""
+        self._on_timeline = on_end
+
+    def _timeline_ended(self, timeline: Timeline, seq: Sequence) -> None:
+        assert self._on_timeline is not None
+        self._loop.call_soon_threadsafe(self._on_timeline, timeline, seq)
 
     def check_health(self) -> None:
         """Raises `EngineFailed` when the step loop has died."""
@@ -212,7 +226,7 @@ class EngineService:
         return await asyncio.to_thread(self._admission.admit, request)
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        call = _Call(asyncio.Queue(), [], request.adapter, self._gate.allowed_wait_s(request))
+        call = _Call(asyncio.Queue(), [], request.adapter, self._gate.allowed_wait_s(request), copy_context())
         now = self._clock()
         for index, params in enumerate(admitted.choices):
             done = request.progress[index] if request.progress else ChoiceProgress()
@@ -241,9 +255,16 @@ class EngineService:
                 decode_steps=done.decode_steps,
                 drafted=len(done.token_ids) - done.decode_steps,
                 accepted=len(done.token_ids) - done.decode_steps,
+                timeline=self._timeline(request, index, now),
             )
             call.choices.append(_Choice(index, seq, text, call))
+        log.debug("admitted: %d prompt tokens, %d choices", len(admitted.prompt), len(call.choices))
         return call
+
+    def _timeline(self, request: GenerateRequest, index: int, now: float) -> Timeline | None:
+        if self._on_timeline is None or request.origin is None or not request.origin.sampled:
+            return None
+        return Timeline(request.origin, index, epoch=time.time() - now, arrived=now)
 
     # -- the step thread ------------------------------------------------------------------------------------------
 
@@ -308,14 +329,16 @@ class EngineService:
             waiting = self._choices[self._core.scheduler.sequences_of(digest)[0].seq_id]
             ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same
             assert ref is not None
-            self._loop.call_soon_threadsafe(self._start_fetch, ref)
+            self._loop.call_soon_threadsafe(self._start_fetch, ref, context=waiting.call.context)
         batches: dict[int, tuple[_Call, list[GenerateEvent]]] = {}
         for emission in outcome.emissions:
             choice = self._choices[emission.seq_id]
             if emission.finished:
                 del self._choices[emission.seq_id]
             if emission.broken:
-                log.error("adapter %s: the hidden state is not finite", choice.seq.adapter)
+                choice.call.context.copy().run(
+                    log.error, "adapter %s: the hidden state is not finite", choice.seq.adapter
+                )
                 self._loop.call_soon_threadsafe(choice.call.queue.put_nowait, AdapterUnavailable(_BROKEN))
                 continue
             batches.setdefault(id(choice.call), (choice.call, []))[1].append(self._event(choice, emission))
@@ -398,12 +421,13 @@ class EngineService:
                     await self._source.fetch(ref, Path(folder))
                     prepared = await _in_own_thread(lambda: self._runner.prepare_adapter(load_adapter(Path(folder))))
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
-            log.exception("adapter %s could not be loaded", ref.digest)
+            log.exception("adapter %s could not be loaded", ref.digest, extra={"shows_error": True})
             late = isinstance(error, TimeoutError)
             self._observer.fetched(FetchOutcome.LATE if late else FetchOutcome.FAILED, self._clock() - began)
             outcome: Callable[[], None] = partial(self._adapter_failed, ref.digest, late)
         else:
             self._observer.fetched(FetchOutcome.OK, self._clock() - began)
+            log.info("adapter %s was loaded into host memory in %.3f s", ref.digest, self._clock() - began)
             outcome = partial(self._core.adapter_ready, ref.digest, prepared)
         with suppress(EngineFailed):
             self._post(outcome)

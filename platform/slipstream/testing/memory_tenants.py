@@ -48,7 +48,7 @@ class MemoryTenants(TenantStore):
 
     async def put_tenant(self, record: TenantRecord, by: str = "") -> None:
         """Keep a tenant's settings; they hold from its next request on."""
-        detail = record.model_dump_json(exclude_none=True)
+        detail = record.stored()
         self._store.write_down(record.tenant, by, AuditAction.TENANT_CHANGED, record.tenant, detail)
         self._of(record.tenant).record = record
         self._store.enter(record.tenant).storage_bytes = record.quota.storage_bytes

@@ -248,9 +248,15 @@ def test_keys_of_a_role_rotate_and_end(shell: Shell) -> None:
 def test_tenants_limits_and_usage(shell: Shell) -> None:
     assert "Nothing was used" in shell("usage").stdout
     shown = shell("tenants", "set", "demo", "--requests-per-minute", "600", "--weight", "2", key=ADMIN_KEY).stdout
-    assert shown.splitlines()[-1].split() == ["demo", "600", "–", "–", "–", "–", "2"]
+    assert shown.splitlines()[-1].split() == ["demo", "600", "–", "–", "–", "–", "2", "–"]
     changed = shell("tenants", "set", "demo", "--tokens-per-month", "5000", "--requests-per-minute", "0", key=ADMIN_KEY)
-    assert changed.stdout.splitlines()[-1].split() == ["demo", "–", "–", "–", "5,000", "–", "2"]
+    assert changed.stdout.splitlines()[-1].split() == ["demo", "–", "–", "–", "5,000", "–", "2", "–"]
+    assert (
+        shell("tenants", "set", "demo", "--log-prompts", key=ADMIN_KEY).stdout.splitlines()[-1].split()[-1] == "logged"
+    )
+    kept = shell("tenants", "set", "demo", "--weight", "2", "--json", key=ADMIN_KEY).stdout
+    assert json.loads(kept)[0]["log_prompts"] is True, "what is left out stays as it is"
+    assert shell("tenants", "set", "demo", "--no-log-prompts", key=ADMIN_KEY).stdout.splitlines()[-1].split()[-1] == "–"
     assert json.loads(shell("tenants", "list", "--json", key=ADMIN_KEY).stdout)[0]["quota"]["tokens_per_month"] == 5000
     assert shell("tenants", "list").exit_code == 1
 
