@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
+from support.serve_apps import deployments
 from typer.testing import CliRunner
 
 from deployments import app, main  # noqa: F401 - `main` adds `serve` and `config` to the command line
@@ -40,33 +39,6 @@ def test_on_a_cluster_threads_are_the_reserved_cores(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(app, "build_application", built.append)
     app.build(app.AppArgs(models=[{"id": "a", "engine_cpus": 1.5}, {"id": "b", "engine_threads": 7}]))
     assert [model.engine_threads for model in built[0].models] == [2, 7]
-
-
-def deployments(application: Application) -> dict[str, Any]:
-    """Everything that Serve is told of each deployment."""
-    found: dict[str, Any] = {}
-
-    def collect(node: Application) -> None:
-        deployment = node._bound_deployment
-        config = deployment._deployment_config.model_dump()
-        found[deployment.name] = (
-            config,
-            deployment.ray_actor_options,
-            deployment._replica_config.placement_group_bundles,
-        )
-        arguments = deployment._replica_config.init_args
-        for argument in arguments:
-            if isinstance(argument, Application):
-                collect(argument)
-            elif isinstance(argument, dict):
-                for value in argument.values():
-                    if isinstance(value, Application):
-                        collect(value)
-            else:
-                found[deployment.name] += (argument,)
-
-    collect(application)
-    return found
 
 
 def test_the_serve_config_starts_what_the_command_starts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `k8s/` builds to, and what of it is generated: `python -m tests.support.manifests` (`make manifests`) writes it anew."""
+"""What `k8s/` builds to, and what of it is generated: `make manifests` runs this file to write it anew."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def comparable(found: list[Object]) -> dict[str, Object]:
 
 def objects(text: str) -> list[Object]:
     """The objects of a stream of YAML documents."""
-    return [document for document in yaml.safe_load_all(text) if document]
+    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
 
 
 def name(found: Object) -> str:
