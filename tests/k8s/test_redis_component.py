@@ -1,0 +1,96 @@
+"""The Redis component, run: two users, each with what it needs and no more (the registry's whole contract runs on it too)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import redis
+from support.kube_redis import ComponentRedis, running_component
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ComponentRedis]:
+    with running_component() as found:
+        yield found
+
+
+def test_nobody_without_a_name_gets_in(server: ComponentRedis) -> None:
+    for url in (f"redis://127.0.0.1:{server.port}", f"redis://:{server.ray_password}@127.0.0.1:{server.port}"):
+        with redis.Redis.from_url(url, protocol=2) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+
+
+@pytest.mark.parametrize(
+    ("who", "own", "other"), [("url", "slipstream:x", "RAYx@KV"), ("ray_url", "RAYx@KV", "slipstream:x")]
+)
+def test_each_user_has_its_own_keys(server: ComponentRedis, who: str, own: str, other: str) -> None:
+    with redis.Redis.from_url(getattr(server, who), protocol=2) as client:
+        client.set(own, "1")
+        assert client.get(own) == b"1"
+        for act in (lambda: client.get(other), lambda: client.set(other, "1"), lambda: client.delete(other)):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                act()
+        for words in (("FLUSHALL",), ("CONFIG", "GET", "dir"), ("ACL", "LIST"), ("KEYS", "*"), ("SHUTDOWN",)):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*words)
+
+
+def test_no_password_lies_in_a_file(server: ComponentRedis) -> None:
+    written = "".join(path.read_text(errors="replace") for path in server.folder.rglob("*") if path.is_file())
+    assert "user slipstream on #" in written
+    assert server.registry_password not in written
+    assert server.ray_password not in written
+
+
+def test_it_writes_to_a_file_and_never_evicts(server: ComponentRedis) -> None:
+    with redis.Redis.from_url(server.url, protocol=2) as client:
+        client.set("slipstream:kept", "1")
+        found = client.info("persistence")
+        assert found["aof_enabled"] == 1
+        assert client.info("memory")["maxmemory_policy"] == "noeviction"
+
+
+HEAD = """
+import os
+from ray._private.gcs_utils import cleanup_redis_storage
+from ray.cluster_utils import Cluster
+from redis import Redis
+
+found = Redis.from_url(os.environ["URL"], protocol=2)
+password = os.environ["REDIS_PASSWORD"]
+options = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 80 << 20}
+cluster = Cluster(initialize_head=True, head_node_args={"redis_username": "ray", "redis_password": password, **options})
+print("kept", sorted(found.scan_iter("RAYuid-of-a-cluster@*")))
+cluster.shutdown()
+port = found.connection_pool.connection_kwargs["port"]
+assert cleanup_redis_storage("127.0.0.1", port, password, False, "uid-of-a-cluster", "ray")
+print("left", sorted(found.scan_iter("RAYuid-of-a-cluster@*")))
+"""
+
+
+@pytest.mark.ray
+def test_ray_keeps_its_state_there_and_kuberay_removes_it(server: ComponentRedis) -> None:
+    """A head that is told of Redis as KubeRay tells it, and the clean-up that KubeRay runs when a cluster is deleted."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "of-a-test" * 8,
+        "RAY_REDIS_ADDRESS": f"redis://127.0.0.1:{server.port}",
+        "RAY_external_storage_namespace": "uid-of-a-cluster",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "REDIS_USERNAME": "ray",
+        "REDIS_PASSWORD": server.ray_password,
+        "URL": server.ray_url,
+    }
+    done = subprocess.run([sys.executable, "-c", HEAD], env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept, left = [line for line in done.stdout.splitlines() if line.startswith(("kept", "left"))]
+    assert "RAYuid-of-a-cluster@NODE" in kept
+    assert left == "left []"
