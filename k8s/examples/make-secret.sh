@@ -1,15 +1,15 @@
 #!/bin/sh
 # The namespace and the Secret of k8s/README.md with random values. Does nothing to a Secret that is there.
 set -eu
-namespace=${NAMESPACE:-slipstream}
+here=$(dirname "$0")
 word() { od -An -N "$1" -tx1 /dev/urandom | tr -d ' \n'; }
-kubectl create namespace "$namespace" --dry-run=client -o yaml | kubectl apply -f -
-if kubectl -n "$namespace" get secret slipstream >/dev/null 2>&1; then
+kubectl apply -f "$here/../base/namespace.yaml"
+if kubectl -n slipstream get secret slipstream >/dev/null 2>&1; then
   echo "The Secret slipstream is there already."
   exit 0
 fi
 admin=$(word 24) redis=$(word 24)
-kubectl -n "$namespace" create secret generic slipstream \
+kubectl -n slipstream create secret generic slipstream \
   --from-literal=admin-key="$admin" \
   --from-literal=auth_token="$(word 32)" \
   --from-literal=redis-password="$redis" \
