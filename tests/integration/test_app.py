@@ -101,3 +101,51 @@ def test_what_is_no_address_of_redis_is_refused_at_once(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="SLIPSTREAM_REDIS_URL") as refused:
         app.build(app.AppArgs())
     assert "secret" not in str(refused.value)
+
+
+def test_gateways_follow_open_requests_where_their_number_may_change(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text("{gateway_replicas: 2, max_gateway_replicas: 5}")
+    gateway = deployments(app.build_application(load_settings()))["Gateway"][0]
+    scaling = gateway["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (2, 5)
+    assert scaling["target_ongoing_requests"] < gateway["max_ongoing_requests"]
+    (tmp_path / "slipstream.yaml").write_text("{gateway_replicas: 2, max_gateway_replicas: 2}")
+    fixed = deployments(app.build_application(load_settings()))["Gateway"][0]
+    assert (fixed["autoscaling_config"], fixed["num_replicas"]) == (None, 2)
+
+
+def test_training_jobs_ask_for_their_own_resources(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text("training_resources: {training: 1}")
+    plan = deployments(app.build_application(load_settings()))["Gateway"][3]
+    assert plan.training.resources == {"training": 1.0}
+
+
+def test_the_patch_of_a_rayservice_holds_what_was_set_and_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text(YAML)
+    done = CliRunner().invoke(command_line, ["config", "--rayservice", "mine"])
+    assert done.exit_code == 0, done.output
+    patch = yaml.safe_load(done.output)
+    assert (patch["kind"], patch["metadata"]) == ("RayService", {"name": "mine"})
+    (application,) = yaml.safe_load(patch["spec"]["serveConfigV2"])["applications"]
+    assert application["args"] == {
+        "home": str(tmp_path),
+        "drain_s": 7.0,
+        "models": [
+            {"target_requests_per_s": 3.0, "id": "one", "min_replicas": 1, "max_replicas": 4, "request_tokens": 200.0},
+            {
+                "target_requests_per_s": 3.0,
+                "id": "two",
+                "tensor_parallel_size": 3,
+                "engine_cpus": 0.5,
+                "min_replicas": 0,
+                "quantize": "int8",
+            },
+        ],
+    }
+    assert not [secret for secret in SECRETS.values() if secret in done.output]
+
+
+def test_one_config_at_a_time() -> None:
+    done = CliRunner().invoke(command_line, ["config", "--serve", "--rayservice", "mine"])
+    assert done.exit_code == 2
+    assert "--rayservice" in done.output

@@ -17,6 +17,7 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 from support.manifests import OVERLAYS, Object, folder, kustomize, pods, rayservice
 from support.serve_apps import deployments
 
+from deployments import drain_node
 from deployments.app import AppArgs, build, build_application
 from deployments.replica_plan import on_its_cores
 from slipstream.config import ModelSettings, Settings, load_settings
@@ -258,7 +259,10 @@ def test_draining_fits_into_the_grace_periods(overlay: str) -> None:
     assert read.drain_s < read.gateway_drain_s, "a gateway's requests may wait for an engine"
     assert read.gateway_drain_s < spec["rayClusterDeletionDelaySeconds"]
     for group in groups(overlay).values():
-        assert read.gateway_drain_s < group["template"]["spec"]["terminationGracePeriodSeconds"]
+        pod = group["template"]["spec"]
+        *command, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", drain_node.__name__]
+        assert read.gateway_drain_s < float(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 @each_overlay
