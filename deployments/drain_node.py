@@ -10,8 +10,8 @@ import sys
 import time
 
 import ray
+import ray._raylet
 from ray._private import state
-from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from slipstream.errors import Unavailable
@@ -26,7 +26,7 @@ def drain(node_id: str, within_s: float) -> bool:
     Raises `Unavailable` when Ray does not take it.
     """
     # Preemption, since the other reason is for idle nodes; Serve stops what has found no other place before the deadline.
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     deadline_ms = int((time.time() + within_s) * 1000)
     taken, why = client.drain_node(node_id, DRAIN_NODE_REASON_PREEMPTION, "its pod is being stopped", deadline_ms)
     if not taken:

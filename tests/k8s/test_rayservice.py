@@ -276,9 +276,9 @@ def test_volumes_hold_what_ray_writes(overlay: str) -> None:
             assert set(mounts) >= {"/tmp", "/tmp/ray"}
             assert set(mounts.values()) <= set(volumes)
         ray = spec["containers"][0]
-        mounts = {mount["mountPath"] for mount in ray["volumeMounts"]}
+        mounted = {mount["mountPath"] for mount in ray["volumeMounts"]}
         environment = {variable["name"]: variable.get("value") for variable in ray["env"]}
-        assert mounts >= {"/dev/shm", environment["HOME"], str(settings(overlay).home)}
+        assert mounted >= {"/dev/shm", environment["HOME"], str(settings(overlay).home)}
         store = 268435456
         assert volumes["shared-mem"]["emptyDir"]["medium"] == "Memory"
         assert _bytes(volumes["shared-mem"]["emptyDir"]["sizeLimit"]) > store
