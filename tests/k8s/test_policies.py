@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from support.kube_tools import checkov, run
-from support.manifests import EVERYTHING, OVERLAYS, Object, folder, kustomize, pods, rayservice
+from support.manifests import EVERYTHING, K8S, OVERLAYS, Object, folder, kustomize, pods, rayservice
 
 ALL = (*OVERLAYS, EVERYTHING.name)
 # Of the head alone: the token is the autoscaler's, whose container is KubeRay's and has no probes.
@@ -317,6 +319,27 @@ def test_secrets_come_from_the_one_secret(overlay: str) -> None:
             reference = variable["valueFrom"]["secretKeyRef"]
             assert reference["name"] == "slipstream"
             assert f"`{reference['key']}`" in readme
+
+
+def test_the_secrets_script_makes_what_pods_ask_for(tmp_path: Path) -> None:
+    """With a kubectl that notes what it is told, and knows no Secret."""
+    noted = tmp_path / "noted"
+    fake = tmp_path / "kubectl"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {noted}\ncase "$*" in *"get secret"*) exit 1;; esac\n', encoding="utf-8")
+    fake.chmod(0o755)
+    script = K8S / "examples" / "make-secret.sh"
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run([script], env=path, text=True, capture_output=True, check=True)
+    made = dict(re.findall(r"--from-literal=([a-z_-]+)=(\S+)", noted.read_text(encoding="utf-8")))
+    assert f"Admin key: {made['admin-key']}" in done.stdout
+    assert made["redis-url"] == f"redis://slipstream:{made['redis-password']}@slipstream-redis:6379/0"
+    assert len(set(made.values())) == len(made), "no two alike"
+    asked = {"auth_token"}  # KubeRay's own
+    for template in pod_templates("local"):
+        for variable in container(template)["env"]:
+            reference = variable.get("valueFrom", {}).get("secretKeyRef", {"optional": True})
+            asked |= set() if reference.get("optional") else {reference["key"]}
+    assert set(made) == asked | {"ray-redis-password"}
 
 
 def test_ray_shows_a_token_everywhere() -> None:
