@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 from support.kube_redis import ComponentRedis, running_component
+from support.processes import free_port
 
 pytestmark = pytest.mark.redis
 
@@ -54,19 +55,33 @@ def test_it_writes_to_a_file_and_never_evicts(server: ComponentRedis) -> None:
         assert client.info("memory")["maxmemory_policy"] == "noeviction"
 
 
-HEAD = """
-import os
+# Ray's control store alone, twice over the same Redis, and what KubeRay runs when a cluster is deleted.
+CONTROL_STORE = """
+import os, tempfile
+from ray import NodeID
 from ray._private.gcs_utils import cleanup_redis_storage
-from ray.cluster_utils import Cluster
+from ray._private.services import start_gcs_server
+from ray._raylet import GcsClient
 from redis import Redis
 
 found = Redis.from_url(os.environ["URL"], protocol=2)
-password = os.environ["REDIS_PASSWORD"]
-options = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 80 << 20}
-cluster = Cluster(initialize_head=True, head_node_args={"redis_username": "ray", "redis_password": password, **options})
-print("kept", sorted(found.scan_iter("RAYuid-of-a-cluster@*")))
-cluster.shutdown()
-port = found.connection_pool.connection_kwargs["port"]
+password, port = os.environ["REDIS_PASSWORD"], found.connection_pool.connection_kwargs["port"]
+
+def with_store(folder, act):
+    own = {"node_ip_address": "127.0.0.1", "session_dir": folder, "node_id": NodeID.from_random().hex()}
+    store = start_gcs_server(
+        f"127.0.0.1:{port}", folder, folder + "/out", folder + "/err", "a-session", "ray", password,
+        gcs_server_port=int(os.environ["PORT"]), metrics_agent_port=0, **own,
+    )
+    try:
+        return act(GcsClient(address="127.0.0.1:" + os.environ["PORT"]))
+    finally:
+        store.process.kill()
+        store.process.wait()
+
+with tempfile.TemporaryDirectory() as folder:
+    with_store(folder, lambda client: client.internal_kv_put(b"key", b"value", True, b"a-namespace"))
+    print("kept", with_store(folder, lambda client: client.internal_kv_get(b"key", b"a-namespace")))
 assert cleanup_redis_storage("127.0.0.1", port, password, False, "uid-of-a-cluster", "ray")
 print("left", sorted(found.scan_iter("RAYuid-of-a-cluster@*")))
 """
@@ -74,21 +89,18 @@ print("left", sorted(found.scan_iter("RAYuid-of-a-cluster@*")))
 
 @pytest.mark.ray
 def test_ray_keeps_its_state_there_and_kuberay_removes_it(server: ComponentRedis) -> None:
-    """A head that is told of Redis as KubeRay tells it, and the clean-up that KubeRay runs when a cluster is deleted."""
     environment = {
         **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "of-a-test" * 8,
-        "RAY_REDIS_ADDRESS": f"redis://127.0.0.1:{server.port}",
+        "RAY_AUTH_MODE": "disabled",
         "RAY_external_storage_namespace": "uid-of-a-cluster",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "REDIS_USERNAME": "ray",
         "REDIS_PASSWORD": server.ray_password,
         "URL": server.ray_url,
+        "PORT": str(free_port()),
     }
-    done = subprocess.run([sys.executable, "-c", HEAD], env=environment, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CONTROL_STORE], env=environment, text=True, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     kept, left = [line for line in done.stdout.splitlines() if line.startswith(("kept", "left"))]
-    assert "RAYuid-of-a-cluster@NODE" in kept
+    assert kept == "kept b'value'"
     assert left == "left []"
