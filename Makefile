@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fmt bench bench-peers soak clean dashboards lock
+.PHONY: help serve test check fmt manifests dashboards bench bench-peers soak clean lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,7 +14,7 @@ help: ## List the targets
 serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve on 127.0.0.1:8000 until Ctrl-C
 	@exec $(BIN)/slipstream serve
 
-test: $(VENV)/dev.stamp ## All tests that need no GPU: unit, contract, integration, end to end
+test: $(VENV)/dev.stamp $(VENV)/kube-tools.stamp ## All tests that need no GPU: unit, contract, integration, end to end
 	$(PYTEST) -m "not gpu and not soak" $(ARGS)
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
@@ -26,6 +26,9 @@ check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 sec
 fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+manifests: $(VENV)/kube-tools.stamp ## Write anew what is generated under k8s/, and the tests' snapshots of it
+	PYTHONPATH=platform:.:tests $(BIN)/python -m tests.support.manifests
 
 bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), sweep, adapters, prompts, quantized, gpu, http, replay, ranks, routing, routing-cost, scaling, lossless, drafts, training, streams or gates, with their options
 	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
@@ -69,3 +72,9 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@echo "Installing Slipstream with what its tests need …"
 	@$(PIP) install --progress-bar on -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/serve.stamp
+
+# kubectl, helm and checkov, each in one version, under .slipstream/tools.
+$(VENV)/kube-tools.stamp: tests/support/kube_tools.py $(VENV)/dev.stamp
+	@echo "Fetching kubectl, helm and checkov …"
+	@PYTHONPATH=tests $(BIN)/python -m tests.support.kube_tools
+	@touch $@

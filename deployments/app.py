@@ -28,6 +28,7 @@ from slipstream.config import ModelSettings, Settings, load_settings
 from slipstream.errors import ConfigError
 
 _GATEWAY_ONGOING = 4096  # the gateway only waits; what is bounded is the engine's queue
+_GATEWAY_TARGET = 256  # open requests that ask for one more gateway, where their number may change
 _HEALTH_PERIOD_S = 2.0
 _REPORT_S = 1.0  # between two reports of a replica to routers and autoscaler
 _NOT_ARGS = {
@@ -68,16 +69,51 @@ def build(args: AppArgs) -> Application:
 def serve_config(settings: Settings) -> str:
     """A Serve config file (YAML) for `serve run` and KubeRay that starts what `slipstream serve` would start; secrets come
     from the environment. Threads are written out: on a cluster they follow `engine_cpus` otherwise."""
-    args = settings.model_dump(mode="json", exclude=_NOT_ARGS | set(ModelSettings.model_fields), exclude_none=True)
+    left_out = _NOT_ARGS | set(ModelSettings.model_fields)  # flat model settings: every model has them already
+    args = settings.model_dump(mode="json", exclude=left_out, exclude_none=True)
     args["models"] = [model.model_dump(mode="json", exclude_none=True) for model in settings.models]
+    return yaml.safe_dump(_page(settings, args), sort_keys=False)
+
+
+def rayservice_patch(settings: Settings, name: str) -> str:
+    """The part of a KubeRay `RayService` named `name` that follows from the settings, as a kustomize patch (YAML).
+
+    Only what was set is written: everything else is a default of the version that runs in the pods.
+    """
+    args = settings.model_dump(mode="json", exclude=_NOT_ARGS, exclude_unset=True)
+    if "models" in args:
+        args = {key: value for key, value in args.items() if key not in ModelSettings.model_fields}
+    patch = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": name},
+        "spec": {"serveConfigV2": _Block(yaml.safe_dump(_page(settings, args), sort_keys=False))},
+    }
+    return yaml.dump(patch, Dumper=_BlockDumper, sort_keys=False)
+
+
+def _page(settings: Settings, args: dict[str, Any]) -> dict[str, Any]:
+    """A Serve config with our one application."""
     application = {"name": APP_NAME, "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
-    page = {
+    return {
         "proxy_location": "EveryNode",
         "http_options": {"host": settings.host, "port": settings.port},
         "logging_config": serve_logging(settings).model_dump(mode="json", exclude={"logs_dir"}),
         "applications": [application],
     }
-    return yaml.safe_dump(page, sort_keys=False)
+
+
+class _Block(str):
+    """Text that YAML shows line by line."""
+
+    __slots__ = ()
+
+
+class _BlockDumper(yaml.SafeDumper):
+    pass
+
+
+_BlockDumper.add_representer(_Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "|"))
 
 
 def build_application(settings: Settings, *, engine: str = REAL_ENGINE, logs_dir: Path | None = None) -> Application:
@@ -111,15 +147,27 @@ def build_application(settings: Settings, *, engine: str = REAL_ENGINE, logs_dir
     )
     deployment = serve.deployment(
         name="Gateway",
-        num_replicas=settings.gateway_replicas,
         max_ongoing_requests=_GATEWAY_ONGOING,
         ray_actor_options={"num_cpus": settings.gateway_cpus, "resources": settings.gateway_resources},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=settings.gateway_drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=logging_config,
+        **_gateways(settings),
     )(serve.ingress()(Gateway))
     return deployment.bind(plan, engines)
+
+
+def _gateways(settings: Settings) -> dict[str, Any]:
+    """How many there are."""
+    least, most = settings.gateway_replicas, settings.max_gateway_replicas
+    if most is None or most == least:
+        return {"num_replicas": least}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=least, max_replicas=most, target_ongoing_requests=_GATEWAY_TARGET, upscale_delay_s=10.0
+        )
+    }
 
 
 def _training(settings: Settings, blob_url: str) -> TrainingPlan:
@@ -132,6 +180,7 @@ def _training(settings: Settings, blob_url: str) -> TrainingPlan:
         adapter_cache_bytes=settings.adapter_cache_bytes,
         cpus=settings.training_cpus,
         gpus=settings.training_gpus,
+        resources=settings.training_resources,
     )
 
 

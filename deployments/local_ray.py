@@ -125,7 +125,8 @@ def _cpus_needed(settings: Settings) -> int:
     """Ray's CPUs are only its own book-keeping: on a small machine count enough of them for everything to be placed."""
     engines = sum(m.most_replicas * m.tensor_parallel_size * m.engine_cpus for m in settings.models)
     training = settings.max_training_jobs * settings.training_cpus
-    return math.ceil(settings.gateway_replicas * settings.gateway_cpus + engines + training)
+    gateways = (settings.max_gateway_replicas or settings.gateway_replicas) * settings.gateway_cpus
+    return math.ceil(gateways + engines + training)
 
 
 def _keep_logs(scratch: Path, kept: Path) -> None:

@@ -61,21 +61,34 @@ def config(
         bool,
         typer.Option("--serve", help="Print a Ray Serve config (YAML) that starts what `slipstream serve` would."),
     ] = False,
+    rayservice: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Print the kustomize patch (YAML) that gives the KubeRay RayService NAME what the settings say.",
+        ),
+    ] = None,
 ) -> None:
     """List every setting: its variable, its name in the configuration file, its default and its meaning.
 
-    Example: slipstream config --serve > slipstream-serve.yaml; serve run slipstream-serve.yaml
+    Examples: slipstream config --serve > slipstream-serve.yaml; serve run slipstream-serve.yaml
+
+    SLIPSTREAM_CONFIG=slipstream.yaml slipstream config --rayservice slipstream > serve-config.yaml
     """
     from slipstream.config import load_settings, settings_table  # noqa: PLC0415
 
-    if not as_serve:
+    if as_serve and rayservice:
+        raise typer.BadParameter("Give one of --serve and --rayservice.")
+    if not as_serve and rayservice is None:
         typer.echo(settings_table(), nl=False)
         return
-    from deployments.app import serve_config  # noqa: PLC0415
+    from deployments.app import rayservice_patch, serve_config  # noqa: PLC0415
     from deployments.serve_local import for_this_machine  # noqa: PLC0415
 
     try:
-        typer.echo(serve_config(for_this_machine(load_settings())), nl=False)
+        settings = load_settings()
+        page = rayservice_patch(settings, rayservice) if rayservice else serve_config(for_this_machine(settings))
+        typer.echo(page, nl=False)
     except ServerError as error:
         typer.echo(f"slipstream config: {error}", err=True)
         raise typer.Exit(1) from error

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class TrainingPlan:
     adapter_cache_bytes: int
     cpus: float = 1.0
     gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
     command: tuple[str, ...] = ()  # the trainer; empty = ours, with the Python of the node. Tests put a script here
     heartbeat_s: float = 3.0
 
@@ -137,6 +138,7 @@ class RayJobRunner(JobRunner):
                 get_if_exists=True,
                 num_cpus=self._plan.cpus,
                 num_gpus=self._plan.gpus,
+                resources=dict(self._plan.resources),
                 max_restarts=0,  # who restarts a job is decided in one place: `slipstream.training.jobs`
             )
             .remote(self._plan, job, base)

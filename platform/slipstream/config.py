@@ -215,7 +215,8 @@ class Settings(ModelDefaults, BaseSettings):
         "Tenants choose a webhook's address and the server calls it.",
     )
     demo_adapters: bool = Field(True, description="Whether `slipstream serve` publishes the demo adapters.")
-    gateway_replicas: Count = Field(1, description="Gateway replicas.")
+    gateway_replicas: Count = Field(1, description="Gateway replicas; with `max_gateway_replicas` the fewest.")
+    max_gateway_replicas: Count | None = Field(None, description="Most of them, by open requests; empty = fixed.")
     gateway_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray sets aside for each gateway replica.")
     gateway_resources: dict[str, float] = Field(
         {}, description="Custom Ray resources that each gateway asks for, as JSON."
@@ -232,6 +233,7 @@ class Settings(ModelDefaults, BaseSettings):
     )
     training_cpus: float = Field(1.0, gt=0, description="CPU cores, and so torch threads, of each training job.")
     training_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each training job.")
+    training_resources: dict[str, float] = Field({}, description="Custom Ray resources that each asks for, as JSON.")
     max_training_jobs: Count = Field(1, description="Training jobs that run at once; more wait in the queue.")
     otlp_endpoint: str | None = Field(
         None,
@@ -265,6 +267,14 @@ class Settings(ModelDefaults, BaseSettings):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("max_gateway_replicas")
+    @classmethod
+    def _not_below_gateway_replicas(cls, most: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("gateway_replicas", 1)
+        if most is not None and most < least:
+            raise ValueError(f"it is below gateway_replicas, which is {least}")
+        return most
 
     @field_validator("admin_key", "metrics_key")
     @classmethod
@@ -308,7 +318,8 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigError(
             f"A setting could not be read: {error}. Lists such as SLIPSTREAM_MODELS are written as JSON."
         ) from error
-    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+    values = {name: getattr(loaded, name) for name in Settings.model_fields}
+    return Settings.model_construct(loaded.model_fields_set, **values)
 
 
 def client_settings() -> tuple[str, str]:

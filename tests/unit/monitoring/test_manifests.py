@@ -84,7 +84,8 @@ def test_the_component_adds_to_the_base(tmp_path: Any) -> None:
 
 def test_monitors_find_what_kuberay_makes() -> None:
     service, pods = documents("monitors.yaml")
-    (ray,) = [each for each in yaml.safe_load_all((ROOT / "k8s/base/rayservice.yaml").read_text()) if each]
+    built = list(yaml.safe_load_all((ROOT / "tests/k8s/snapshots/local.yaml").read_text()))
+    (ray,) = [each for each in built if each["kind"] == "RayService"]
     selector = service["spec"]["selector"]
     assert selector["matchLabels"]["ray.io/originated-from-cr-name"] == ray["metadata"]["name"]
     (endpoint,) = service["spec"]["endpoints"]
@@ -94,9 +95,10 @@ def test_monitors_find_what_kuberay_makes() -> None:
         assert pods["spec"]["selector"]["matchLabels"].items() <= labels.items()
         ports = [port["name"] for container in group["template"]["spec"]["containers"] for port in container["ports"]]
         assert endpoint["port"] in ports
-    (secret,) = [each for each in yaml.safe_load_all((ROOT / "k8s/examples/secret.yaml").read_text()) if each]
+    (container,) = groups[0]["template"]["spec"]["containers"]
+    (read,) = [each for each in container["env"] if each["name"] == "SLIPSTREAM_METRICS_KEY"]
     key = endpoint["authorization"]["credentials"]
-    assert (key["name"], key["key"] in secret["stringData"]) == (secret["metadata"]["name"], True)
+    assert key.items() <= read["valueFrom"]["secretKeyRef"].items()
     (policy,) = documents("networkpolicy.yaml")
     assert {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]} == {8000, 8080}
 
