@@ -130,7 +130,7 @@ class AppliedService(Platform):
 
 @contextlib.contextmanager
 def ray_service(rayservice: Mapping[str, Any]) -> Iterator[AppliedService]:
-    """A Ray node with its dashboard, a registry and a bucket, with the environment of the manifest's pods; nothing applied."""
+    """A Ray node with its dashboard, a registry and a bucket, in the environment of the manifest's pods; nothing applied."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slip-")))
         (folder / "home").mkdir()
