@@ -46,7 +46,7 @@ def test_everything_imports_and_nothing_is_written_into_the_image(build: Build, 
     check_everything_works(build, tmp_path)
 
 
-def test_the_entrypoint_and_rays_command_start(build: Build, tmp_path: Path) -> None:
+def test_the_entrypoint_starts(build: Build, tmp_path: Path) -> None:
     check_commands(build, tmp_path)
 
 
