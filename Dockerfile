@@ -67,7 +67,7 @@ WORKDIR /var/lib/slipstream
 ENTRYPOINT ["tini", "--", "slipstream"]
 CMD ["serve"]
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --start-interval=2s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('PORT') or 8000}/healthz\", timeout=4)"]
 
 FROM runtime AS cpu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -45,13 +43,19 @@ def test_it_serves_and_becomes_healthy(build: Build, tmp_path: Path) -> None:
     port = str(free_port())
     own = {"PORT": port, "SLIPSTREAM_HOST": "127.0.0.1", "SLIPSTREAM_BASE_MODEL": str(smollm2_path())}
     environment = build.environment("cpu") | own
-    command = [build.path("/opt/slipstream/bin/slipstream"), "serve"]
+    command = [str(build.path("/opt/slipstream/bin/slipstream")), "serve"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
         try:
             words = health_command(build.stages, "cpu")
-            assert eventually(lambda: build.call(*words, cwd=tmp_path, PORT=port).returncode == 0, 300)
+
+            def healthy_or_gone() -> bool:
+                return process.poll() is not None or build.call(*words, cwd=tmp_path, PORT=port).returncode == 0
+
+            assert eventually(healthy_or_gone, 300)
+            assert process.poll() is None
             ready = f"http://127.0.0.1:{port}/readyz"
             assert eventually(lambda: httpx.get(ready, trust_env=False, timeout=10).is_success, 120)
-        finally:
-            os.kill(process.pid, signal.SIGTERM)  # as `docker stop`: to the first process alone
+            process.terminate()  # as `docker stop`: to the first process alone
             assert process.wait(60) == 0
+        finally:
+            process.kill()

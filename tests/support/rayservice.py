@@ -112,20 +112,23 @@ class AppliedService(Platform):
         found: dict[str, Any] = applications.get("slipstream", {"status": "NOT_STARTED"})
         return found
 
-    def runs(self, timeout_s: float = 240) -> bool:
-        """Wait until Serve calls it RUNNING; a deployment that fails is not waited for."""
+    def settled(self, timeout_s: float = 240) -> str:
+        """Serve's word for the application once it is neither starting nor changing."""
+        status = "NOT_STARTED"
 
         def settled() -> bool:
+            nonlocal status
             with contextlib.suppress(httpx.TransportError):
-                return self.details()["status"] in {"RUNNING", "DEPLOY_FAILED", "UNHEALTHY"}
-            return False
+                status = self.details()["status"]
+            return status in {"RUNNING", "DEPLOY_FAILED", "UNHEALTHY"}
 
-        return eventually(settled, timeout_s) and self.details()["status"] == "RUNNING"
+        eventually(settled, timeout_s)
+        return status
 
     def _rest(self, method: str, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"} | more.pop("headers", {})
         url = f"{self.dashboard}/api/serve/applications/"
-        return httpx.request(method, url, headers=headers, timeout=60, trust_env=False, **more)
+        return httpx.request(method, url, headers=headers, timeout=240, trust_env=False, **more)
 
 
 @contextlib.contextmanager
