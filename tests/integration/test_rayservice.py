@@ -111,7 +111,7 @@ async def test_an_upgraded_config_loses_nothing_under_load(service: AppliedServi
     async with service.client() as client:
         load = Load(client, questions([base, *service.adapters]))
         await load.learn()
-        used = await asyncio.to_thread(service.used)
+        used = await service.used_at_rest()
         old = gateways(service), engines(service, base)
         assert all(old)
 
@@ -128,7 +128,9 @@ async def test_an_upgraded_config_loses_nothing_under_load(service: AppliedServi
             assert await asyncio.to_thread(service.settled) == "RUNNING", service.details()
             await load.grows(20)
         assert load.verdict() == UNHARMED
-        assert await service.counted(used, load.answered, load.tokens), "each answer once, whoever gave it"
+        wanted = (used[0] + load.answered, used[1] + load.tokens)
+        counted = await service.counted(used, load.answered, load.tokens)
+        assert counted, f"each answer once, whoever gave it: {wanted} and not {service.used()}"
 
 
 async def test_a_config_that_cannot_be_built_leaves_what_runs_alone(service: AppliedService, base: str) -> None:

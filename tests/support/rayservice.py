@@ -151,7 +151,6 @@ def ray_service(rayservice: Mapping[str, Any]) -> Iterator[AppliedService]:
         dashboard = free_port()
         cluster = Cluster(
             initialize_head=True,
-            shutdown_at_exit=False,
             head_node_args={
                 "num_cpus": cpus(rayservice),
                 "gcs_server_port": free_port(),
