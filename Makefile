@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fmt manifests dashboards bench bench-peers soak clean lock
+.PHONY: help serve test check fmt manifests dashboards bench bench-peers soak image clean lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ soak: $(VENV)/dev.stamp ## The full-size runs that are too long for make test
 	SLIPSTREAM_FUZZ_EXAMPLES=20000 $(PYTEST) tests/unit/engine/test_scheduler.py --timeout 3600 $(ARGS)
 	SLIPSTREAM_ISOLATION_REQUESTS=50000 $(PYTEST) tests/integration/test_isolation.py --timeout 7200 $(ARGS)
 	$(PYTEST) -s -m soak tests/soak $(ARGS)
+
+image: ## Build the container image; TARGET=cpu (default) or cuda, ARGS=--build-arg … (docs/operations/image.md)
+	docker build --target $(or $(TARGET),cpu) --tag slipstream:$(or $(TARGET),cpu) \
+	  --build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+	  --build-arg REVISION="$$(git rev-parse HEAD)" $(ARGS) .
 
 clean: ## Remove the virtual environment and all caches; your data folder stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

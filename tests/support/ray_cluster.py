@@ -147,6 +147,14 @@ class Platform:
         total = self.admin("/v1/usage", tenant="acme")["total"]
         return total["requests"], total["completion_tokens"]
 
+    async def used_at_rest(self) -> tuple[int, int]:
+        """The same, once what has just been answered is counted: gateways bring that to Redis afterwards."""
+        before, found = (-1, -1), await asyncio.to_thread(self.used)
+        while before != found:
+            await asyncio.sleep(0.5)
+            before, found = found, await asyncio.to_thread(self.used)
+        return found
+
     async def counted(self, before: tuple[int, int], answered: int, tokens: int) -> bool:
         """Whether usage grows by exactly so much, once gateways have brought it to Redis."""
         wanted = (before[0] + answered, before[1] + tokens)

@@ -14,7 +14,7 @@ BUCKET = "adapters"
 
 
 @contextmanager
-def running_s3() -> Iterator[Mapping[str, str]]:
+def running_s3(bucket: str = BUCKET) -> Iterator[Mapping[str, str]]:
     """With one bucket; yields the environment that leads clients there."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -22,7 +22,7 @@ def running_s3() -> Iterator[Mapping[str, str]]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             assert eventually(lambda: _answers(url), 30)
-            httpx.put(f"{url}/{BUCKET}", trust_env=False).raise_for_status()
+            httpx.put(f"{url}/{bucket}", trust_env=False).raise_for_status()
             yield {
                 "AWS_ENDPOINT_URL": url,
                 "AWS_ALLOW_HTTP": "true",

@@ -49,7 +49,8 @@ class RequestContext(logging.Filter):
         if record.name == "asyncio":  # what a task was doing when nobody looked: its error is in the message as well
             message = message.partition("\n")[0]
         if self._as_text and not record.__dict__.get(_SHOWN):
-            fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+            given = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+            fields = {name: value for name, value in given.items() if not name.startswith("_")}  # those are Ray's own
             message = " ".join([message, *(f"{name}={_word(value)}" for name, value in fields.items())])
             record.__dict__[_SHOWN] = True
         record.msg, record.args = redacted(message), ()
