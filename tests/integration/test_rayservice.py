@@ -19,13 +19,14 @@ from support.rayservice import AppliedService, for_this_machine, ray_service, re
 from support.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.timeout(600)]
-RAYSERVICE = ROOT / "k8s" / "base" / "rayservice.yaml"
+K8S = ROOT / "k8s"
+RAYSERVICE = (K8S / "base" / "rayservice.yaml", K8S / "overlays" / "local" / "serve-config.yaml")
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[AppliedService]:
     """With the manifest's own config applied."""
-    with ray_service(read_rayservice(RAYSERVICE)) as found:
+    with ray_service(read_rayservice(*RAYSERVICE)) as found:
         found.apply(found.config())
         assert found.settled() == "RUNNING", found.details()
         yield found
@@ -60,7 +61,7 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def test_only_what_a_laptop_forces_is_changed() -> None:
-    manifest = serve_config(read_rayservice(RAYSERVICE))
+    manifest = serve_config(read_rayservice(*RAYSERVICE))
     before, after = leaves(manifest), leaves(for_this_machine(manifest, Path("/home"), 1, Path("/model")))
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     model, http = ".applications.0.args.models.0.", ".http_options."
