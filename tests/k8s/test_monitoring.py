@@ -1,0 +1,56 @@
+"""The monitoring component on an overlay: what kustomize makes of it, and who may talk to whom then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from support.dashboards import BOARDS
+from support.kube_schemas import problems
+from support.manifests import K8S, Object, kustomize
+
+MONITORS = {
+    "ServiceMonitor",
+    "PodMonitor",
+    "PrometheusRule",
+}  # of the Prometheus operator: no schema of theirs is at hand
+NAMESPACE = {"namespaceSelector": {"matchLabels": {"slipstream-monitoring": "true"}}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Object]:
+    """By kind and name: the overlay `local` with the component."""
+    root: Path = tmp_path_factory.mktemp("monitored")
+    shutil.copytree(K8S, root / "k8s")
+    page = {"resources": ["../k8s/overlays/local"], "components": ["../k8s/monitoring"], "namespace": "slipstream"}
+    (root / "overlay").mkdir()
+    (root / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(page), encoding="utf-8")
+    return {(each["kind"], each["metadata"]["name"]): each for each in kustomize(root / "overlay")}
+
+
+def test_it_adds_monitors_rules_and_dashboards(made: dict[tuple[str, str], Object]) -> None:
+    assert {kind for kind, _ in made} >= MONITORS | {"RayService"}
+    dashboards = made["ConfigMap", "slipstream-dashboards"]
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert {json.loads(text)["uid"] for text in dashboards["data"].values()} == {b.uid for b in BOARDS.values()}
+    assert len(json.dumps(dashboards)) < 1 << 20, "a ConfigMap holds a MiB"
+    assert [problem for (kind, _), each in made.items() if kind not in MONITORS for problem in problems(each)] == []
+
+
+def test_prometheus_may_scrape_and_replicas_may_send_traces(made: dict[tuple[str, str], Object]) -> None:
+    policies = [each["spec"] for (kind, _), each in made.items() if kind == "NetworkPolicy"]
+    scraped = {
+        port["port"]
+        for policy in policies
+        for rule in policy.get("ingress", ())
+        if NAMESPACE in rule.get("from", ())
+        for port in rule["ports"]
+    }
+    assert scraped >= {8000, 8080}
+    sent = [
+        rule["ports"] for policy in policies for rule in policy.get("egress", ()) if NAMESPACE in rule.get("to", ())
+    ]
+    assert sent == [[{"port": 4318, "protocol": "TCP"}]]
