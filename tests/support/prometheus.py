@@ -27,7 +27,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 def write_rules(path: Path, interval: str | None = None) -> Path:
-    """The groups of the PrometheusRule, as Prometheus itself reads them; `interval`: between evaluations, in place of theirs."""
+    """The groups of the PrometheusRule, as Prometheus itself reads them, evaluated each `interval` if that is given."""
     spec = yaml.safe_load(RULES.read_text(encoding="utf-8"))["spec"]
     for group in spec["groups"]:
         group["interval"] = interval or group["interval"]
