@@ -35,6 +35,7 @@ PAIRS = [
     ("Slipstream 8 Turbo LoRAs, to end", "Slipstream 8 LoRAs, to end"),
     ("Slipstream base", "llama.cpp base, 4 bits"),
     ("Slipstream 8 Turbo LoRAs", "llama.cpp base, 4 bits"),
+    ("Slipstream 8 Turbo LoRAs, to end", "llama.cpp base, 4 bits"),
 ]
 
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
+from support.otlp import collecting
 from support.processes import eventually, free_port
 from support.ray_cluster import ADMIN_KEY, ROOT, Platform, environment
 from support.redis_server import running_redis
@@ -164,5 +165,11 @@ def ray_service(rayservice: Mapping[str, Any]) -> Iterator[AppliedService]:
         stack.callback(cluster.shutdown)
         save_tiny_model(folder / "model", hidden=32)
         yield AppliedService(
-            cluster, folder, redis, free_port(), dashboard=f"http://127.0.0.1:{dashboard}", rayservice=rayservice
+            cluster,
+            folder,
+            redis,
+            free_port(),
+            stack.enter_context(collecting()),
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            rayservice=rayservice,
         )
