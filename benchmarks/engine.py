@@ -47,12 +47,13 @@ def names_of(count: int) -> list[str]:
 def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int) -> Run:
     """Our engine on answers of a fixed length, `count` at a time all along, or (`tokens` 0) on `count` to their end.
 
-    The peers' answers of a fixed length all end together, so that one wave of them runs at `count` all along, too.
+    The peers' answers of a fixed length all end together, so that one wave of them runs at `count` all along, too. One at a
+    time, everybody answers the same few prompts one after the other.
     """
 
     def run(count: int) -> tuple[float, float]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
-        total = REQUESTS[count] if tokens else count
+        total = REQUESTS[count] if tokens or count == 1 else count
         names = names_of(total) if lora else [None] * total
         rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)]
         outcome = engine.run(rows, concurrency=count)
@@ -65,9 +66,13 @@ def beside(peer: Peer, prompts: Sequence[Sequence[int]], tokens: int, *, lora: b
     """A peer in a process of its own on the same."""
 
     def run(count: int) -> tuple[float, float]:
-        names: Sequence[str | None] = names_of(count) if lora else [None] * count
-        done = peer.run(prompts[:count], names, tokens or END_TOKENS, to_end=not tokens)
-        return done.tokens / done.seconds, 1.0
+        waves = REQUESTS[1] if count == 1 else 1
+        names: Sequence[str | None] = names_of(waves * count) if lora else [None] * (waves * count)
+        done = [
+            peer.run(prompts[at : at + count], names[at : at + count], tokens or END_TOKENS, to_end=not tokens)
+            for at in range(0, waves * count, count)
+        ]
+        return sum(each.tokens for each in done) / sum(each.seconds for each in done), 1.0
 
     return run
 

@@ -9,7 +9,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks.engine import CONCURRENCY, slipstream
+from benchmarks.engine import CONCURRENCY, REQUESTS, slipstream
 from benchmarks.report import table
 from benchmarks.results import Results
 from benchmarks.workload import SHARED, TASKS, adapter_folder, model_path, prompt_ids
@@ -47,7 +47,7 @@ def main(
         name: OfflineEngine(model_path(), "auto", adapter, device="cpu", quantize=kind) for name, kind in kinds.items()
     }
     results = Results("quantized", "SmolLM2-135M, base linears kept in", CONCURRENCY)
-    prompts = prompt_ids("snips", max(CONCURRENCY))
+    prompts = prompt_ids("snips", max(REQUESTS.values()))
     with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(engines), label="Measuring") as bar:
         for round_ in range(rounds + 1):
             for n in CONCURRENCY:

@@ -30,6 +30,7 @@ from slipstream.errors import ConfigError
 _GATEWAY_ONGOING = 4096  # the gateway only waits; what is bounded is the engine's queue
 _GATEWAY_TARGET = 256  # open requests that ask for one more gateway, where their number may change
 _HEALTH_PERIOD_S = 2.0
+_KUBERNETES_PORT = 8000
 _REPORT_S = 1.0  # between two reports of a replica to routers and autoscaler
 _NOT_ARGS = {
     "host",
@@ -80,6 +81,8 @@ def rayservice_patch(settings: Settings, name: str) -> str:
 
     Only what was set is written: everything else is a default of the version that runs in the pods.
     """
+    if settings.port != _KUBERNETES_PORT:
+        raise ConfigError(f"port is {settings.port}; the manifests' ports, policies and routes say {_KUBERNETES_PORT}.")
     args = settings.model_dump(mode="json", exclude=_NOT_ARGS, exclude_unset=True)
     if "models" in args:
         args = {key: value for key, value in args.items() if key not in ModelSettings.model_fields}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from deployments.engine_client import RayEngineClient
 from deployments.scaling_policy import read_decisions
-from deployments.serve_states import ServedModel, States, replica_states
+from deployments.serve_states import ServedModel, States, once, replica_states
 from slipstream.cluster.view import ModelView
+from slipstream.errors import Unavailable
+
+_TIMEOUT_S = 5.0
 
 
 class RayCluster:
@@ -26,9 +30,12 @@ class RayCluster:
         )
 
     async def _model(self, model_id: str, model: ServedModel, states: States) -> ModelView:
-        reports, scaling = await asyncio.gather(
-            self._engines[model_id].reports(), asyncio.to_thread(read_decisions, self._app, model.deployment)
-        )
+        decisions = once(f"decisions {model.deployment}", partial(read_decisions, self._app, model.deployment))
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                reports, scaling = await asyncio.gather(self._engines[model_id].reports(), asyncio.shield(decisions))
+        except TimeoutError as error:
+            raise Unavailable("Ray's own store does not answer. Requests go on; try again.") from error
         return ModelView(
             model=model_id,
             min_replicas=model.min_replicas,

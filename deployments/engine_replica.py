@@ -211,12 +211,13 @@ class EngineReplica:
         for task in (getattr(self, "_guard", None), getattr(self, "_follower", None)):
             if task is not None:
                 task.cancel()
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            await engine.close()
-        tracing = getattr(self, "_tracing", None)
-        if tracing is not None:
-            await asyncio.to_thread(tracing.close)
+        engine, tracing = getattr(self, "_engine", None), getattr(self, "_tracing", None)
+        try:
+            if engine is not None:
+                await engine.close()
+        finally:
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
 
 def _own_name() -> str:

@@ -34,11 +34,18 @@ class RegistryAddress:
 def registry_address(settings: Settings, *, alone: bool) -> Iterator[RegistryAddress]:
     """The registry while the body runs. An embedded server that does not run is started for it; `alone` refuses one that
     runs, because `slipstream serve` uses it. Raises `ConfigError`."""
-    blob_url = settings.blob_url or f"file://{settings.home / 'blobs'}"
     if settings.redis_url is not None:
         check_redis_url(settings.redis_url)
-        yield RegistryAddress(settings.redis_url.get_secret_value(), blob_url)
+        if (
+            settings.blob_url is None
+        ):  # the data folder of this machine is hardly where the gateways of that Redis keep files
+            raise ConfigError(
+                "SLIPSTREAM_REDIS_URL is set, and SLIPSTREAM_BLOB_URL is not: name the blob store that the gateways use "
+                f"(file://{settings.home / 'blobs'} if it is this machine's data folder)."
+            )
+        yield RegistryAddress(settings.redis_url.get_secret_value(), settings.blob_url)
         return
+    blob_url = settings.blob_url or f"file://{settings.home / 'blobs'}"
     if not (settings.home / "redis").is_dir() and not alone:
         raise ConfigError(
             f"There is no registry in {settings.home}: set SLIPSTREAM_HOME to the data folder, or SLIPSTREAM_REDIS_URL."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
@@ -13,8 +13,9 @@ from ray.exceptions import RayError
 from slipstream.errors import Unavailable
 
 _TIMEOUT_S = 5.0
+T = TypeVar("T")
 States = Mapping[str, int]  # Serve's replica states → replicas
-_asking: set[asyncio.Task[Any]] = set()  # at most one a loop: a thread that waits for a dead controller waits long
+_asking: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ async def replica_states(app: str) -> Mapping[str, States]:
     """Of each deployment of an application. Raises `Unavailable` while the controller is away."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            status: Any = await asyncio.shield(_status())
+            status: Any = await asyncio.shield(once("status", serve.status))
     except (TimeoutError, RayError) as error:
         raise Unavailable("Serve's controller does not answer. Requests go on; try again.") from error
     application = status.applications.get(app)
@@ -45,19 +46,19 @@ async def replica_states(app: str) -> Mapping[str, States]:
     }
 
 
-def _status() -> asyncio.Task[Any]:
-    """The question that is under way, or a new one."""
-    loop = asyncio.get_running_loop()
-    under_way = next((task for task in _asking if task.get_loop() is loop), None)
+def once(question: str, ask: Callable[[], T]) -> asyncio.Task[T]:
+    """What is under way about this, or asked anew, in a thread: one that waits for a dead controller or store waits long, so
+    there is at most one. Shield it."""
+    key = (asyncio.get_running_loop(), question)
+    under_way = _asking.get(key)
     if under_way is not None:
         return under_way
-    task = loop.create_task(asyncio.to_thread(serve.status))
-    _asking.add(task)
-    task.add_done_callback(_asked)
+    task = _asking[key] = asyncio.create_task(asyncio.to_thread(ask))
+
+    def asked(done: asyncio.Task[Any]) -> None:
+        del _asking[key]
+        if not done.cancelled():
+            done.exception()  # whoever still waits raises it
+
+    task.add_done_callback(asked)
     return task
-
-
-def _asked(task: asyncio.Task[Any]) -> None:
-    _asking.discard(task)
-    if not task.cancelled():
-        task.exception()  # whoever still waits raises it

@@ -10,7 +10,7 @@ from pathlib import Path
 from adapter_registry.backup.kinds import kind_of
 from adapter_registry.backup.parallel import for_each
 from adapter_registry.backup.place import BackupPlace
-from adapter_registry.backup.records import Manifest
+from adapter_registry.backup.records import Item, Manifest
 from adapter_registry.backup.redis_data import RegistryData
 from adapter_registry.backup.snapshot import Snapshot, take_snapshot
 from adapter_registry.backup.writing import Told, copy_blob, discard, read_snapshot
@@ -18,7 +18,7 @@ from adapter_registry.errors import BackupInvalid, BlobCorrupt, BlobMissing, Reg
 from adapter_registry.imports import ImportRecord
 from adapter_registry.jobs import JobState
 from adapter_registry.migrations import SCHEMA
-from adapter_registry.records import check_name
+from adapter_registry.records import check_name, utc_now
 from adapter_registry.redis_connection import RESTORING
 from adapter_registry.redis_imports import DUE_KEY, OPEN_KEY
 from adapter_registry.redis_jobs import ACTIVE_KEY, SLOTS_KEY
@@ -142,15 +142,22 @@ class Restore:
         for entry in manifest.tenants:
             wanted = read_snapshot(entry, await self._place.records(manifest.id, entry.tenant))
             found = await take_snapshot(self._data, entry.tenant, wanted.items, to_compare=True)
-            now_gone = {item.key for item in wanted.kept if item.expires_at_ms is not None}
+            now_ms = utc_now().timestamp() * 1000
             missing = [
-                item.key for item in wanted.kept if found.items.get(item.key) != item and item.key not in now_gone
+                item.key
+                for item in wanted.kept
+                if not _is_same(item, found.items.get(item.key))
+                and (item.expires_at_ms is None or item.expires_at_ms > now_ms)
             ]
             if missing or (problems := found.problems()):
                 raise BackupInvalid(
                     f"The records of {entry.tenant} are not what the backup holds ({(missing or problems)[0]}): nothing may "
                     "use the registry during a restore. Stop what does, and restore again."
                 )
+
+
+def _is_same(item: Item, found: Item | None) -> bool:
+    return found is not None and (found.type, found.entries) == (item.type, item.entries)
 
 
 async def verify(

@@ -53,8 +53,17 @@ def test_a_chart_that_says_something_else_is_found(file: str, old: str, new: str
     assert [name for name in built if rendered[name] != built[name]]
 
 
+BUCKET = "--set=settings.blob_url=s3://adapters"
+
+
+def test_adapters_need_a_place_that_all_pods_share() -> None:
+    done = run(helm(), "template", "slipstream", CHART, check=False)
+    assert done.returncode
+    assert "settings.blob_url" in done.stderr
+
+
 def test_its_own_values_render_what_fits_the_schemas() -> None:
-    found = template()
+    found = template(BUCKET)
     assert len(found) > 10
     for entry in [*found, *pods(rayservice(found))]:
         assert problems(entry) == []
@@ -62,7 +71,7 @@ def test_its_own_values_render_what_fits_the_schemas() -> None:
 
 def test_two_releases_do_not_meet() -> None:
     """Names follow the release; policies, of which each namespace has one set, do not."""
-    found = objects(run(helm(), "template", "other", CHART, "--namespace=elsewhere").stdout)
+    found = objects(run(helm(), "template", "other", CHART, "--namespace=elsewhere", BUCKET).stdout)
     assert {entry["metadata"]["namespace"] for entry in found} == {"elsewhere"}
     named = {entry["metadata"]["name"] for entry in found if entry["kind"] != "NetworkPolicy"}
     assert named == {"other", "other-head", "other-worker", "other-redis"}
@@ -100,6 +109,6 @@ def test_a_wrong_value_is_refused_by_name(wrong: str, named: str) -> None:
 
 
 def test_without_a_redis_its_address_is_asked_for() -> None:
-    done = run(helm(), "template", "slipstream", CHART, "--set=redis.enabled=false", check=False)
+    done = run(helm(), "template", "slipstream", CHART, "--set=redis.enabled=false", BUCKET, check=False)
     assert done.returncode
     assert "gcs.redisAddress" in done.stderr

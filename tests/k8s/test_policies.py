@@ -275,7 +275,7 @@ def test_nothing_leaves_but_what_is_named(overlay: str) -> None:
                 for rule in policy["spec"].get("egress", []):
                     allowed.setdefault(part, set()).update(port["port"] for port in rule.get("ports", []))
     redis = {6379} if overlay not in ("ha", EVERYTHING.name) else {6379, 6380, 26379}
-    assert allowed == {"ray-head": {53, 443, 6443} | redis, "ray-worker": {53, 443} | redis}
+    assert allowed == {"ray-head": {53, 443, 6443, 8443, 16443} | redis, "ray-worker": {53, 443} | redis}
 
 
 @pytest.mark.parametrize("overlay", ALL)
@@ -339,7 +339,7 @@ def test_the_secrets_script_makes_what_pods_ask_for(tmp_path: Path) -> None:
         for variable in container(template)["env"]:
             reference = variable.get("valueFrom", {}).get("secretKeyRef", {"optional": True})
             asked |= set() if reference.get("optional") else {reference["key"]}
-    assert set(made) == asked | {"ray-redis-password"}
+    assert set(made) == asked | {"ray-redis-password", "metrics-key"}
 
 
 def test_ray_shows_a_token_everywhere() -> None:

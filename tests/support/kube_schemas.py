@@ -78,6 +78,24 @@ _SPECS = {
 def problems(found: dict[str, Any]) -> list[str]:
     """What an object's schema says against it."""
     kind = f"{found['apiVersion']} {found['kind']}"
+    return [*_against_schema(kind, found), *_twice(found)]
+
+
+def _twice(found: Any, where: str = "$") -> Iterator[str]:
+    """Entries of lists that are maps to an API server (`x-kubernetes-list-type`): it refuses one that is there twice."""
+    if isinstance(found, list):
+        names = [entry["name"] for entry in found if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        mounts = [entry["mountPath"] for entry in found if isinstance(entry, dict) and "mountPath" in entry]
+        for kind, given in (("name", names if not mounts else []), ("mountPath", mounts)):
+            yield from (f"{where}: {kind} {each} is there twice" for each in set(given) if given.count(each) > 1)
+        for i, entry in enumerate(found):
+            yield from _twice(entry, f"{where}[{i}]")
+    elif isinstance(found, dict):
+        for key, value in found.items():
+            yield from _twice(value, f"{where}.{key}")
+
+
+def _against_schema(kind: str, found: dict[str, Any]) -> list[str]:
     if kind == "ray.io/v1 RayService":
         validator = kuberay()
     elif kind in _SPECS:

@@ -130,6 +130,7 @@ def values_schema() -> str:
     taken = {*AppArgs.model_fields, "host", "port"}
     described = {key: _plain(value) for key, value in whole["properties"].items() if key in taken - {"models"}}
     models = {"type": "array", "items": {"$ref": "#/$defs/model"}}
+    described["port"] |= {"const": 8000, "description": "What ports, policies and routes of the chart say."}
     settings = {"type": "object", "additionalProperties": False, "required": ["home", "host"]}
     schema["properties"]["settings"] = settings | {"properties": described | {"models": models}}
     schema["$defs"]["model"] = {

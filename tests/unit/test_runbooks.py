@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import typer
-import yaml
 
 import deployments.main  # noqa: F401 - adds its commands
 from slipstream.cli import app
@@ -76,15 +74,6 @@ def test_there_are_many() -> None:
 def test_a_wrong_command_is_found(line: str) -> None:
     with pytest.raises(BaseException):  # noqa: B017, PT011 - of the parser's many kinds
         parse(line)
-
-
-def test_manifests_in_pages_fit_kubernetes_schema() -> None:
-    found = re.findall(
-        r"^```yaml\n(apiVersion.*?)^```", "".join(page.read_text() for page in PAGES), re.MULTILINE | re.DOTALL
-    )
-    assert found
-    for text in found:
-        kubernetes_validate.validate(yaml.safe_load(text), "1.34", strict=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

@@ -28,6 +28,7 @@ from slipstream.api.connection import Connection
 from slipstream.api.errors import install_handlers
 from slipstream.api.rollout import TELL_EVERY_S
 from slipstream.api.runtime import Runtime, build_runtime
+from slipstream.api.scrape import Scrapes
 from slipstream.api.services import ApiServices
 from slipstream.api.uploads import prepare_upload_dir, scratch_folder
 from slipstream.importing.rounds import ImportRounds
@@ -70,18 +71,20 @@ def create_app(services: ApiServices) -> FastAPI:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            await importing.close()
-            await courier.close()
-            await runtime.shadows.close()
             try:
-                await runtime.outcomes.tell()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                await importing.close()
+                await courier.close()
+                await runtime.shadows.close()
+                try:
+                    await runtime.outcomes.tell()
+                finally:
+                    await runtime.meter.flush()
             finally:
-                await runtime.meter.flush()
-            if services.tracing is not None:
-                await asyncio.to_thread(services.tracing.close)
+                if services.tracing is not None:
+                    await asyncio.to_thread(services.tracing.close)
 
     def body_limit(method: str, path: str) -> int:
         if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):
@@ -93,6 +96,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app = FastAPI(title="Slipstream", description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     metrics = GatewayMetrics(services.clock)
     app.state.runtime = runtime = build_runtime(services, metrics)
+    app.state.scrapes = Scrapes(runtime)
     install_handlers(app)
     app.add_middleware(Connection, metrics=metrics, body_limit=body_limit, tracing=services.tracing)
     for module in (

@@ -51,7 +51,9 @@ class Observed:
         if tracing is not None and self._path not in _QUIET:
             attributes = {
                 "http.request.method": self._method,
-                "url.path": self._path[:_LONGEST_PATH],  # without the query: nobody knows what clients put there
+                "url.path": redacted(
+                    self._path[:_LONGEST_PATH]
+                ),  # without the query: nobody knows what clients put there
                 "url.scheme": scope.get("scheme", "http"),
                 "slipstream.request_id": request_id,
             }
@@ -99,9 +101,9 @@ def note_model(asked: str) -> None:
     """What the client wants to answer; a name that could forge a line is not repeated."""
     exchange = CURRENT.get()
     if exchange is not None and _NAME.fullmatch(asked):
-        exchange.model = asked
+        exchange.model = redacted(asked)  # somebody may have sent a key by mistake
         if exchange.span is not None:
-            exchange.span.set_attribute("gen_ai.request.model", asked)
+            exchange.span.set_attribute("gen_ai.request.model", exchange.model)
 
 
 def note_problem(status: int, code: str | None) -> None:

@@ -8,14 +8,13 @@ import logging
 from collections.abc import Awaitable
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from adapter_registry.keys import hash_key
 from slipstream.api.errors import KNOWN_ERRORS
 from slipstream.api.runtime import RuntimeDep
-from slipstream.api.scrape import everybodys_page
 from slipstream.api.services import ApiServices
 from slipstream.api.sse import Json
 from slipstream.errors import Unauthorized
@@ -48,12 +47,14 @@ async def readyz(runtime: RuntimeDep) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(runtime: RuntimeDep, authorization: Annotated[str | None, Header()] = None) -> Response:
+async def metrics(
+    request: Request, runtime: RuntimeDep, authorization: Annotated[str | None, Header()] = None
+) -> Response:
     """Prometheus text, for all gateways and engine replicas, whichever gateway is asked. What names tenants and adapters
     is there for the metrics key and the admin key only; 401 for any other."""
     if authorization is not None:
         _check_key(authorization, runtime.services)
-    page = await everybodys_page(runtime, names=authorization is not None)
+    page: bytes = await request.app.state.scrapes.page(names=authorization is not None)
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -34,8 +34,23 @@ async def own_page(runtime: Runtime) -> Page:
     return runtime.metrics.page(Process(services.peers.own_name), around)
 
 
-async def everybodys_page(runtime: Runtime, *, names: bool) -> bytes:
-    """The text for Prometheus; `names`: with what names tenants and adapters."""
+class Scrapes:
+    """One look at everybody at a time: the port is the tenants' own, and a look asks every process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._under_way: dict[bool, asyncio.Task[bytes]] = {}  # by `names`
+
+    async def page(self, *, names: bool) -> bytes:
+        """The text for Prometheus; `names`: with what names tenants and adapters. Who comes during a look shares it."""
+        task = self._under_way.get(names)
+        if task is None:
+            task = self._under_way[names] = asyncio.create_task(_everybodys_page(self._runtime, names=names))
+            task.add_done_callback(lambda _: self._under_way.pop(names))
+        return await asyncio.shield(task)
+
+
+async def _everybodys_page(runtime: Runtime, *, names: bool) -> bytes:
     timeout_s = runtime.services.probe_timeout_s
     own, gathered, families = await asyncio.gather(
         own_page(runtime), _within(runtime.services.peers.gather(timeout_s), timeout_s + 0.5), _cluster(runtime)

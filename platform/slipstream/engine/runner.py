@@ -105,7 +105,10 @@ class ModelRunner:
         columns = Columns(kernels.best)
         if self._shards.group.size > 1:
             columns = ShardedColumns(kernels.best, self._shards)
-        self._sampler = Sampler(self._shards.vocab_size, eos_ids, self.device, columns, kernels.draw)
+        # Who scores candidates again meets the other ranks for it, so all ranks must sample one way.
+        everywhere = all_well(self._shards.group, kernels.draw is not None, self.device)
+        draw = kernels.draw if everywhere else None
+        self._sampler = Sampler(self._shards.vocab_size, eos_ids, self.device, columns, draw)
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention

@@ -155,8 +155,10 @@ class Sampler:
             return best
         heat = torch.tensor([row.temperature for row in asked], device=logits.device)
         gaps = (found.sums[:, 0] - found.sums[:, 1]) * heat
-        logit = ((found.sums[:, 0] - found.noise[:, 0]) * heat).abs()
-        for j in close_calls(gaps, logit):
+        logits_of = ((found.sums - found.noise) * heat.unsqueeze(1)).abs().masked_fill_(found.ids < 0, 0.0)
+        for j in close_calls(
+            gaps, logits_of.amax(dim=1)
+        ):  # with noise, who comes second may have much the larger logit
             own = found.ids[j]
             order = own[own >= 0].argsort(stable=True)  # ascending ids: equal scores go to the lowest
             ids = own[own >= 0][order]
@@ -204,7 +206,7 @@ class Sampler:
 
 def close_calls(gaps: torch.Tensor, values: torch.Tensor) -> list[int]:
     """Rows whose runner-up is within the rounding of the head's dtype: only they can change their mind. Of each row: how far
-    the second is from the best, in logits, and how large the best's logit is, float32 [R]."""
+    the second is from the best, in logits, and how large a candidate's logit is, float32 [R]."""
     found: list[int] = (gaps <= 0.02 * values.clamp_min(1.0)).nonzero().flatten().tolist()
     return found
 

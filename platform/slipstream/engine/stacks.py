@@ -89,7 +89,7 @@ class RankStack:
         self._slots: list[int | None] = []  # the adapter slot in each place
         self._used: list[int] = []  # when each place was last asked for
         self._clock = 0
-        self.is_plain = True  # no adapter that was here had DoRA
+        self._with_dora: set[int] = set()  # slots
         self.version = next(_versions)  # changes when any tensor of the stack moves
 
     def place_of(self, slot: int) -> int:
@@ -100,6 +100,11 @@ class RankStack:
     def is_empty(self) -> bool:
         """Whether no adapter is left."""
         return not any(slot is not None for slot in self._slots)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no adapter here has DoRA."""
+        return not self._with_dora
 
     def hold(self, loras: Mapping[int, PreparedLora]) -> bool:
         """Give these adapters (by slot) places close together; whether any had to move."""
@@ -119,6 +124,7 @@ class RankStack:
         if slot in self._slots:
             place = self.place_of(slot)
             self._slots[place], self._used[place] = None, 0
+            self._with_dora.discard(slot)
 
     def _free_place(self, wanted: Mapping[int, PreparedLora]) -> int:
         """The place that was used longest ago by an adapter that is not wanted now."""
@@ -151,6 +157,11 @@ class RankStack:
             part.gains = [_longer(t, more, 1.0) if t is not None else None for t in part.gains]
 
     def _write(self, place: int, slot: int, lora: PreparedLora) -> None:
+        before = self._slots[place]
+        if before is not None:
+            self._with_dora.discard(before)
+        if any(module.gain is not None for module in lora.modules.values()):
+            self._with_dora.add(slot)
         self._slots[place], self._used[place] = slot, self._clock
         for key, group in self._groups.items():
             modules = [lora.modules.get(name) for name in group.names]
@@ -181,7 +192,6 @@ class RankStack:
             expand = part.expand[m] = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
-            self.is_plain = False
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
         if expand is not None:
             expand[place].zero_()

@@ -45,6 +45,9 @@ class RequestContext(logging.Filter):
         if error is not None and not record.exc_text:
             shown = record.__dict__.pop(SHOWS_ERROR, False) or not _may_quote(exchange, record)
             record.exc_text = redacted("".join(traceback.format_exception(error)) if shown else withheld(error))
+        for name, value in record.__dict__.items():
+            if isinstance(value, str) and name not in _STANDARD:
+                record.__dict__[name] = redacted(value)
         message = record.getMessage()
         if record.name == "asyncio":  # what a task was doing when nobody looked: its error is in the message as well
             message = message.partition("\n")[0]

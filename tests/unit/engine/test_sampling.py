@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from slipstream.engine.sampling import TOP_P_SHORTLIST, RowRequest, Sampler, logprob_of, truncate_
+from slipstream.engine.native import ops
+from slipstream.engine.noise import GumbelNoise
+from slipstream.engine.sampling import TOP_P_SHORTLIST, Draw, RowRequest, Sampler, logprob_of, truncate_
 from slipstream.protocol import SamplingParams
 
 CPU = torch.device("cpu")
@@ -24,8 +27,18 @@ INF = float("inf")
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def sampler(vocab: int, eos: Sequence[int] = (0,)) -> Sampler:
-    return Sampler(vocab, frozenset(eos), CPU)
+WAYS = pytest.mark.parametrize(
+    "draw",
+    [
+        None,
+        pytest.param(ops.draw, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")),
+    ],
+    ids=["torch", "kernel"],
+)
+
+
+def sampler(vocab: int, eos: Sequence[int] = (0,), draw: Draw | None = None) -> Sampler:
+    return Sampler(vocab, frozenset(eos), CPU, draw=draw)
 
 
 def random_logits(vocab: int, seed: int, spread: float = 3.0, rows: int | None = None) -> torch.Tensor:
@@ -214,17 +227,40 @@ def test_rescoring_decides_ties_of_bf16_as_float32_would(p: SamplingParams) -> N
     assert {n for _, n in seen} <= set(range(1, 9)), "rescoring is for a few candidates"
 
 
-def test_rescoring_meets_the_right_row_in_a_mixed_batch() -> None:
+@WAYS
+def test_rescoring_meets_the_right_row_in_a_mixed_batch(draw: Draw | None) -> None:
     full, coarse = bf16_head(300, 60, 7)
     rows = [RowRequest(PICKS[i % len(PICKS)], i, [3, 4], 1) for i in range(60)]
 
     def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
         return full[row, ids]
 
-    assert sampler(300).pick(coarse, rows, exact) == sampler(300).pick(full, rows, None)
+    assert sampler(300, draw=draw).pick(coarse, rows, exact) == sampler(300).pick(full, rows, None)
 
 
-def test_rescoring_cannot_bring_back_what_was_cut() -> None:
+@WAYS
+def test_a_runner_up_with_much_the_larger_logit_is_scored_again(draw: Draw | None) -> None:
+    """Its rounding, not the winner's, is what may turn the two round."""
+    coarse = torch.zeros(1, 2, dtype=torch.bfloat16)
+    noise = GumbelNoise(2, CPU)
+    turned = 0
+    for position in range(400):
+        low, high = noise.row(3, position).tolist()
+        wanted = (low - high) * 2.0  # of the second's logit over the first's, for equal sums at temperature 2
+        if wanted < 4.0:
+            continue
+        coarse[0, 1] = wanted
+        gap = 0.3 * 2**-8 * wanted  # less than bfloat16 knows of it
+        full = torch.tensor([0.0, wanted + (gap if float(coarse[0, 1]) < wanted else -gap)])
+        rows = [RowRequest(SamplingParams(temperature=2.0, seed=3), position)]
+        best = int((full / 2.0 + noise.row(3, position)).argmax())
+        turned += best != int((coarse[0].float() / 2.0 + noise.row(3, position)).argmax())
+        assert sampler(2, draw=draw).pick(coarse, rows, lambda _, ids, full=full: full[ids]) == [best]  # type: ignore[misc]
+    assert turned > 3
+
+
+@WAYS
+def test_rescoring_cannot_bring_back_what_was_cut(draw: Draw | None) -> None:
     coarse = torch.tensor([[5.0, 4.0, 3.0, 2.0]], dtype=torch.bfloat16)
 
     def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
@@ -232,12 +268,13 @@ def test_rescoring_cannot_bring_back_what_was_cut() -> None:
 
     for position in range(40):
         rows = [RowRequest(SamplingParams(top_k=2, seed=1), position)]
-        assert sampler(4).pick(coarse, rows, exact)[0] in (0, 1)
+        assert sampler(4, draw=draw).pick(coarse, rows, exact)[0] in (0, 1)
 
 
+@WAYS
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-320])
 @pytest.mark.parametrize("extra", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 3}])
-def test_very_cold_sampling_is_greedy(temperature: float, extra: dict[str, Any]) -> None:
+def test_very_cold_sampling_is_greedy(temperature: float, extra: dict[str, Any], draw: Draw | None) -> None:
     logits = random_logits(100, 8, rows=10) + 10
     rows = [RowRequest(SamplingParams(temperature=temperature, seed=5, **extra), i) for i in range(10)]
 
@@ -245,8 +282,8 @@ def test_very_cold_sampling_is_greedy(temperature: float, extra: dict[str, Any])
         return logits[row, ids]
 
     best = logits.argmax(-1).tolist()
-    assert sampler(100).pick(logits, rows, None) == best
-    assert sampler(100).pick(logits, rows, exact) == best
+    assert sampler(100, draw=draw).pick(logits, rows, None) == best
+    assert sampler(100, draw=draw).pick(logits, rows, exact) == best
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------

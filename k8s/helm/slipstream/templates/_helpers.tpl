@@ -49,6 +49,10 @@ seccompProfile: {type: RuntimeDefault}
   valueFrom: {secretKeyRef: {name: {{ .Values.secretName }}, key: blob-access-key-id, optional: true}}
 - name: AWS_SECRET_ACCESS_KEY
   valueFrom: {secretKeyRef: {name: {{ .Values.secretName }}, key: blob-secret-access-key, optional: true}}
+- name: AWS_REGION
+  valueFrom: {secretKeyRef: {name: {{ .Values.secretName }}, key: blob-region, optional: true}}
+- name: AWS_ENDPOINT_URL
+  valueFrom: {secretKeyRef: {name: {{ .Values.secretName }}, key: blob-endpoint, optional: true}}
 {{- with .Values.env }}
 {{ toYaml . }}
 {{- end }}

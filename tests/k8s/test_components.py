@@ -1,4 +1,4 @@
-"""The monitoring component on an overlay: what kustomize makes of it, and who may talk to whom then."""
+"""Components that the chart does not have, on an overlay: what kustomize makes of them, and who may talk to whom then."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ NAMESPACE = {"namespaceSelector": {"matchLabels": {"slipstream-monitoring": "tru
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Object]:
-    """By kind and name: the overlay `local` with the component."""
+    """By kind and name: the overlay `local` with both."""
     root: Path = tmp_path_factory.mktemp("monitored")
     shutil.copytree(K8S, root / "k8s")
-    page = {"resources": ["../k8s/overlays/local"], "components": ["../k8s/monitoring"], "namespace": "slipstream"}
+    page: dict[str, object] = {
+        "resources": ["../k8s/overlays/local"],
+        "components": ["../k8s/monitoring", "../k8s/components/backup"],
+        "namespace": "slipstream",
+    }
+    page["images"] = [{"name": "slipstream", "newTag": "0.1.0"}]  # as an overlay of one's own has it
     (root / "overlay").mkdir()
     (root / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(page), encoding="utf-8")
     return {(each["kind"], each["metadata"]["name"]): each for each in kustomize(root / "overlay")}
@@ -54,3 +59,16 @@ def test_prometheus_may_scrape_and_replicas_may_send_traces(made: dict[tuple[str
         rule["ports"] for policy in policies for rule in policy.get("egress", ()) if NAMESPACE in rule.get("to", ())
     ]
     assert sent == [[{"port": 4318, "protocol": "TCP"}]]
+
+
+def test_a_backup_reaches_redis_and_the_bucket(made: dict[tuple[str, str], Object]) -> None:
+    pod = made["CronJob", "slipstream-backup"]["spec"]["jobTemplate"]["spec"]["template"]
+    mine = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+    assert made["NetworkPolicy", "backup"]["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == mine
+    ((source,),) = (rule["from"] for rule in made["NetworkPolicy", "redis"]["spec"]["ingress"])
+    (allowed,) = source["podSelector"]["matchExpressions"]
+    assert mine in allowed["values"]
+    ports = {port["port"] for rule in made["NetworkPolicy", "backup"]["spec"]["egress"] for port in rule["ports"]}
+    assert ports >= {53, 6379, 443}
+    (container,) = pod["spec"]["containers"]
+    assert ":" in container["image"], "the overlay's tag, not the latest"
