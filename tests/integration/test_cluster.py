@@ -162,7 +162,7 @@ async def test_prometheus_has_data_for_every_dashboard(world: Platform, load: Lo
 
 async def test_an_engine_replica_dies(world: Platform, load: Load) -> None:
     """And the trace shows which requests went on elsewhere, and why."""
-    before = await asyncio.to_thread(world.used)
+    before = await world.used_at_rest()
     trace_id = secrets.token_hex(16)
     load.client = load.client.with_options(default_headers={"traceparent": f"00-{trace_id}-{'1' * 16}-01"})
     async with load.going():
@@ -232,7 +232,7 @@ async def test_serves_controller_dies(world: Platform, load: Load) -> None:
 async def test_redis_goes_away_and_comes_back(world: Platform, load: Load) -> None:
     """Quotas go on from what was last known of them, and usage waits for it."""
     world.admin("/v1/tenants/acme", "PUT", json={"quota": {"requests_per_minute": 10**6}})
-    before = await asyncio.to_thread(world.used)
+    before = await world.used_at_rest()
     async with load.going():
         await load.grows(40)
         world.redis.stop(kill=True)
