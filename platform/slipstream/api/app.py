@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -52,39 +52,8 @@ def create_app(services: ApiServices) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        prepare_upload_dir(services.upload_dir)
-        importing = import_rounds(services, runtime)
-        courier = Courier(services.webhooks, services.webhook_private_hosts, note=metrics.delivered)
-        sweeper = Sweeper(
-            services.store, services.blobs, services.sweep_grace_s, max(1, round(MEND_EVERY_S / services.sweep_every_s))
-        )
-        loops = (
-            ("sweeping blobs", sweeper.make, services.sweep_every_s),
-            ("looking after training jobs", _rounds(services, runtime).make, services.jobs_every_s),
-            ("looking after imports", importing.make, services.imports_every_s),
-            ("delivering webhooks", courier.make, services.webhooks_every_s),
-            ("counting outcomes", runtime.outcomes.tell, TELL_EVERY_S),
-            ("renewing leases", runtime.meter.renew, RENEW_EVERY_S),
-        )
-        tasks: set[asyncio.Task[None]] = {asyncio.create_task(keep_doing(*loop)) for loop in loops}
-        tasks.add(asyncio.create_task(runtime.meter.keep_counting()))
-        try:
+        async with _background(services, runtime):
             yield
-        finally:
-            try:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-                await importing.close()
-                await courier.close()
-                await runtime.shadows.close()
-                try:
-                    await runtime.outcomes.tell()
-                finally:
-                    await runtime.meter.flush()
-            finally:
-                if services.tracing is not None:
-                    await asyncio.to_thread(services.tracing.close)
 
     def body_limit(method: str, path: str) -> int:
         if method == "POST" and path.rstrip("/").endswith("/v1/adapters"):
@@ -116,6 +85,39 @@ def create_app(services: ApiServices) -> FastAPI:
     ):
         app.include_router(module.router)
     return app
+
+
+@asynccontextmanager
+async def _background(services: ApiServices, runtime: Runtime) -> AsyncGenerator[None]:
+    """What a gateway does beside its requests. At the end what is under way ends, last of all what tells of it."""
+    prepare_upload_dir(services.upload_dir)
+    async with AsyncExitStack() as stack:  # whose callbacks all run, the last one first, whatever one of them raises
+        if services.tracing is not None:
+            stack.push_async_callback(asyncio.to_thread, services.tracing.close)
+        importing = import_rounds(services, runtime)
+        courier = Courier(services.webhooks, services.webhook_private_hosts, note=runtime.metrics.delivered)
+        closing = (runtime.meter.flush, runtime.outcomes.tell, runtime.shadows.close, courier.close, importing.close)
+        for close in closing:
+            stack.push_async_callback(close)
+        sweeper = Sweeper(
+            services.store, services.blobs, services.sweep_grace_s, max(1, round(MEND_EVERY_S / services.sweep_every_s))
+        )
+        loops = (
+            ("sweeping blobs", sweeper.make, services.sweep_every_s),
+            ("looking after training jobs", _rounds(services, runtime).make, services.jobs_every_s),
+            ("looking after imports", importing.make, services.imports_every_s),
+            ("delivering webhooks", courier.make, services.webhooks_every_s),
+            ("counting outcomes", runtime.outcomes.tell, TELL_EVERY_S),
+            ("renewing leases", runtime.meter.renew, RENEW_EVERY_S),
+        )
+        tasks: set[asyncio.Task[None]] = {asyncio.create_task(keep_doing(*loop)) for loop in loops}
+        tasks.add(asyncio.create_task(runtime.meter.keep_counting()))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 def _rounds(services: ApiServices, runtime: Runtime) -> Rounds:
