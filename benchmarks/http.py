@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import openai
 import torch
 import typer
 
+from benchmarks.load import Completion, LoadClient
 from benchmarks.peers.hf import write_peft
 from benchmarks.report import Series, ratio, table
 from benchmarks.workload import (
@@ -38,14 +38,6 @@ COLD_TOKENS = 1
 ENGINE = "engine alone"
 HTTP = "over HTTP"
 STREAMED = "over HTTP, streamed"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One request's figures."""
-
-    tokens: int
-    first_s: float
 
 
 @dataclass(frozen=True)
@@ -106,33 +98,9 @@ async def publish(pusher: SlipstreamClient, adapters: Mapping[str, AdapterWeight
         await pusher.push(folder, name)
 
 
-async def ask(
-    client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, *, spec: bool = False, stream: bool = False
-) -> Answered:
-    """One completion of fixed length."""
-    extra = {"ignore_eos": True, "speculation": spec}
-    began = time.perf_counter()
-    if not stream:
-        done = await client.completions.create(
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=extra
-        )
-        assert done.usage is not None
-        return Answered(done.usage.completion_tokens, time.perf_counter() - began)
-    chunks = await client.completions.create(
-        model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=extra, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    first, usage = 0.0, None
-    async for chunk in chunks:
-        first = first or time.perf_counter() - began
-        usage = chunk.usage or usage
-    assert usage is not None
-    return Answered(usage.completion_tokens, first)
-
-
-async def measure(client: openai.AsyncOpenAI, engine: OfflineEngine | None, traffic: Traffic, rounds: int) -> Found:
+async def measure(client: LoadClient, engine: OfflineEngine | None, traffic: Traffic, rounds: int) -> Found:
     """All kinds and sides in turn at each number of requests, in each round."""
-    base = (await client.models.list()).data[0].id
+    base = await client.first_model()
     kinds = {"base": (False, False), "8 LoRAs": (True, False), "8 Turbo LoRAs": (True, True)}
     found = Found()
     with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(kinds), label="Measuring") as bar:
@@ -146,7 +114,7 @@ async def measure(client: openai.AsyncOpenAI, engine: OfflineEngine | None, traf
                     for side in (HTTP, STREAMED):
                         began = time.perf_counter()
                         calls = [
-                            ask(client, model, text, traffic.tokens, spec=spec, stream=side == STREAMED)
+                            client.ask(Completion(model, text, traffic.tokens, spec, side == STREAMED))
                             for model, text in zip(models, traffic.texts, strict=False)
                         ]
                         answers = await asyncio.gather(*calls)
@@ -166,18 +134,18 @@ def alone(engine: OfflineEngine, traffic: Traffic, names: Sequence[str | None], 
 
 
 async def first_tokens(
-    client: openai.AsyncOpenAI, engine: OfflineEngine | None, traffic: Traffic, base: str, found: Found
+    client: LoadClient, engine: OfflineEngine | None, traffic: Traffic, base: str, found: Found
 ) -> None:
     """Time to first token, one request at a time, the sides in turn."""
     one = SamplingParams(temperature=0.0, max_tokens=1)
     for text, ids in zip(traffic.texts, traffic.ids, strict=True):
         if engine is not None:
             found.first.setdefault(ENGINE, []).append(engine.run([Row(ids, one)]).seconds)
-        answered = await ask(client, base, text, 8, stream=True)
+        answered = await client.ask(Completion(base, text, 8, stream=True))
         found.first.setdefault(HTTP, []).append(answered.first_s)
 
 
-async def cold_starts(client: openai.AsyncOpenAI, pusher: SlipstreamClient, text: str, count: int) -> list[float]:
+async def cold_starts(client: LoadClient, pusher: SlipstreamClient, text: str, count: int) -> list[float]:
     """Seconds from an adapter's 201 to the first token of the first request that names it, each adapter new."""
     weights = eight_adapters()["snips-0"]
     fresh = {f"cold-{i}-{time.time_ns()}": perturbed(weights, 1000 + i) for i in range(count)}
@@ -186,7 +154,7 @@ async def cold_starts(client: openai.AsyncOpenAI, pusher: SlipstreamClient, text
         write_turbo(weights, folder)
         await pusher.push(folder, name)
         began = time.perf_counter()
-        await ask(client, name, text, COLD_TOKENS, stream=True)
+        await client.ask(Completion(name, text, COLD_TOKENS, stream=True))
         times.append(time.perf_counter() - began)
     return times
 
@@ -210,10 +178,10 @@ def main(
     async def run() -> None:
         pusher = SlipstreamClient(url, key)
         await publish(pusher, adapters)
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
-        found = await measure(client, offline, traffic, rounds)
-        print("\n" + found.tables())
-        times = sorted(1000 * s for s in await cold_starts(client, pusher, traffic.texts[0], cold))
+        async with LoadClient(url, key) as client:
+            found = await measure(client, offline, traffic, rounds)
+            print("\n" + found.tables())
+            times = sorted(1000 * s for s in await cold_starts(client, pusher, traffic.texts[0], cold))
         print(
             f"cold start, 201 to first token: median {statistics.median(times):.0f} ms ({times[0]:.0f}–{times[-1]:.0f})"
         )

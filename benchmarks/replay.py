@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import openai
 import typer
 
 from benchmarks.http import publish
+from benchmarks.load import Completion, LoadClient, Refused
 from benchmarks.report import table
 from benchmarks.workload import NUM_ADAPTERS, SHARED, eight_adapters, prompt_ids
 from slipstream.client import SlipstreamClient
@@ -71,27 +71,19 @@ def arrivals(trace: str, rate: float, seconds: float, scale: float) -> list[Arri
     ]
 
 
-async def send(client: openai.AsyncOpenAI, arrival: Arrival, text: Sequence[int], spec: bool) -> Served:
+async def send(client: LoadClient, arrival: Arrival, text: Sequence[int], spec: bool) -> Served:
     """One streamed request; what the server refuses counts as not served."""
-    began = time.perf_counter()
-    first = last = 0.0
-    tokens = 0
+    prompt = list(text[: arrival.prompt])
     try:
-        chunks = await client.completions.create(
-            model=f"bench-{arrival.adapter}", prompt=list(text[: arrival.prompt]), max_tokens=arrival.output, temperature=0,
-            extra_body={"ignore_eos": True, "speculation": spec}, stream=True, stream_options={"include_usage": True},
-        )  # fmt: skip
-        async for chunk in chunks:
-            last = time.perf_counter()
-            first = first or last
-            tokens = chunk.usage.completion_tokens if chunk.usage is not None else tokens
-    except openai.APIStatusError:
+        answered = await client.ask(Completion(f"bench-{arrival.adapter}", prompt, arrival.output, spec, stream=True))
+    except Refused:
         return Served(float("inf"), float("inf"), 0)
-    return Served(first - began, (last - first) / max(1, tokens - 1), tokens)
+    later_s = answered.last_s - answered.first_s
+    return Served(answered.first_s, later_s / max(1, answered.tokens - 1), answered.tokens)
 
 
 async def replay(
-    client: openai.AsyncOpenAI, plan: Sequence[Arrival], text: Sequence[int], spec: bool, first_token: int
+    client: LoadClient, plan: Sequence[Arrival], text: Sequence[int], spec: bool, first_token: int
 ) -> list[Served]:
     """All requests at their times, whatever became of those before.
 
@@ -137,14 +129,14 @@ def main(
 
     async def run() -> list[list[str]]:
         await publish(SlipstreamClient(url, key), {f"bench-{i}": w for i, w in enumerate(eight_adapters().values())})
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
         rows: list[list[str]] = []
         first_token = 1000
-        for rate in map(float, rates.split(",")):
-            plan = arrivals(trace, rate, seconds, scale)
-            for name, spec in (("8 LoRAs", False), ("8 Turbo LoRAs", True)):
-                rows.append(line(name, rate, await replay(client, plan, text, spec, first_token), seconds, slo))
-                first_token += len(plan)
+        async with LoadClient(url, key) as client:
+            for rate in map(float, rates.split(",")):
+                plan = arrivals(trace, rate, seconds, scale)
+                for name, spec in (("8 LoRAs", False), ("8 Turbo LoRAs", True)):
+                    rows.append(line(name, rate, await replay(client, plan, text, spec, first_token), seconds, slo))
+                    first_token += len(plan)
         return rows
 
     head = ["offered req/s", "adapters", "sent / served", "TTFT p50, ms", "p99", "between tokens p50, ms", "p99"]

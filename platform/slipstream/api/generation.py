@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Protocol, runtime_checkable
 
 from adapter_registry.tenants import UsageCounts
 from slipstream.api.catalog import Target
+from slipstream.api.merging import Batch, merged
 from slipstream.api.observing import note_first_token
 from slipstream.errors import EngineFailed, Unavailable
 from slipstream.metrics.gateway import Called, GatewayMetrics
 from slipstream.protocol import FinishReason, GenerateEvent, GenerateRequest, TokenLogprob, Usage
-
-Batch = list[GenerateEvent]
-
-
-@runtime_checkable
-class _Closable(Protocol):
-    async def aclose(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,15 +56,13 @@ class Generation:
         self._called = called_of(target, requests[0].tenant)
         self._n = requests[0].params.n
         self._streamed = requests[0].stream
-        self._streams: list[AsyncIterator[Batch]] = [target.engine.generate(request) for request in requests]
-        self._deadline = asyncio.get_running_loop().time() + timeout_s
-        self._timeout_s = timeout_s
+        self._prompts = len(requests)
+        self._streams = merged([target.engine.generate(request) for request in requests], timeout_s)
         self._metrics = metrics
         self._settle = settle
         self._error: Exception | None = None
         self._texts: dict[int, list[str]] | None = {} if target.keeps_texts else None  # of each choice, so far
         self._ended = asyncio.Event()
-        self._pulls: dict[asyncio.Task[Batch | None], int] = {}
         self._open = set(range(len(requests) * self._n))
         self.usages: dict[int, Usage] = {}  # of choices that have finished
         self._sofar: dict[int, Usage] = {}  # of those that have not, when they began
@@ -83,11 +74,8 @@ class Generation:
     async def start(self) -> None:
         """Wait for the first step of every prompt."""
         started = perf_counter()
-        for number in range(len(self._streams)):
-            self._pull(number)
         try:
-            for task in await self._wait(asyncio.FIRST_EXCEPTION):
-                task.result()
+            await self._streams.start()
         except BaseException as error:  # whatever it was, cancellation included: nothing may go on running
             self._blame(error)
             await self.aclose()
@@ -99,12 +87,7 @@ class Generation:
 
     async def events(self) -> AsyncGenerator[Batch]:
         """What each step added, until every choice has finished."""
-        while self._pulls:
-            try:
-                batches = await self._next_batches()
-            except Exception as error:
-                self._blame(error)
-                raise
+        while batches := await self._next_batches():
             for batch in batches:
                 yield batch
         if self._open:
@@ -114,14 +97,13 @@ class Generation:
         self._count_prompts()
 
     async def _next_batches(self) -> list[Batch]:
-        batches = []
-        for task in sorted(await self._wait(asyncio.FIRST_COMPLETED), key=self._pulls.__getitem__):
-            number = self._pulls.pop(task)
-            batch = task.result()
-            if batch is not None:
-                self._pull(number)
-                batches.append([self._note(replace(event, index=number * self._n + event.index)) for event in batch])
-        return batches
+        try:
+            return [
+                [self._note(event, number * self._n) for event in batch] for number, batch in await self._streams.take()
+            ]
+        except Exception as error:
+            self._blame(error)
+            raise
 
     def _blame(self, error: BaseException) -> None:
         """A client that goes away is nobody's fault."""
@@ -130,15 +112,8 @@ class Generation:
     async def aclose(self) -> None:
         """Cancel what still runs. An engine in this process has let go of it when this returns; one behind Ray has been
         told to, and does so with its next step."""
-        pulls, self._pulls = list(self._pulls), {}
-        for task in pulls:
-            task.cancel()
-        # Results are of no use any more; a generator must not be closed while a task is inside it.
         try:
-            await asyncio.gather(*pulls, return_exceptions=True)
-            for stream in self._streams:
-                if isinstance(stream, _Closable):
-                    await stream.aclose()
+            await self._streams.aclose()
         finally:
             if not self._ended.is_set():
                 self._ended.set()
@@ -174,19 +149,8 @@ class Generation:
 
     def by_prompt(self) -> Iterable[list[Usage]]:
         """The usages of each prompt's choices."""
-        for first in range(0, len(self._streams) * self._n, self._n):
+        for first in range(0, self._prompts * self._n, self._n):
             yield [self.usages[index] for index in range(first, first + self._n)]
-
-    def _pull(self, number: int) -> None:
-        self._pulls[asyncio.ensure_future(_next(self._streams[number]))] = number
-
-    async def _wait(self, until: str) -> set[asyncio.Task[Batch | None]]:
-        left = self._deadline - asyncio.get_running_loop().time()
-        done, _ = await asyncio.wait(self._pulls, timeout=max(0.0, left), return_when=until)
-        late = not done or (until == asyncio.FIRST_EXCEPTION and len(done) < len(self._pulls) and not _failed(done))
-        if late:
-            raise Unavailable(f"The answer took longer than {self._timeout_s:g} seconds.", code="timeout")
-        return done
 
     def _used(self) -> UsageCounts:
         """What this call has used; of choices that were cut short, what has come of them."""
@@ -200,7 +164,10 @@ class Generation:
             accepted_tokens=sum(usage.accepted_tokens for usage in known.values()),
         )
 
-    def _note(self, event: GenerateEvent) -> GenerateEvent:
+    def _note(self, event: GenerateEvent, first: int) -> GenerateEvent:
+        """Count it; numbered within the whole call. `first`: the number of its prompt's first choice."""
+        if first:
+            event = replace(event, index=first + event.index)
         self._came[event.index] += len(event.token_ids)
         if event.index not in self._firsts:
             self._firsts[event.index] = (perf_counter(), len(event.token_ids))
@@ -238,11 +205,3 @@ def called_of(target: Target, tenant: str) -> Called:
 def cached_tokens(usages: Sequence[Usage]) -> int:
     """Prompt tokens that were not computed for this call: later choices share the first one's, which is no saving."""
     return min(usage.cached_prompt_tokens for usage in usages)
-
-
-async def _next(stream: AsyncIterator[Batch]) -> Batch | None:
-    return await anext(stream, None)
-
-
-def _failed(tasks: Iterable[asyncio.Task[Batch | None]]) -> bool:
-    return any(task.exception() is not None for task in tasks)

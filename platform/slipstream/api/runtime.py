@@ -54,7 +54,7 @@ def build_runtime(services: ApiServices, metrics: GatewayMetrics) -> Runtime:
     return Runtime(services, metrics, catalog, keys, meter, month, KeyUses(services.store, clock), outcomes, shadows)
 
 
-def _runtime_of(request: Request) -> Runtime:
+async def _runtime_of(request: Request) -> Runtime:  # async: FastAPI runs others in threads, for each request
     runtime = request.app.state.runtime
     assert isinstance(runtime, Runtime)
     return runtime
