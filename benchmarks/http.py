@@ -35,6 +35,7 @@ from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
 COLD_TOKENS = 1
+PAUSE_S = 0.05
 ENGINE = "engine alone"
 HTTP = "over HTTP"
 STREAMED = "over HTTP, streamed"
@@ -136,11 +137,13 @@ def alone(engine: OfflineEngine, traffic: Traffic, names: Sequence[str | None], 
 async def first_tokens(
     client: LoadClient, engine: OfflineEngine | None, traffic: Traffic, base: str, found: Found
 ) -> None:
-    """Time to first token, one request at a time, the sides in turn."""
+    """Time to first token, one request at a time, the sides in turn; neither while the other's threads still spin."""
     one = SamplingParams(temperature=0.0, max_tokens=1)
     for text, ids in zip(traffic.texts, traffic.ids, strict=True):
         if engine is not None:
+            await asyncio.sleep(PAUSE_S)
             found.first.setdefault(ENGINE, []).append(engine.run([Row(ids, one)]).seconds)
+        await asyncio.sleep(PAUSE_S)
         answered = await client.ask(Completion(base, text, 8, stream=True))
         found.first.setdefault(HTTP, []).append(answered.first_s)
 

@@ -103,7 +103,7 @@ class GenerateRequest:
     messages: tuple[ChatMessage, ...] | None = None
     adapter: AdapterRef | None = None  # None = the base model
     speculation: Speculation = None
-    stream: bool = True  # False: the caller only wants the end, so a remote engine may send everything in one batch
+    stream: bool = True  # False: the caller only wants the end, so an engine may send everything in one batch
     priority: int = 0  # lower ones start first, among those of the same tenant
     max_wait_s: float | None = (
         None  # refused with `Overloaded` rather than begun later than this; None = the engine's own

@@ -89,6 +89,17 @@ class _Call:
     adapter: AdapterRef | None
     allowed_wait_s: float
     context: Context  # of the caller: what is logged on its behalf says whose request it is
+    streamed: bool
+    held: list[GenerateEvent]  # the step thread's: what nobody waits for before the end
+    running: int = 0  # the step thread's: choices that have not finished
+
+    def ready(self, events: list[GenerateEvent]) -> list[GenerateEvent]:
+        """What the caller is woken for now."""
+        self.running -= sum(event.finish_reason is not None for event in events)
+        if self.streamed:
+            return events
+        self.held += events
+        return self.held if not self.running else []
 
 
 class EngineService:
@@ -226,7 +237,8 @@ class EngineService:
         return await asyncio.to_thread(self._admission.admit, request)
 
     def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        call = _Call(asyncio.Queue(), [], request.adapter, self._gate.allowed_wait_s(request), copy_context())
+        allowed_wait_s = self._gate.allowed_wait_s(request)
+        call = _Call(asyncio.Queue(), [], request.adapter, allowed_wait_s, copy_context(), request.stream, [])
         now = self._clock()
         for index, params in enumerate(admitted.choices):
             done = request.progress[index] if request.progress else ChoiceProgress()
@@ -258,6 +270,7 @@ class EngineService:
                 timeline=self._timeline(request, index, now),
             )
             call.choices.append(_Choice(index, seq, text, call))
+        call.running = len(call.choices)
         log.debug("admitted: %d prompt tokens, %d choices", len(admitted.prompt), len(call.choices))
         return call
 
@@ -342,8 +355,9 @@ class EngineService:
                 self._loop.call_soon_threadsafe(choice.call.queue.put_nowait, AdapterUnavailable(_BROKEN))
                 continue
             batches.setdefault(id(choice.call), (choice.call, []))[1].append(self._event(choice, emission))
-        if batches:
-            self._loop.call_soon_threadsafe(_put_all, list(batches.values()))
+        ready = [(call, now) for call, events in batches.values() if (now := call.ready(events))]
+        if ready:
+            self._loop.call_soon_threadsafe(_put_all, ready)
 
     def _event(self, choice: _Choice, emission: Emission) -> GenerateEvent:
         seq = choice.seq
