@@ -16,6 +16,7 @@ from slipstream.engine.flat import TorchOps
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
 from slipstream.engine.sampling import Best, Draw, torch_best
+from slipstream.engine.streams import StreamStates, torch_stream_states
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
     from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
@@ -30,6 +31,7 @@ class Kernels:
     ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
     weights: MakeWeight = as_packed  # how base weights at full precision are kept
     best: Callable[[torch.Tensor], Best] = torch_best  # of each row of logits
+    streams: StreamStates = torch_stream_states
     draw: Draw | None = None  # the same of rows that are sampled; None = torch's operations
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
@@ -80,6 +82,7 @@ def native_kernels(
         ops.NativeOps(),
         native_weight,
         ops.best,
+        ops.stream_states,
         ops.draw,
     )
 

@@ -97,7 +97,7 @@ class ModelRunner:
         groups = swap_linears(loaded.model, self._rows, first, self._shards, fully_sharded_loras)
         like = torch.empty(0, dtype=loaded.dtype, device=self.device)
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
-        self._streams = StreamBank()
+        self._streams = StreamBank(kernels.streams)
         member = loaded.model.get_submodule(head_name)
         self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -39,6 +40,11 @@ class PreparedStreams:
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
         return [t for t in (self.down, self.up, self.cond, self.bias, *self.heads) if t is not None]
+
+    @property
+    def rank(self) -> int:
+        """R; of dense streams H."""
+        return self.down.shape[0] // self.bias.shape[0]
 
     def to(self, device: torch.device) -> PreparedStreams:
         """The same on a device; nothing is copied when it is there already."""
@@ -76,10 +82,37 @@ def prepare_streams(weights: StreamWeights, like: torch.Tensor) -> PreparedStrea
     return PreparedStreams(weights.a.to(like).flatten(0, 1).contiguous(), weights.b.to(like), cond, bias)
 
 
+class StreamStates(Protocol):
+    """How stream states are computed."""
+
+    def __call__(
+        self, h: torch.Tensor, embeddings: torch.Tensor, streams: Sequence[PreparedStreams], counts: Sequence[int]
+    ) -> torch.Tensor:
+        """h, embeddings: [m, H]; of row i the first `counts[i]` of `streams[i]`, flattened row by row → [sum(counts), H]."""
+        ...
+
+
+def torch_stream_states(
+    h: torch.Tensor, embeddings: torch.Tensor, streams: Sequence[PreparedStreams], counts: Sequence[int]
+) -> torch.Tensor:
+    """`StreamStates` by torch's operations: all streams of each adapter at once."""
+    out = h.new_empty(sum(counts), h.shape[1])
+    starts = [0, *accumulate(counts)]
+    rows_of: dict[int, list[int]] = {}
+    for i, own in enumerate(streams):
+        rows_of.setdefault(id(own), []).append(i)
+    for rows in rows_of.values():
+        states = streams[rows[0]].hidden(h[rows], embeddings[rows])
+        for j, i in enumerate(rows):
+            out[starts[i] : starts[i + 1]] = states[j, : counts[i]]
+    return out
+
+
 class StreamBank:
     """Streams of the resident adapters, by slot. Owned by the runner."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: StreamStates = torch_stream_states) -> None:
+        self._states = states
         self._streams: dict[int, PreparedStreams] = {}
         self._with_heads: set[int] = set()  # slots
 
@@ -98,15 +131,8 @@ class StreamBank:
     def hidden(
         self, h: torch.Tensor, embeddings: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
     ) -> torch.Tensor:
-        """Stream states of rows h [m, H], `counts[i]` for row i, flattened row by row → [sum(counts), H]."""
-        out = h.new_empty(sum(counts), h.shape[1])
-        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        for slot in dict.fromkeys(slots):
-            rows = [i for i, s in enumerate(slots) if s == slot]
-            states = self._streams[slot].hidden(h[rows], embeddings[rows])
-            for j, i in enumerate(rows):
-                out[starts[i] : starts[i + 1]] = states[j, : counts[i]]
-        return out
+        """See `StreamStates`; `slots[i]`: whose streams row i has."""
+        return self._states(h, embeddings, [self._streams[slot] for slot in slots], counts)
 
     def own_heads(self, slots: Sequence[int], counts: Sequence[int]) -> list[OwnHead]:
         """The own LM heads that score rows of what `hidden` gives for the same arguments; the other rows are the base's."""

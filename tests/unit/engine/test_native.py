@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapters import random_streams
 from torch import nn
 
 from slipstream.engine.attention import AttentionRules, KVCache
@@ -29,6 +30,7 @@ from slipstream.engine.packed import PackedWeight
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import RowRequest, Sampler, torch_best
 from slipstream.engine.stacks import PreparedLora, PreparedModule
+from slipstream.engine.streams import prepare_streams, torch_stream_states
 from slipstream.protocol import SamplingParams
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
@@ -197,6 +199,29 @@ def test_an_adapters_row_does_not_depend_on_its_company(dtype: torch.dtype, thre
             assert torch.equal(alone, whole[row])
         else:
             torch.testing.assert_close(alone, whole[row], rtol=1e-5, atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("hidden", [16, 48, 24])
+@pytest.mark.parametrize(("rank", "conditioned"), [(16, True), (7, True), (20, False), (None, False)])
+def test_stream_states(
+    dtype: torch.dtype, hidden: int, rank: int | None, conditioned: bool, threads: Callable[[int], None]
+) -> None:
+    """Of several adapters, each row its own number of them; but for a sum's order the same as torch's."""
+    like = torch.empty(0, dtype=dtype)
+    kinds = [
+        prepare_streams(random_streams(hidden, k, rank=rank, conditioned=conditioned, seed=k), like) for k in (3, 1, 5)
+    ]
+    streams, counts = [kinds[0], kinds[1], kinds[0], kinds[2]], [2, 1, 3, 4]
+    h, embeddings = normal(4, hidden, dtype=dtype), normal(4, hidden, dtype=dtype, seed=1)
+    expected = torch_stream_states(h, embeddings, streams, counts)
+    for count in (1, 2):
+        threads(count)
+        got = ops.stream_states(h, embeddings, streams, counts)
+        error = float((got - expected).float().abs().max())
+        assert error <= (1e-5 if dtype == torch.float32 else 2**-6)
+    if hidden % 16 == 0:  # else it went the way of torch
+        assert torch.equal(ops.stream_states(h[2:3], embeddings[2:3], streams[2:3], [3]), got[3:6])
 
 
 @BOTH

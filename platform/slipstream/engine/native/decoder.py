@@ -144,7 +144,7 @@ class NativeDecoder:
         for rows in adapters:
             table = self._table(rows.stack)
             num_tiles = rows.tiles.shape[0]
-            scratch = torch.empty(num_tiles, 2, LORA_ROWS, table.columns)
+            scratch = torch.empty(num_tiles, 4, LORA_ROWS, table.columns)
             loras, tiles = ctypes.addressof(table.loras), rows.tiles.data_ptr()
             stacks.append(_Stack(loras, rows.stack.rank, tiles, num_tiles, scratch.data_ptr()))
             kept.append(scratch)

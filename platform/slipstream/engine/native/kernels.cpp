@@ -124,6 +124,11 @@ inline F exp(F x) {
   return choose(tiny, F{}, y * cast_bits<F>(scale));
 }
 
+inline F silu(F x) {
+  F small = exp(choose(x < 0.0f, x, -x));  // of a number that is never positive, so that nothing overflows
+  return x * (choose(x < 0.0f, small, splat(1.0f)) / (1.0f + small));
+}
+
 // ---- norms and activations ------------------------------------------------------------------------------------------
 
 // RMSNorm of one row of `width`: normalised in float32, rounded, then scaled, as transformers does.
@@ -157,10 +162,7 @@ void silu_mul(T* out, const T* gate_up, std::int64_t rows, std::int64_t width) {
   for (std::int64_t row = 0; row < rows; row++) {
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
     for (std::int64_t i = 0; i < width; i += kLanes) {
-      F g = load(gate + i), magnitude = choose(g < 0.0f, -g, g);
-      F small = exp(-magnitude);  // of a number that is never positive, so that nothing overflows
-      F sigmoid = choose(g < 0.0f, small, splat(1.0f)) / (1.0f + small);
-      store(out + row * width + i, rounded(gate, g * sigmoid) * load(up + i));
+      store(out + row * width + i, rounded(gate, silu(load(gate + i))) * load(up + i));
     }
   }
 }
@@ -481,19 +483,18 @@ struct Member {  // of a group of siblings, int64 each: where its columns lie an
   std::int64_t column, width, expand;
 };
 
-// tiles: int64 [num_tiles, 3] = first row, rows (up to kLoraRows), place. Inputs are summed in two halves, so that two
-// threads can share one tile and the sum is the same when one does both. scratch: float32 [num_tiles, 2, kLoraRows, columns].
+// tiles: int64 [num_tiles, 3] = first row, rows (up to kLoraRows), place. scratch: float32 [num_tiles, 4, kLoraRows, columns].
+// Inputs are summed in two halves, so that two threads can share one tile and the sum is the same when one does both.
 template <class T>
-void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t inputs, const T* shrink,
-          std::int64_t columns, std::int64_t rank, const Member* members, std::int64_t num_members,
-          const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
+void lora_shrink(const T* x, std::int64_t x_row, std::int64_t inputs, const T* shrink, std::int64_t columns,
+                 const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
   std::int64_t half = (inputs + 1) / 2, part = kLoraRows * columns;
 #pragma omp for schedule(static)
   for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
     const std::int64_t* tile = tiles + i / 2 * 3;
     const T *a = shrink + tile[2] * inputs * columns, *from = x + tile[0] * x_row;
     std::int64_t first = i % 2 ? half : 0, last = i % 2 ? inputs : half;
-    float* to = scratch + i * part;
+    float* to = scratch + (i / 2 * 4 + i % 2) * part;
     switch (tile[1]) {
       case 1: shrink_rows<1>(to, columns, from, x_row, a, columns, first, last); break;
       case 2: shrink_rows<2>(to, columns, from, x_row, a, columns, first, last); break;
@@ -501,23 +502,26 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
       default: shrink_rows<4>(to, columns, from, x_row, a, columns, first, last);
     }
   }
-#pragma omp for schedule(static)
-  for (std::int64_t i = 0; i < num_tiles; i++) {
-    float *low = scratch + 2 * i * part, *high = low + part;
-    for (std::int64_t c = 0; c < part; c += kLanes)
-      if (c < tiles[i * 3 + 1] * columns) store(low + c, rounded(x, load(low + c) + load(high + c)));
-  }
-  // Each member's outputs in two halves too: the work of one tile is shared.
+}
+
+// Each member's outputs in two halves too: the work of one tile is shared. Both sides add the shrunk halves up for themselves.
+template <class T>
+void lora_expand(T* y, std::int64_t y_row, std::int64_t columns, std::int64_t rank, const Member* members,
+                 std::int64_t num_members, const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
+  std::int64_t part = kLoraRows * columns;
 #pragma omp for schedule(static)
   for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
     const std::int64_t* tile = tiles + i / 2 * 3;
+    const float *low = scratch + i / 2 * 4 * part, *high = low + part;
+    float* shrunk = scratch + (i / 2 * 4 + 2 + i % 2) * part;
+    for (std::int64_t c = 0; c < tile[1] * columns; c += kLanes) store(shrunk + c, rounded(y, load(low + c) + load(high + c)));
     for (std::int64_t m = 0; m < num_members; m++) {
       const Member& member = members[m];
       if (!member.expand) continue;
       std::int64_t middle = member.width / kLanes / 2 * kLanes;
       std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? member.width : middle;
       const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * member.width;
-      const float* from = scratch + i / 2 * 2 * part + m * rank;
+      const float* from = shrunk + m * rank;
       T* to = y + tile[0] * y_row + member.column;
       switch (tile[1]) {
         case 1: expand_rows<1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
@@ -525,6 +529,74 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
         case 3: expand_rows<3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
         default: expand_rows<4>(to, y_row, from, columns, b, rank, member.width, first, last);
       }
+    }
+  }
+}
+
+// ---- Turbo streams -------------------------------------------------------------------------------------------------------
+
+// One stream of one sequence. down, cond: [rank, hidden]; up: [hidden, rank]. cond null: it is not conditioned; up null: it is
+// dense, and its rank the hidden size.
+template <class T>
+struct Stream {
+  const T *h, *e, *down, *cond, *up, *bias;  // h: final hidden state; e: embedding of the token just decided
+  T* out;
+  std::int64_t rank;
+};
+
+constexpr int kStreamParts = 4;  // of a stream's work, so that few streams are shared out as well
+
+// Products of kCount rows of weights [.., width] with x, rounded.
+template <int kCount, class T, class X>
+inline void dot_rows(float* out, const T* weights, const X* x, std::int64_t width) {
+  F acc[kCount] = {};
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    int lanes = width - i < kLanes ? int(width - i) : kLanes;
+    F v = load(x + i, lanes);
+    for (int j = 0; j < kCount; j++) {
+      prefetch(weights + j * width + i, 1024);
+      acc[j] += load(weights + j * width + i, lanes) * v;
+    }
+  }
+  for (int j = 0; j < kCount; j++) out[j] = rounded(weights, splat(sum(acc[j])))[0];
+}
+
+template <class T, class X>
+inline void dot_all(float* out, const T* weights, const X* x, std::int64_t width, std::int64_t rows) {
+  std::int64_t j = 0;
+  for (; j + 4 <= rows; j += 4) dot_rows<4>(out + j, weights + j * width, x, width);
+  for (; j < rows; j++) dot_rows<1>(out + j, weights + j * width, x, width);
+}
+
+// scratch: float32 [count, 2, most].
+template <class T>
+void stream_inner(const Stream<T>* streams, std::int64_t count, std::int64_t hidden, float* scratch, std::int64_t most) {
+#pragma omp for schedule(static)
+  for (std::int64_t i = 0; i < count * kStreamParts; i++) {
+    const Stream<T>& s = streams[i / kStreamParts];
+    std::int64_t part = (s.rank + kStreamParts - 1) / kStreamParts, first = i % kStreamParts * part;
+    std::int64_t rows = std::min(part, s.rank - first);
+    if (rows <= 0) continue;
+    float *inner = scratch + i / kStreamParts * 2 * most + first, *more = inner + most;
+    dot_all(inner, s.down + first * hidden, s.h, hidden, rows);
+    if (!s.cond) continue;
+    dot_all(more, s.cond + first * hidden, s.e, hidden, rows);
+    for (std::int64_t j = 0; j < rows; j++) inner[j] = rounded(s.h, splat(inner[j] + more[j]))[0];
+  }
+}
+
+template <class T>
+void stream_states(const Stream<T>* streams, std::int64_t count, std::int64_t hidden, const float* scratch, std::int64_t most) {
+#pragma omp for schedule(static)
+  for (std::int64_t i = 0; i < count * kStreamParts; i++) {
+    const Stream<T>& s = streams[i / kStreamParts];
+    const float* inner = scratch + i / kStreamParts * 2 * most;
+    std::int64_t part = (hidden / kLanes + kStreamParts - 1) / kStreamParts * kLanes, first = i % kStreamParts * part;
+    for (std::int64_t o = first; o < std::min(first + part, hidden); o += kLanes) {
+      float own[kLanes];
+      if (s.up) dot_all(own, s.up + o * s.rank, inner, s.rank, kLanes);
+      F x = rounded(s.h, load(s.up ? own : inner + o) + load(s.bias + o));
+      store(s.out + o, load(s.h + o) + rounded(s.h, silu(x)));
     }
   }
 }
@@ -847,9 +919,9 @@ void decode(const Decoder& d, const Step& s) {
     for (std::int64_t i = 0; i < s.num_stacks; i++) {
       const Stack& stack = s.stacks[i];
       const Lora& l = stack.loras[index];
-      if (l.shrink)
-        lora(y, p.outputs, from, p.inputs, p.inputs, l.shrink, l.columns, stack.rank, l.members, l.num_members, stack.tiles,
-             stack.num_tiles, stack.scratch);
+      if (!l.shrink) continue;
+      lora_shrink(from, p.inputs, p.inputs, l.shrink, l.columns, stack.tiles, stack.num_tiles, stack.scratch);
+      lora_expand(y, p.outputs, l.columns, stack.rank, l.members, l.num_members, stack.tiles, stack.num_tiles, stack.scratch);
     }
   };
 #pragma omp parallel
@@ -901,8 +973,17 @@ void decode(const Decoder& d, const Step& s) {
                                            const T* shrink, std::int64_t columns, std::int64_t rank,                       \
                                            const Member* members, std::int64_t num_members, const std::int64_t* tiles,     \
                                            std::int64_t num_tiles, float* scratch) {                                       \
-    _Pragma("omp parallel")                                                                                                \
-    lora(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, num_tiles, scratch);              \
+    _Pragma("omp parallel") {                                                                                              \
+      lora_shrink(x, x_row, inputs, shrink, columns, tiles, num_tiles, scratch);                                           \
+      lora_expand(y, y_row, columns, rank, members, num_members, tiles, num_tiles, scratch);                               \
+    }                                                                                                                      \
+  }                                                                                                                        \
+  extern "C" void slipstream_streams_##suffix(const Stream<T>* streams, std::int64_t count, std::int64_t hidden,           \
+                                              float* scratch, std::int64_t most) {                                         \
+    _Pragma("omp parallel") {                                                                                              \
+      stream_inner(streams, count, hidden, scratch, most);                                                                 \
+      stream_states(streams, count, hidden, scratch, most);                                                                \
+    }                                                                                                                      \
   }                                                                                                                        \
   extern "C" void slipstream_best_##suffix(std::int64_t* places, float* values, float* gaps, const T* logits,              \
                                            std::int64_t row, std::int64_t rows, std::int64_t width) {                      \

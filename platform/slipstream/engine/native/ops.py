@@ -19,6 +19,7 @@ from slipstream.engine.noise import noise_key
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import Best, Drawn, RowRequest
 from slipstream.engine.stacks import RankStack, bias_of, finish_dora_
+from slipstream.engine.streams import PreparedStreams, torch_stream_states
 
 LANES = 16  # of a vector: widths are whole multiples
 LORA_ROWS = 4  # kLoraRows
@@ -196,7 +197,7 @@ class NativeRows:
         if x.stride(1) != 1:
             x = x.contiguous()
         columns, num_tiles = part.shrink.shape[2], self.tiles.shape[0]
-        scratch = torch.empty(num_tiles, 2, LORA_ROWS, columns)
+        scratch = torch.empty(num_tiles, 4, LORA_ROWS, columns)
         _kernel("lora", x.dtype)(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], part.shrink.data_ptr(), columns,
             self.stack.rank, members.data_ptr(), members.shape[0], self.tiles.data_ptr(), num_tiles, scratch.data_ptr(),
@@ -246,6 +247,43 @@ def draw(logits: torch.Tensor, rows: Sequence[RowRequest], most: int) -> Drawn:
         ctypes.addressof(draws), most,
     )  # fmt: skip
     return Drawn(ids, noise, sums)
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("h", "e", "down", "cond", "up", "bias", "out")), ("rank", ctypes.c_int64),
+    )  # fmt: skip
+
+
+def stream_states(
+    h: torch.Tensor, embeddings: torch.Tensor, streams: Sequence[PreparedStreams], counts: Sequence[int]
+) -> torch.Tensor:
+    """See `StreamStates`."""
+    width = h.shape[1]
+    if width % LANES:
+        return torch_stream_states(h, embeddings, streams, counts)
+    out = h.new_empty(sum(counts), width)
+    h, embeddings = h.contiguous(), embeddings.contiguous()
+    row_bytes, found = width * h.element_size(), list[_Stream]()
+    for i, (own, count) in enumerate(zip(streams, counts, strict=True)):
+        rank = own.rank
+        down, bias = own.down.data_ptr(), own.bias.data_ptr()
+        cond = own.cond.data_ptr() if own.cond is not None else None
+        up = own.up.data_ptr() if own.up is not None else None
+        for k in range(count):
+            skip = k * rank * row_bytes
+            found.append(
+                _Stream(
+                    h.data_ptr() + i * row_bytes, embeddings.data_ptr() + i * row_bytes, down + skip,
+                    cond + skip if cond is not None else None, up + skip if up is not None else None,
+                    bias + k * row_bytes, out.data_ptr() + len(found) * row_bytes, rank,
+                )
+            )  # fmt: skip
+    most = max((-(-each.rank // LANES) * LANES for each in found), default=0)
+    scratch = torch.empty(len(found), 2, most)
+    table = (_Stream * len(found))(*found)
+    _kernel("streams", h.dtype)(ctypes.addressof(table), len(found), width, scratch.data_ptr(), most)
+    return out
 
 
 def member_table(group: LinearGroup, expand: Sequence[torch.Tensor | None]) -> torch.Tensor:
