@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from slipstream.engine.linear import LinearGroup
+from slipstream.engine.memory import HugePages
 from slipstream.engine.parallel.group import Group
 
 MAX_SPREAD = 2  # adapters of a step lie within this many times as many places as there are of them
@@ -91,6 +92,7 @@ class RankStack:
         self._clock = 0
         self._with_dora: set[int] = set()  # slots
         self.version = next(_versions)  # changes when any tensor of the stack moves
+        self._pages = HugePages() if like.device.type == "cpu" else None
 
     def place_of(self, slot: int) -> int:
         """Where an adapter lies."""
@@ -151,10 +153,15 @@ class RankStack:
         self.version = next(_versions)
         self._slots += [None] * more
         self._used += [0] * more
+        if self._pages is not None:
+            self._pages = HugePages()  # all tensors move, so that nothing of the old ones' pages is kept
         for part in self.parts.values():
-            part.shrink = _longer(part.shrink, more, 0.0)
-            part.expand = [_longer(t, more, 0.0) if t is not None else None for t in part.expand]
+            part.shrink = self._kept(_longer(part.shrink, more, 0.0))
+            part.expand = [self._kept(_longer(t, more, 0.0)) if t is not None else None for t in part.expand]
             part.gains = [_longer(t, more, 1.0) if t is not None else None for t in part.gains]
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._pages.keep(tensor) if self._pages is not None else tensor
 
     def _write(self, place: int, slot: int, lora: PreparedLora) -> None:
         before = self._slots[place]
@@ -179,7 +186,7 @@ class RankStack:
         k = len(group.names)
         self.version = next(_versions)
         shrink = self._like.new_zeros(len(self._slots), group.in_features, k * group.lora.width(self.rank))
-        return StackPart(shrink, [None] * k, [None] * k)
+        return StackPart(self._kept(shrink), [None] * k, [None] * k)
 
     def _write_member(
         self, part: StackPart, m: int, place: int, module: PreparedModule | None, group: LinearGroup
@@ -189,7 +196,8 @@ class RankStack:
             self.version = next(_versions)
             own = group.expanded(m)
             rows = group.lora.shares * group.lora.width(self.rank)
-            expand = part.expand[m] = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
+            zeros = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
+            expand = part.expand[m] = self._kept(zeros)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)

@@ -1,12 +1,20 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process, and weights lie in huge pages."""
 
 from __future__ import annotations
 
+import gc
+import mmap
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
-from slipstream.engine.memory import keep_freed_memory
+import pytest
+import torch
+
+from slipstream.engine.memory import ALIGNED, HugePages, keep_freed_memory
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PROGRAM = """
 import ctypes, resource, torch
@@ -37,3 +45,52 @@ def test_pages_of_the_next_step_do_not_fault_again() -> None:
     without, kept = map(int, out.split())
     assert kept < 100
     assert without > 10 * kept + 100  # huge pages make even these few
+
+
+def test_tensors_in_huge_pages_are_copies_that_do_not_overlap() -> None:
+    pages = HugePages(chunk_bytes=4 * ALIGNED)
+    given = [torch.randn(30, 40), torch.randn(2, 3, dtype=torch.bfloat16).transpose(0, 1), torch.randn(100, 100)]
+    kept = [pages.keep(tensor) for tensor in given]  # the last is larger than a chunk
+    for tensor, own in zip(given, kept, strict=True):
+        assert torch.equal(tensor, own)
+        assert own.is_contiguous()
+        assert own.data_ptr() % ALIGNED == 0
+    kept[0].zero_()
+    assert torch.equal(given[1], kept[1])
+    empty = pages.keep(torch.empty(0, 3))
+    assert empty.shape == (0, 3)
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="the system gives nobody huge pages")
+def test_large_tensors_do_lie_in_huge_pages_and_give_them_back() -> None:
+    before, had = resident(), huge_kib()
+    kept = [HugePages().keep(torch.ones(48 << 20, dtype=torch.uint8)) for _ in range(3)]
+    if not any(map(huge_kib_of, kept)):
+        pytest.skip("the system has no huge page left")
+    assert huge_kib() > had
+    del kept
+    gc.collect()
+    assert resident() < before + (48 << 20)
+
+
+def huge_kib() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def huge_kib_of(tensor: torch.Tensor) -> int:
+    """Of the mapping that a tensor lies in."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= tensor.data_ptr() < high
+        elif inside and line.startswith("AnonHugePages"):
+            found = int(line.split()[1])
+    return found

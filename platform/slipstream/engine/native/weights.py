@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from slipstream.engine.linear import as_packed
+from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.packed import BaseWeight
 
 PANEL = 32  # kPanel
+_PAGES = HugePages()
 
 
 def native_weight(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
@@ -30,7 +32,7 @@ class NativeWeight:
         self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
         self.outputs = outputs
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
-        self.panels = padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+        self.panels = _PAGES.keep(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2))
         self._product = found.slipstream_product_bf16
 
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
