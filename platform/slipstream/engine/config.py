@@ -21,6 +21,9 @@ class FastPath(StrEnum):
     NATIVE_KERNELS = (
         "native-kernels"  # processors: attention, adapters and what lies between linears in C++; off: torch
     )
+    FILTERED_HEAD = (
+        "filtered-head"  # processors: the best token from 8 bits and a few exact logits; off: from all logits
+    )
     TRITON_KERNELS = "triton-kernels"  # GPUs: attention and adapters by Triton kernels; off: by torch's own operations
     CUDA_GRAPHS = (
         "cuda-graphs"  # GPUs: small steps replayed as graphs, which needs the Triton kernels; off: launched anew

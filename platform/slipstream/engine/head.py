@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from slipstream.engine.lora import AdapterBank
 from slipstream.engine.packed import packed_linear
 from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.streams import OwnHead
+
+Greedy = Callable[[torch.Tensor], list[int] | None]
+"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for so many rows."""
 
 
 class Head:
@@ -28,7 +31,9 @@ class Head:
         config: Any,
         bank: AdapterBank,
         shards: Shards | None = None,
+        greedy: Greedy | None = None,
     ) -> None:
+        """`greedy`: the best token of rows, without their logits."""
         self._member = member
         self._shards = shards if shards is not None and shards.group.size > 1 else None
         self.name = name
@@ -36,6 +41,7 @@ class Head:
         self._bias = getattr(member, "bias", None)
         self._bank = bank
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._greedy = greedy if self._shards is None and self._bias is None else None
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
@@ -44,6 +50,13 @@ class Head:
         """hidden: [m, H]; slots: adapter slot of each row → logits [m, V] in the model's dtype."""
         self._bank.use(slots)
         return self._shape(self._member(hidden))
+
+    def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
+        """The best token of each row of [m, H], the first among equals; None where that takes all logits."""
+        # Scaling and soft cap leave the order as it is.
+        if self._greedy is None or self._scale <= 0 or any(self._bank.targets(s, self.name) for s in {*slots}):
+            return None
+        return self._greedy(hidden)
 
     def drafts(self, states: torch.Tensor, slots: Sequence[int], own: Sequence[OwnHead]) -> torch.Tensor:
         """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.

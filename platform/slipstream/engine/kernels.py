@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import LayOut, segments
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
+from slipstream.engine.head import Greedy
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
 from slipstream.engine.sampling import Best, Draw, torch_best
@@ -20,6 +21,11 @@ from slipstream.engine.streams import StreamStates, torch_stream_states
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
     from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
+
+
+def all_logits(_head: torch.Tensor) -> Greedy | None:
+    """No kernel: the best token is found in all logits."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Kernels:
     weights: MakeWeight = as_packed  # how base weights at full precision are kept
     best: Callable[[torch.Tensor], Best] = torch_best  # of each row of logits
     streams: StreamStates = torch_stream_states
+    greedy: Callable[[torch.Tensor], Greedy | None] = all_logits  # of an LM head's weight [V, H]; None = there is none
     draw: Draw | None = None  # the same of rows that are sampled; None = torch's operations
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
@@ -54,7 +61,8 @@ def pick_kernels(
     """The fastest that the device has and nobody turned off. shapes: (kv_heads, head_dim) of each layer's cache."""
     lora = LoraKernels.PLAIN if FastPath.GROUPED_LORA in disable else LoraKernels.BATCHED
     if device.type == "cpu" and FastPath.NATIVE_KERNELS not in disable:
-        return native_kernels(dtype, shapes, block_size, lora)
+        found = native_kernels(dtype, shapes, block_size, lora)
+        return replace(found, greedy=all_logits) if FastPath.FILTERED_HEAD in disable else found
     if device.type != "cuda" or FastPath.TRITON_KERNELS in disable or find_spec("triton") is None:
         return Kernels(lora, segments)
     if lora is LoraKernels.PLAIN or FastPath.CUDA_GRAPHS in disable:
@@ -72,6 +80,7 @@ def native_kernels(
 ) -> Kernels:
     """C++ kernels for processors where they can be built, for as much of the model as they serve."""
     from slipstream.engine.native import ops  # noqa: PLC0415
+    from slipstream.engine.native.greedy import greedy_head  # noqa: PLC0415
     from slipstream.engine.native.weights import native_weight  # noqa: PLC0415
 
     if not ops.is_available(dtype, torch.device("cpu")):
@@ -83,6 +92,7 @@ def native_kernels(
         native_weight,
         ops.best,
         ops.stream_states,
+        greedy_head,
         ops.draw,
     )
 

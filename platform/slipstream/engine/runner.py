@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,7 +100,8 @@ class ModelRunner:
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank(kernels.streams)
         member = loaded.model.get_submodule(head_name)
-        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards)
+        greedy = kernels.greedy(head_weight)
+        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards, greedy)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         columns = Columns(kernels.best)
@@ -182,16 +184,18 @@ class ModelRunner:
         if not batch.spans:
             return StepResult()
         sampled = hidden[batch.sample_rows]
-        logits = self._head(sampled, batch.sample_slots)
+        picked, logits = self._pick(batch, sampled)
         broken = (~sampled.isfinite().all(dim=-1)).tolist()  # finite weights may still overflow in the forward
-        decided = self._verify(batch, sampled, logits)
+        decided = _verified(batch, picked)
         drafts = self._draft(batch, sampled, decided)
         results = {}
         for (part, first), tokens in zip(batch.spans, decided, strict=True):
             if any(broken[first : first + part.num_drafts + 1]):
                 results[part.seq_id] = SequenceResult((), broken=True)
                 continue
-            logprobs = self._logprobs(part, logits[first : first + len(tokens)], tokens)
+            logprobs: tuple[Logprob, ...] = ()
+            if logits is not None:
+                logprobs = self._logprobs(part, logits[first : first + len(tokens)], tokens)
             results[part.seq_id] = SequenceResult(tuple(tokens), drafts.get(part.seq_id, ()), logprobs)
         return StepResult(results)
 
@@ -215,24 +219,19 @@ class ModelRunner:
         )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _verify(self, batch: StepBatch, hidden: torch.Tensor, logits: torch.Tensor) -> list[list[int]]:
-        """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
+    def _pick(self, batch: StepBatch, hidden: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
+        """A token for each row that is sampled, and all logits, if it took them."""
         slots = batch.sample_slots
+        if all(row.is_greedy for row in batch.requests):
+            best = self._head.best(hidden, slots)
+            if best is not None:
+                return best, None
+        logits = self._head(hidden, slots)
 
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
 
-        picked = self._sampler.pick(logits, batch.requests, exact if self._rescore else None)
-        decided = []
-        for part, first in batch.spans:
-            drafts = part.tokens[len(part.tokens) - part.num_drafts :]
-            count = 1
-            for j, draft in enumerate(drafts):
-                if picked[first + j] != draft:
-                    break
-                count = j + 2
-            decided.append(picked[first : first + count])
-        return decided
+        return self._sampler.pick(logits, batch.requests, exact if self._rescore else None), logits
 
     def _draft(
         self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
@@ -251,7 +250,17 @@ class ModelRunner:
         slots = [part.slot for part, _, _ in wanting]
         states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
         per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-        logits = self._head.drafts(states, per_row, self._streams.own_heads(slots, counts))
+        own = self._streams.own_heads(slots, counts)
+        asked = [row_request(part, part.output_index + len(tokens), ()) for part, _, tokens in wanting]
+        if not own and all(row.is_greedy for row in asked):
+            best = self._head.best(states, per_row)
+            if best is not None:
+                ends = accumulate(counts)
+                return {
+                    part.seq_id: tuple(best[end - part.draft_next : end])
+                    for (part, _, _), end in zip(wanting, ends, strict=True)
+                }
+        logits = self._head.drafts(states, per_row, own)
         return self._pick_drafts([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
 
     def _pick_drafts(
@@ -334,6 +343,8 @@ class ModelRunner:
         ]
 
     def _cost_head(self, hidden: torch.Tensor, slots: Sequence[int]) -> None:
+        if self._head.best(hidden, slots) is not None:
+            return
         logits = self._head(hidden, slots)
         self._sampler.pick(logits, [RowRequest(_NO_PARAMS, 0)] * len(slots), None)
 
@@ -371,3 +382,17 @@ class ModelRunner:
                 f"{name} does not give transformers' own logits on paged attention: its attention or head does something "
                 "that this engine does not know."
             )
+
+
+def _verified(batch: StepBatch, picked: Sequence[int]) -> list[list[int]]:
+    """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
+    decided = []
+    for part, first in batch.spans:
+        drafts = part.tokens[len(part.tokens) - part.num_drafts :]
+        count = 1
+        for j, draft in enumerate(drafts):
+            if picked[first + j] != draft:
+                break
+            count = j + 2
+        decided.append(list(picked[first : first + count]))
+    return decided

@@ -85,6 +85,11 @@ class RowRequest:
         return not has_processors(self.params) and self.position >= self.params.min_tokens
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether its best logit's id is all that is wanted."""
+        return self.params.temperature == 0.0 and self.params.logprobs is None and self.is_plain
+
+    @property
     def temperature(self) -> float:
         """What logits are divided by, of a row that is sampled."""
         return max(self.params.temperature, MIN_TEMPERATURE)

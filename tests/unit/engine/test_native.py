@@ -152,13 +152,6 @@ def test_what_lies_beyond_a_sequence_is_not_seen() -> None:
     assert torch.equal(ops.paged(part, [0], SIZE, CPU).attend(query, cache.keys[0], cache.values[0], rules), before)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @BOTH
 def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Verification, decoding and prefill are one computation, on any number of threads."""

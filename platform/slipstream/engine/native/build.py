@@ -57,6 +57,8 @@ def library() -> ctypes.CDLL | None:
     found.slipstream_product_bf16.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 2 + [_INT] * 3
     found.slipstream_product_bf16.restype = None
     found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None
+    found.slipstream_best_ids_bf16.argtypes = [_PTR] * 3 + [_INT, _PTR]
+    found.slipstream_best_ids_bf16.restype = None
     return found
 
 

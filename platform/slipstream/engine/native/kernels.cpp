@@ -10,7 +10,7 @@
 // Pointers and shapes are not checked here: whoever chooses these kernels has (`kernels.py`).
 // Widths of hidden states and MLPs, head dimensions and blocks are whole multiples of 16.
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -860,6 +860,134 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
 }
 #endif
 
+// ---- the best token of a row, without all its logits -----------------------------------------------------------------------
+
+// An LM head in 8 bits says within known bounds what each logit is; only ids that may be the best are scored with its own
+// weights. weights: 8 bits, [panels, inputs / 4, kPanel, 4]; by output: its step, 128 times the sum of its weights, and the
+// Euclidean lengths of what rounding took from it (`lost`) and of what it left (`length`).
+struct Filter {
+  const std::int8_t* weights;
+  const float* step;
+  const std::int32_t* sums;
+  const float *lost, *length;
+  const bf16* exact;  // [outputs, inputs]
+  std::int64_t outputs, inputs;
+};
+
+constexpr int kFilterRows = 6;
+
+#ifdef __AVX512VNNI__
+struct FilterRow {  // x = step * (256 * (high - 128) + low)
+  float step, length, lost;
+};
+
+void filter_row(FilterRow& row, std::uint8_t* high, std::uint8_t* low, const bf16* x, std::int64_t inputs) {
+  float most = 1e-30f, squares = 0.0f;
+  for (std::int64_t i = 0; i < inputs; i++) {
+    float v = widen(x[i]), magnitude = v < 0.0f ? -v : v;
+    most = magnitude > most ? magnitude : most;
+    squares += v * v;
+  }
+  row.step = most / 32512.0f;
+  row.length = std::sqrt(squares) * 1.0001f;
+  row.lost = 0.51f * row.step * std::sqrt(float(inputs));
+  for (std::int64_t i = 0; i < inputs; i++) {
+    float scaled = widen(x[i]) / row.step;
+    std::int32_t q = scaled == scaled && most < INFINITY ? std::int32_t(std::lrint(scaled)) : 0;
+    high[i] = std::uint8_t((q >> 8) + 128);
+    low[i] = std::uint8_t(q & 255);
+  }
+}
+
+// upper: [rows, panels * kPanel], what each logit is at most; bounds: [rows, panels, 2], the largest of a panel is at least and
+// at most.
+template <int kCount>
+void filter_tile(const Filter& f, const FilterRow* rows, const std::uint8_t* high, const std::uint8_t* low, std::int64_t panel,
+                 std::int64_t panels, float* upper, float* bounds) {
+  __m512i acc[kCount][2][2] = {};
+  const std::int8_t* w = f.weights + panel * kPanel * f.inputs;
+  for (std::int64_t i = 0; i < f.inputs; i += 4, w += 4 * kPanel) {
+    __m512i w0 = read<__m512i>(w), w1 = read<__m512i>(w + 2 * kPanel);
+    prefetch(w, kAhead / 2);
+    prefetch(w + 2 * kPanel, kAhead / 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) {
+      __m512i a = _mm512_set1_epi32(read<std::int32_t>(high + r * f.inputs + i));
+      __m512i b = _mm512_set1_epi32(read<std::int32_t>(low + r * f.inputs + i));
+      acc[r][0][0] = _mm512_dpbusd_epi32(acc[r][0][0], a, w0);
+      acc[r][1][0] = _mm512_dpbusd_epi32(acc[r][1][0], a, w1);
+      acc[r][0][1] = _mm512_dpbusd_epi32(acc[r][0][1], b, w0);
+      acc[r][1][1] = _mm512_dpbusd_epi32(acc[r][1][1], b, w1);
+    }
+  }
+  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < kCount; r++) {
+    F least = splat(-INFINITY), most = splat(-INFINITY);
+    for (int h = 0; h < 2; h++) {
+      std::int64_t o = panel * kPanel + h * kLanes;
+      F step = load(f.step + o) * rows[r].step;
+      I whole = cast_bits<I>(acc[r][h][0]) - read<I>(f.sums + o);
+      F logit = (__builtin_convertvector(whole, F) * 256.0f + __builtin_convertvector(cast_bits<I>(acc[r][h][1]), F)) * step;
+      // The last two are for sums in float32, here and of the exact logits.
+      F off = load(f.lost + o) * rows[r].length + load(f.length + o) * (rows[r].lost + 1e-5f * rows[r].length) + step * 32.0f;
+      I there = lane + std::int32_t(o) < std::int32_t(f.outputs);
+      F at_most = choose(there, logit + off, splat(-INFINITY)), at_least = choose(there, logit - off, splat(-INFINITY));
+      store(upper + r * panels * kPanel + o, at_most);
+      most = choose(at_most > most, at_most, most);
+      least = choose(at_least > least, at_least, least);
+    }
+    bounds[(r * panels + panel) * 2] = largest(least);
+    bounds[(r * panels + panel) * 2 + 1] = largest(most);
+  }
+}
+
+template <int kCount>
+void filter_rows(int count, const Filter& f, const FilterRow* rows, const std::uint8_t* high, const std::uint8_t* low,
+                 std::int64_t panel, std::int64_t panels, float* upper, float* bounds) {
+  if (count == kCount)
+    filter_tile<kCount>(f, rows, high, low, panel, panels, upper, bounds);
+  else if constexpr (kCount > 1)
+    filter_rows<kCount - 1>(count, f, rows, high, low, panel, panels, upper, bounds);
+}
+
+// The id with the largest logit in float32, the first among equals, of each row of x [rows, inputs].
+void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, FilterRow* scales, std::uint8_t* high,
+              std::uint8_t* low, float* upper, float* bounds) {
+  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
+#pragma omp for schedule(static)
+  for (std::int64_t r = 0; r < rows; r++)
+    filter_row(scales[r], high + r * f.inputs, low + r * f.inputs, x + r * f.inputs, f.inputs);
+#pragma omp for schedule(static)
+  for (std::int64_t p = 0; p < panels; p++)
+    for (std::int64_t row = 0, tiles = (rows + kFilterRows - 1) / kFilterRows; tiles > 0; tiles--) {
+      int count = int((rows - row + tiles - 1) / tiles);
+      filter_rows<kFilterRows>(count, f, scales + row, high + row * f.inputs, low + row * f.inputs, p, panels,
+                               upper + row * panels * kPanel, bounds + row * panels * 2);
+      row += count;
+    }
+#pragma omp for schedule(dynamic, 1)
+  for (std::int64_t r = 0; r < rows; r++) {
+    float least = -INFINITY, best = -INFINITY;
+    for (std::int64_t p = 0; p < panels; p++) {
+      float own = bounds[(r * panels + p) * 2];
+      least = own > least ? own : least;
+    }
+    std::int64_t id = 0;
+    for (std::int64_t p = 0; p < panels; p++) {
+      if (!(bounds[(r * panels + p) * 2 + 1] >= least)) continue;
+      for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++) {
+        if (!(upper[r * panels * kPanel + o] >= least)) continue;
+        F sums{};
+        for (std::int64_t i = 0; i < f.inputs; i += kLanes) sums += load(f.exact + o * f.inputs + i) * load(x + r * f.inputs + i);
+        float logit = sum(sums);
+        if (logit > best) best = logit, id = o;
+      }
+    }
+    ids[r] = id;
+  }
+}
+#endif
+
 #ifdef __AVX512BF16__
 // ---- a whole decoder ------------------------------------------------------------------------------------------------------
 
@@ -1017,5 +1145,25 @@ extern "C" void slipstream_product_bf16(bf16* y, const bf16* x, std::int64_t x_r
 extern "C" void slipstream_decode_bf16(const void* decoder, const void* step) {
 #ifdef __AVX512BF16__
   decode(*static_cast<const Decoder*>(decoder), *static_cast<const Step*>(step));
+#endif
+}
+
+extern "C" int slipstream_has_filter() {
+#ifdef __AVX512VNNI__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// scratch: bytes, [rows, panels * kPanel + panels * 2 + 3] floats and then twice [rows, inputs] bytes.
+extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, const void* filter, const bf16* x, std::int64_t rows, float* scratch) {
+#ifdef __AVX512VNNI__
+  const Filter& f = *static_cast<const Filter*>(filter);
+  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
+  float *bounds = scratch + rows * panels * kPanel, *scales = bounds + rows * panels * 2;
+  std::uint8_t* high = reinterpret_cast<std::uint8_t*>(scales + rows * 3);
+#pragma omp parallel
+  best_ids(ids, f, x, rows, reinterpret_cast<FilterRow*>(scales), high, high + rows * f.inputs, scratch, bounds);
 #endif
 }

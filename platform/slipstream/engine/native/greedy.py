@@ -1,0 +1,88 @@
+"""The LM head's best token of each row, exactly, from a copy of its weights in 8 bits.
+
+A head is read whole for each row of a few, and twice a step by Turbo LoRAs. In 8 bits that is half as much. The rounding
+error of a logit is at most |w - w'| |h| (Cauchy-Schwarz), and the first factor is known: so is which ids may have the largest
+logit. They are few, and those are scored in float32 with the head's own weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.nn import functional as F
+
+from slipstream.engine.memory import HugePages
+from slipstream.engine.native.build import library
+from slipstream.engine.native.ops import LANES
+from slipstream.engine.native.weights import PANEL
+
+_ROUNDED_AT_ONCE = 128 * PANEL  # outputs
+MOST_ROWS = 8  # with more, arithmetic is what a head costs, and this is no faster
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "step", "sums", "lost", "length", "exact")),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class GreedyHead:
+    """One LM head in bfloat16. weight: [V, H], which must stay as it is."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        found = library()
+        assert found is not None
+        outputs, inputs = weight.shape
+        spare = -outputs % PANEL
+        panels = torch.zeros((outputs + spare) // PANEL, inputs // 4, PANEL, 4, dtype=torch.int8)
+        self._panels = HugePages(panels.nbytes).keep(panels)
+        # By output: its step, what the kernel takes off its sums, and the lengths of what rounding took and left.
+        self._step, self._lost, self._length = torch.zeros(3, outputs + spare)
+        self._sums = torch.zeros(outputs + spare, dtype=torch.int32)
+        for first in range(0, outputs, _ROUNDED_AT_ONCE):
+            self._round(weight[first : first + _ROUNDED_AT_ONCE].float(), first)
+        self._weight = weight
+        self._filter = _Filter(
+            *(t.data_ptr() for t in (self._panels, self._step, self._sums, self._lost, self._length, weight)),
+            outputs,
+            inputs,
+        )
+        self._best_ids = found.slipstream_best_ids_bf16
+
+    def _round(self, wide: torch.Tensor, first: int) -> None:
+        """Some rows of the weight, from row `first`, which is a panel's."""
+        count, inputs = wide.shape
+        own = slice(first, first + count)
+        step = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
+        rounded = (wide / step.unsqueeze(1)).round_()
+        left = rounded * step.unsqueeze(1)
+        self._step[own] = step
+        self._sums[own] = 128 * rounded.sum(dim=1).int()
+        self._lost[own] = 1.0001 * (wide - left).norm(dim=1)  # a little more, for what float32 itself rounds
+        self._length[own] = 1.0001 * left.norm(dim=1)
+        padded = F.pad(rounded.to(torch.int8), (0, 0, 0, -count % PANEL))
+        self._panels[first // PANEL :][: padded.shape[0] // PANEL] = padded.view(-1, PANEL, inputs // 4, 4).transpose(
+            1, 2
+        )
+
+    def __call__(self, hidden: torch.Tensor) -> list[int] | None:
+        """The id of the largest logit of each row of hidden [m, H], the first among equals; None for too many rows."""
+        rows, inputs = hidden.shape
+        if rows > MOST_ROWS:
+            return None
+        hidden = hidden.contiguous()
+        padded = self._step.shape[0]
+        scratch = torch.empty(rows * (4 * (padded + padded // PANEL * 2 + 3) + 2 * inputs), dtype=torch.uint8)
+        ids = torch.empty(rows, dtype=torch.int64)
+        self._best_ids(ids.data_ptr(), ctypes.addressof(self._filter), hidden.data_ptr(), rows, scratch.data_ptr())
+        found: list[int] = ids.tolist()
+        return found
+
+
+def greedy_head(weight: torch.Tensor) -> GreedyHead | None:
+    """For a head that it serves: bfloat16 in memory, on processors with AVX512-VNNI."""
+    found = library()
+    served = found is not None and found.slipstream_has_filter() and weight.dtype == torch.bfloat16
+    return GreedyHead(weight) if served and weight.shape[1] % LANES == 0 and weight.is_contiguous() else None

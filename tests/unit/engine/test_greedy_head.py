@@ -1,0 +1,105 @@
+"""The best token without all logits: always the one that float32 finds."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from slipstream.engine.config import FastPath
+from slipstream.engine.kernels import pick_kernels
+from slipstream.engine.native.build import library
+from slipstream.engine.native.greedy import MOST_ROWS, GreedyHead, greedy_head
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
+CPU = torch.device("cpu")
+
+
+def head(weight: torch.Tensor) -> GreedyHead:
+    """For a weight that it serves."""
+    found = greedy_head(weight)
+    if found is None:
+        assert not library().slipstream_has_filter()  # type: ignore[union-attr]
+        pytest.skip("no AVX512-VNNI on this processor")
+    return found
+
+
+def expected(weight: torch.Tensor, hidden: torch.Tensor) -> list[int]:
+    return (hidden.double() @ weight.double().T).argmax(dim=1).tolist()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("outputs", [1, 31, 32, 100, 4200])
+@pytest.mark.parametrize("inputs", [16, 80, 576])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, MOST_ROWS])
+def test_it_is_the_best_in_float32(outputs: int, inputs: int, rows: int) -> None:
+    """Random weights are the hard case: nothing stands out, so that nearly every id is scored."""
+    weight = normal(outputs, inputs, seed=outputs).bfloat16()
+    hidden = normal(rows, inputs, seed=rows).bfloat16()
+    assert head(weight)(hidden) == expected(weight, hidden)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_and_rows_of_all_sizes(seed: int) -> None:
+    """Outputs whose weights differ a thousandfold, inputs that dwarf the others, rows that are tiny."""
+    weight = (normal(500, 64, seed=seed) * 10 ** normal(500, 1, seed=seed + 1)).bfloat16()
+    hidden = normal(MOST_ROWS, 64, seed=seed + 2)
+    hidden[:, seed] *= 300
+    hidden = (hidden * 10 ** (3 * normal(MOST_ROWS, 1, seed=seed + 3))).bfloat16()
+    assert head(weight)(hidden) == expected(weight, hidden)
+
+
+def test_of_equals_the_first_wins() -> None:
+    weight = normal(300, 48).bfloat16()
+    weight[[17, 18, 250]] = weight[200].clone() * 3
+    weight[200] = weight[17]
+    hidden = weight[17:18] * 2
+    assert head(weight)(hidden) == [17]
+
+
+def test_near_ties_are_told_apart() -> None:
+    """By less than 8 bits can tell, and by what bfloat16 logits would round away."""
+    weight = normal(1, 64).repeat(64, 1).bfloat16()
+    weight[41, 7] *= 1 + 2**-6
+    assert head(weight)(weight[:1]) == [41]
+
+
+def test_a_row_does_not_depend_on_its_company(threads: Callable[[int], None]) -> None:
+    weight, hidden = normal(700, 96).bfloat16(), normal(MOST_ROWS, 96, seed=1).bfloat16()
+    own = head(weight)
+    threads(2)
+    together = own(hidden)
+    threads(1)
+    assert own(hidden) == together
+    assert [found for row in hidden for found in own(row.unsqueeze(0)) or ()] == together
+
+
+def test_rows_that_are_not_numbers_get_some_id() -> None:
+    weight, hidden = normal(70, 16).bfloat16(), normal(4, 16, seed=1).bfloat16()
+    hidden[0, 3], hidden[1, 3], hidden[2] = float("nan"), float("inf"), 0.0
+    found = head(weight)(hidden)
+    assert found is not None
+    assert all(0 <= token < 70 for token in found)
+    assert found[2] == 0
+    assert found[3:] == expected(weight, hidden[3:])
+
+
+def test_many_rows_and_other_weights_take_all_logits() -> None:
+    weight = normal(64, 16).bfloat16()
+    assert head(weight)(normal(MOST_ROWS + 1, 16).bfloat16()) is None
+    assert greedy_head(weight.float()) is None
+    assert greedy_head(normal(64, 24).bfloat16()) is None
+
+
+def test_it_can_be_turned_off() -> None:
+    weight = normal(64, 16).bfloat16()
+    head(weight)
+    shapes = [(2, 16)]
+    assert pick_kernels(CPU, (), torch.bfloat16, shapes, 16).greedy(weight) is not None
+    for off in (FastPath.FILTERED_HEAD, FastPath.NATIVE_KERNELS):
+        assert pick_kernels(CPU, (off,), torch.bfloat16, shapes, 16).greedy(weight) is None
