@@ -12,8 +12,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import Context, copy_context
-from dataclasses import dataclass
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +21,7 @@ from slipstream.adapters.load import load_adapter
 from slipstream.engine.admission import Admission, Admitted
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.build import build
+from slipstream.engine.calls import Call, Choice, put_all
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore, Runner, StepOutcome
 from slipstream.engine.goodput import GoodputDrafts
@@ -29,11 +29,10 @@ from slipstream.engine.loader import pick_device
 from slipstream.engine.observer import EngineObserver, FetchOutcome, Unobserved
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.parallel.ranks import Lead, LeadRunner
-from slipstream.engine.plan import Emission, Logprob
 from slipstream.engine.residency import ResidencyManager
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.sequence import Sequence
-from slipstream.engine.text import ChoiceText, token_bytes
+from slipstream.engine.text import ChoiceText
 from slipstream.engine.timeline import Timeline, TimelineEnded
 from slipstream.engine.waiting import Gate, too_late
 from slipstream.errors import (
@@ -48,8 +47,6 @@ from slipstream.protocol import (
     EngineStats,
     GenerateEvent,
     GenerateRequest,
-    TokenLogprob,
-    Usage,
 )
 
 log = logging.getLogger(__name__)
@@ -68,38 +65,6 @@ class AdapterSource(Protocol):
     async def fetch(self, ref: AdapterRef, destination: Path) -> None:
         """Put the version's files into `destination`. Raises `SlipstreamError` when it cannot."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """One sequence of one call, as the service sees it."""
-
-    index: int
-    seq: Sequence
-    text: ChoiceText
-    call: _Call
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One `generate` call. `queue` lives on the event loop."""
-
-    queue: asyncio.Queue[list[GenerateEvent] | SlipstreamError]
-    choices: list[_Choice]
-    adapter: AdapterRef | None
-    allowed_wait_s: float
-    context: Context  # of the caller: what is logged on its behalf says whose request it is
-    streamed: bool
-    held: list[GenerateEvent]  # the step thread's: what nobody waits for before the end
-    running: int = 0  # the step thread's: choices that have not finished
-
-    def ready(self, events: list[GenerateEvent]) -> list[GenerateEvent]:
-        """What the caller is woken for now."""
-        self.running -= sum(event.finish_reason is not None for event in events)
-        if self.streamed:
-            return events
-        self.held += events
-        return self.held if not self.running else []
 
 
 class EngineService:
@@ -122,7 +87,7 @@ class EngineService:
         self._ids = itertools.count(1)
         self._gate = Gate(config.max_num_seqs + config.max_waiting, config.max_queue_wait_s)
         self._open: Counter[str] = Counter()  # choices not finished, by tenant
-        self._choices: dict[int, _Choice] = {}  # step thread's
+        self._choices: dict[int, Choice] = {}  # step thread's
         self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False  # no more commands are taken
         self._wake = threading.Condition()
@@ -236,9 +201,8 @@ class EngineService:
             return self._admission.admit(request)
         return await asyncio.to_thread(self._admission.admit, request)
 
-    def _make_call(self, request: GenerateRequest, admitted: Admitted) -> _Call:
-        allowed_wait_s = self._gate.allowed_wait_s(request)
-        call = _Call(asyncio.Queue(), [], request.adapter, allowed_wait_s, copy_context(), request.stream, [])
+    def _make_call(self, request: GenerateRequest, admitted: Admitted) -> Call:
+        call = Call(request.adapter, self._gate.allowed_wait_s(request), copy_context(), request.stream)
         now = self._clock()
         for index, params in enumerate(admitted.choices):
             done = request.progress[index] if request.progress else ChoiceProgress()
@@ -269,8 +233,7 @@ class EngineService:
                 accepted=len(done.token_ids) - done.decode_steps,
                 timeline=self._timeline(request, index, now),
             )
-            call.choices.append(_Choice(index, seq, text, call))
-        call.running = len(call.choices)
+            call.choices.append(Choice(index, seq, text, call))
         log.debug("admitted: %d prompt tokens, %d choices", len(admitted.prompt), len(call.choices))
         return call
 
@@ -322,12 +285,12 @@ class EngineService:
             self._inbox.popleft()()
         return not self._stopping
 
-    def _submit(self, call: _Call) -> None:
+    def _submit(self, call: Call) -> None:
         for choice in call.choices:
             self._choices[choice.seq.seq_id] = choice
             self._core.add(choice.seq)
 
-    def _cancel(self, call: _Call) -> None:
+    def _cancel(self, call: Call) -> None:
         for choice in call.choices:
             self._choices.pop(choice.seq.seq_id, None)
             self._core.abort(choice.seq.seq_id)
@@ -343,7 +306,7 @@ class EngineService:
             ref = waiting.call.adapter  # any tenant's copy will do: the digest says that they are the same
             assert ref is not None
             self._loop.call_soon_threadsafe(self._start_fetch, ref, context=waiting.call.context)
-        batches: dict[int, tuple[_Call, list[GenerateEvent]]] = {}
+        batches: dict[int, tuple[Call, list[GenerateEvent]]] = {}
         for emission in outcome.emissions:
             choice = self._choices[emission.seq_id]
             if emission.finished:
@@ -354,33 +317,10 @@ class EngineService:
                 )
                 self._loop.call_soon_threadsafe(choice.call.queue.put_nowait, AdapterUnavailable(_BROKEN))
                 continue
-            batches.setdefault(id(choice.call), (choice.call, []))[1].append(self._event(choice, emission))
+            batches.setdefault(id(choice.call), (choice.call, []))[1].append(choice.event(emission, self._tokenizer))
         ready = [(call, now) for call, events in batches.values() if (now := call.ready(events))]
         if ready:
-            self._loop.call_soon_threadsafe(_put_all, ready)
-
-    def _event(self, choice: _Choice, emission: Emission) -> GenerateEvent:
-        seq = choice.seq
-        usage = None
-        if emission.finished or seq.num_answer == len(emission.tokens):
-            usage = Usage(
-                seq.prompt_len, seq.num_answer, seq.decode_steps, seq.drafted, seq.accepted, seq.cached_prompt
-            )
-        logprobs = None
-        if seq.params.logprobs is not None:
-            pairs = zip(emission.tokens, emission.logprobs, strict=True)
-            logprobs = tuple(self._token_logprob(token, lp) for token, lp in pairs)
-        return GenerateEvent(
-            choice.index, choice.text.take(emission.finished), emission.tokens, logprobs, seq.finish_reason, usage
-        )
-
-    def _token_logprob(self, token: int, lp: Logprob) -> TokenLogprob:
-        def piece(token_id: int, value: float) -> TokenLogprob:
-            raw = token_bytes(self._tokenizer, token_id)
-            return TokenLogprob(raw.decode("utf-8", "replace"), token_id, value, raw)
-
-        chosen = piece(token, lp.logprob)
-        return TokenLogprob(chosen.token, token, lp.logprob, chosen.utf8, tuple(piece(i, v) for i, v in lp.top))
+            self._loop.call_soon_threadsafe(put_all, ready)
 
     def _fail_all(self) -> None:
         """Answer everybody who is or was about to be here."""
@@ -456,7 +396,7 @@ class EngineService:
         victims = [self._choices.pop(seq_id) for seq_id in self._core.adapter_failed(digest)]
         self._fail(victims, f"The adapter {why} on this replica. Try again; if it stays, publish it anew.")
 
-    def _fail(self, choices: list[_Choice], message: str) -> None:
+    def _fail(self, choices: list[Choice], message: str) -> None:
         """End the calls of these choices, all of one adapter."""
         for call in {id(c.call): c.call for c in choices}.values():
             self._loop.call_soon_threadsafe(call.queue.put_nowait, AdapterUnavailable(message))
@@ -469,8 +409,3 @@ async def _in_own_thread(work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
     finally:
         pool.shutdown(wait=False)
-
-
-def _put_all(batches: list[tuple[_Call, list[GenerateEvent]]]) -> None:
-    for call, events in batches:
-        call.queue.put_nowait(events)
