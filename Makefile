@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
+# Not for tests that start clusters: those want all cores.
+SIDE_BY_SIDE := -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check fmt manifests dashboards bench bench-peers soak image clean lock
@@ -15,13 +17,14 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 	@exec $(BIN)/slipstream serve
 
 test: $(VENV)/dev.stamp $(VENV)/kube-tools.stamp ## All tests that need no GPU: unit, contract, integration, end to end
-	$(PYTEST) -m "not gpu and not soak" $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not soak" tests/unit tests/k8s tests/contract $(ARGS)
+	$(PYTEST) -m "not gpu and not soak" tests/integration tests/e2e $(ARGS)
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q tests/unit $(ARGS)
+	$(PYTEST) $(SIDE_BY_SIDE) -q tests/unit $(ARGS)
 
 fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 	$(BIN)/ruff format .
