@@ -81,4 +81,6 @@ class LoadClient:
                 last = time.perf_counter() - began
                 first = first or last
                 events = [*events[:-1], *(events[-1] + chunk).split(b"\n\n")][-3:]
+        if events[1] != b"data: [DONE]":
+            raise Refused(b" ".join(events).decode())
         return Answered(json.loads(events[0].removeprefix(b"data: "))["usage"]["completion_tokens"], first, last)

@@ -161,7 +161,6 @@ class EngineReplica:
                 try:
                     events = []
                     async for step in stream:
-                        task.note(step)
                         events.extend(step)
                     return merge_events(events)
                 except Exception as error:  # as above

@@ -237,6 +237,20 @@ async def test_choices_differ_and_the_first_is_the_plain_answer(tmp_path: Path, 
         assert len({tuple(tokens(four, i)) for i in range(4)}) == 4
 
 
+async def test_an_answer_that_is_not_streamed_comes_choice_by_choice(tmp_path: Path, source: FolderAdapters) -> None:
+    """Nobody is woken for its steps; a choice that has ended no longer counts as one that is open."""
+    call = request("choices", temperature=1.0, seed=5, n=3, max_tokens=20, stop=("e", "a"))
+    async with engine_at(tmp_path, source) as engine:
+        streamed = await collect(engine, call)
+        batches = [batch async for batch in engine.generate(replace(call, stream=False))]
+        for batch in batches:
+            for index in {event.index for event in batch}:
+                own = [event for event in batch if event.index == index]
+                assert [event.finish_reason is not None for event in own] == [False] * (len(own) - 1) + [True]
+        whole = [event for batch in batches for event in batch]
+        assert [tokens(whole, i) for i in range(3)] == [tokens(streamed, i) for i in range(3)]
+
+
 async def test_a_stop_string_ends_the_text_before_it(tmp_path: Path, source: FolderAdapters) -> None:
     async with engine_at(tmp_path, source) as engine:
         whole = text_of(await collect(engine, request("abc", "sha256:0", max_tokens=40)))

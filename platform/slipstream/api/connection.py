@@ -42,26 +42,31 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     has been read already. As `asyncio.timeout` does it: in the caller's own task, which costs a task less."""
     task = asyncio.current_task()
     assert task is not None
-    cancelled_before, gone = task.cancelling(), False
+    cancelled_before, gone, over = task.cancelling(), False, False
 
     def leave(ended: asyncio.Task[None]) -> None:
         nonlocal gone
         if not ended.cancelled():
             ended.exception()  # a connection that cannot be read is over as well
-            gone = True
-            task.cancel()
+            if not over:
+                gone = True
+                task.cancel()
 
     watching = asyncio.ensure_future(_disconnected(receive))
     watching.add_done_callback(leave)
     try:
-        return await work
-    except asyncio.CancelledError:
-        if gone and task.uncancel() <= cancelled_before:
+        result = await work
+    except (Exception, asyncio.CancelledError) as error:
+        # Whatever work said when it was cancelled; unless somebody else has cancelled it as well.
+        if gone and (task.uncancel() <= cancelled_before or not isinstance(error, asyncio.CancelledError)):
             raise ClientGone from None
         raise
     finally:
-        watching.remove_done_callback(leave)
+        over = True  # the watcher may have ended just now: its callback is then still to come
         watching.cancel()
+    if gone:  # work would not be stopped
+        task.uncancel()
+    return result
 
 
 async def _disconnected(receive: Receive) -> None:

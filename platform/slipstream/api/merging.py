@@ -98,6 +98,8 @@ class _Several:
         batches: list[tuple[int, Batch]] = []
         while self._pulls and not batches:
             for task in sorted(await self._wait(asyncio.FIRST_COMPLETED), key=self._pulls.__getitem__):
+                if batches and task.exception() is not None:
+                    break  # raised by the next call: what came before it counts
                 number = self._pulls.pop(task)
                 batch = task.result()
                 if batch is not None:

@@ -24,6 +24,14 @@ class Choice:
     seq: Sequence
     text: ChoiceText
     call: Call
+    held: list[GenerateEvent] = field(default_factory=list)  # the step thread's: what nobody waits for before the end
+
+    def ready(self, event: GenerateEvent) -> list[GenerateEvent]:
+        """What the caller is woken for after a step that gave this choice an event."""
+        if self.call.streamed:
+            return [event]
+        self.held.append(event)
+        return self.held if event.finish_reason is not None else []
 
     def event(self, emission: Emission, tokenizer: PreTrainedTokenizerBase) -> GenerateEvent:
         """What a step added."""
@@ -42,7 +50,7 @@ class Choice:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """`queue` lives on the event loop, `choices` on neither side once it is submitted; the rest is the step thread's."""
+    """`queue` lives on the event loop. `choices`: as they were submitted."""
 
     adapter: AdapterRef | None
     allowed_wait_s: float
@@ -50,16 +58,6 @@ class Call:
     streamed: bool
     queue: asyncio.Queue[list[GenerateEvent] | SlipstreamError] = field(default_factory=asyncio.Queue)
     choices: list[Choice] = field(default_factory=list)
-    _held: list[GenerateEvent] = field(default_factory=list)  # what nobody waits for before the end
-    _finished: int = 0
-
-    def ready(self, events: list[GenerateEvent]) -> list[GenerateEvent]:
-        """What the caller is woken for after a step that gave it these."""
-        self._finished += sum(event.finish_reason is not None for event in events)
-        if self.streamed:
-            return events
-        self._held += events
-        return self._held if self._finished == len(self.choices) else []
 
 
 def put_all(ready: Iterable[tuple[Call, list[GenerateEvent]]]) -> None:

@@ -14,7 +14,12 @@ from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.streams import OwnHead
 
 Greedy = Callable[[torch.Tensor], list[int] | None]
-"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for so many rows."""
+"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for these."""
+
+
+def all_logits(_head: torch.Tensor) -> Greedy | None:
+    """No kernel: the best token is found in all logits."""
+    return None
 
 
 class Head:
@@ -31,9 +36,9 @@ class Head:
         config: Any,
         bank: AdapterBank,
         shards: Shards | None = None,
-        greedy: Greedy | None = None,
+        greedy: Callable[[torch.Tensor], Greedy | None] = all_logits,
     ) -> None:
-        """`greedy`: the best token of rows, without their logits."""
+        """`greedy`: of a head's weight, how the best token of rows is found without their logits, or None."""
         self._member = member
         self._shards = shards if shards is not None and shards.group.size > 1 else None
         self.name = name
@@ -41,10 +46,12 @@ class Head:
         self._bias = getattr(member, "bias", None)
         self._bank = bank
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._greedy = greedy if self._shards is None and self._bias is None else None
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
+
+        served = self._shards is None and self._bias is None and self._scale > 0
+        self._greedy = greedy(weight) if served else None
 
     def __call__(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """hidden: [m, H]; slots: adapter slot of each row → logits [m, V] in the model's dtype."""
@@ -54,7 +61,7 @@ class Head:
     def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
         """The best token of each row of [m, H], the first among equals; None where that takes all logits."""
         # Scaling and soft cap leave the order as it is.
-        if self._greedy is None or self._scale <= 0 or any(self._bank.targets(s, self.name) for s in {*slots}):
+        if self._greedy is None or any(self._bank.targets(s, self.name) for s in {*slots}):
             return None
         return self._greedy(hidden)
 

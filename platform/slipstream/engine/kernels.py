@@ -13,7 +13,7 @@ from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import LayOut, segments
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
-from slipstream.engine.head import Greedy
+from slipstream.engine.head import Greedy, all_logits
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
 from slipstream.engine.sampling import Best, Draw, torch_best
@@ -21,11 +21,6 @@ from slipstream.engine.streams import StreamStates, torch_stream_states
 
 if TYPE_CHECKING:  # Triton is only where there is a GPU: these are imported once chosen
     from slipstream.engine.graphs import Capture, Decode, GraphedDecoder
-
-
-def all_logits(_head: torch.Tensor) -> Greedy | None:
-    """No kernel: the best token is found in all logits."""
-    return None
 
 
 @dataclass(frozen=True, slots=True)

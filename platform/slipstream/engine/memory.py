@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
+import threading
 from contextlib import suppress
 
 import torch
@@ -32,24 +34,36 @@ def keep_freed_memory() -> bool:
 class HugePages:
     """Memory for what stays and is read all the time, in pages of 2 MB where the system gives them to who asks (Linux's
     transparent huge pages in their default mode; elsewhere it is ordinary memory). A step reads every weight once, which are
-    some hundred thousand small pages, and looking each of them up takes longer than the processor guesses ahead."""
+    tens of thousands of small pages, and looking each of them up takes longer than the processor guesses ahead."""
 
     def __init__(self, chunk_bytes: int = 64 << 20) -> None:
         self._chunk_bytes = chunk_bytes
         self._chunk = mmap.mmap(-1, mmap.PAGESIZE)
         self._used = len(self._chunk)
+        self._lock = threading.Lock()  # engines of one process load in threads of their own
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of a tensor in this memory, which is let go of when the last tensor of its chunk is."""
-        if not tensor.numel():
-            return tensor.contiguous()
-        need = -(-tensor.nbytes // ALIGNED) * ALIGNED
-        if self._used + need > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(need, self._chunk_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._used = 0
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a kernel without them
-                    self._chunk.madvise(mmap.MADV_HUGEPAGE)
-        kept = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-        self._used += need
-        return kept.view(tensor.shape).copy_(tensor)
+        """A contiguous copy of a tensor in this memory."""
+        return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this memory, which is let go of when the last tensor of its chunk is."""
+        count = math.prod(shape)
+        if not count:
+            return torch.zeros(shape, dtype=dtype)
+        need = -(-count * dtype.itemsize // ALIGNED) * ALIGNED
+        with self._lock:
+            if self._used + need > len(self._chunk):
+                self._chunk = self._new_chunk(max(need, self._chunk_bytes))
+                self._used = 0
+            chunk, at = self._chunk, self._used
+            self._used += need
+        return torch.frombuffer(chunk, dtype=dtype, count=count, offset=at).view(shape)
+
+    @staticmethod
+    def _new_chunk(size: int) -> mmap.mmap:
+        chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                chunk.madvise(mmap.MADV_HUGEPAGE)
+        return chunk

@@ -100,8 +100,7 @@ class ModelRunner:
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank(kernels.streams)
         member = loaded.model.get_submodule(head_name)
-        greedy = kernels.greedy(head_weight)
-        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards, greedy)
+        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy)
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         columns = Columns(kernels.best)

@@ -317,10 +317,10 @@ class EngineService:
                 )
                 self._loop.call_soon_threadsafe(choice.call.queue.put_nowait, AdapterUnavailable(_BROKEN))
                 continue
-            batches.setdefault(id(choice.call), (choice.call, []))[1].append(choice.event(emission, self._tokenizer))
-        ready = [(call, now) for call, events in batches.values() if (now := call.ready(events))]
-        if ready:
-            self._loop.call_soon_threadsafe(put_all, ready)
+            if ready := choice.ready(choice.event(emission, self._tokenizer)):
+                batches.setdefault(id(choice.call), (choice.call, []))[1].extend(ready)
+        if batches:
+            self._loop.call_soon_threadsafe(put_all, list(batches.values()))
 
     def _fail_all(self) -> None:
         """Answer everybody who is or was about to be here."""

@@ -36,8 +36,9 @@ class GreedyHead:
         assert found is not None
         outputs, inputs = weight.shape
         spare = -outputs % PANEL
-        panels = torch.zeros((outputs + spare) // PANEL, inputs // 4, PANEL, 4, dtype=torch.int8)
-        self._panels = HugePages(panels.nbytes).keep(panels)
+        panels = (outputs + spare) // PANEL
+        pages = HugePages(panels * PANEL * inputs)
+        self._panels = pages.zeros(panels, inputs // 4, PANEL, 4, dtype=torch.int8)
         # By output: its step, what the kernel takes off its sums, and the lengths of what rounding took and left.
         self._step, self._lost, self._length = torch.zeros(3, outputs + spare)
         self._sums = torch.zeros(outputs + spare, dtype=torch.int32)
@@ -68,7 +69,8 @@ class GreedyHead:
         )
 
     def __call__(self, hidden: torch.Tensor) -> list[int] | None:
-        """The id of the largest logit of each row of hidden [m, H], the first among equals; None for too many rows."""
+        """The id of the largest logit of each row of hidden [m, H], the first among equals; None for too many rows, and
+        where hardly any id can be left out."""
         rows, inputs = hidden.shape
         if rows > MOST_ROWS:
             return None
@@ -78,7 +80,7 @@ class GreedyHead:
         ids = torch.empty(rows, dtype=torch.int64)
         self._best_ids(ids.data_ptr(), ctypes.addressof(self._filter), hidden.data_ptr(), rows, scratch.data_ptr())
         found: list[int] = ids.tolist()
-        return found
+        return found if min(found, default=0) >= 0 else None
 
 
 def greedy_head(weight: torch.Tensor) -> GreedyHead | None:

@@ -875,6 +875,7 @@ struct Filter {
 };
 
 constexpr int kFilterRows = 6;
+constexpr int kMostScored = 4096;
 
 #ifdef __AVX512VNNI__
 struct FilterRow {  // x = step * (256 * (high - 128) + low)
@@ -886,11 +887,15 @@ void filter_row(FilterRow& row, std::uint8_t* high, std::uint8_t* low, const bf1
   for (std::int64_t i = 0; i < inputs; i++) {
     float v = widen(x[i]), magnitude = v < 0.0f ? -v : v;
     most = magnitude > most ? magnitude : most;
+  }
+  for (std::int64_t i = 0; i < inputs; i++) {
+    float v = widen(x[i]) / most;  // so that no square is too large or too small for a float
     squares += v * v;
   }
   row.step = most / 32512.0f;
-  row.length = std::sqrt(squares) * 1.0001f;
-  row.lost = 0.51f * row.step * std::sqrt(float(inputs));
+  row.length = std::sqrt(squares) * most * 1.0001f;
+  float sums = (float(inputs) / kLanes + 8.0f) * 1.2e-7f;  // what the exact logit's sum in float32 may be off by
+  row.lost = 0.51f * row.step * std::sqrt(float(inputs)) + sums * row.length;
   for (std::int64_t i = 0; i < inputs; i++) {
     float scaled = widen(x[i]) / row.step;
     std::int32_t q = scaled == scaled && most < INFINITY ? std::int32_t(std::lrint(scaled)) : 0;
@@ -928,10 +933,11 @@ void filter_tile(const Filter& f, const FilterRow* rows, const std::uint8_t* hig
       F step = load(f.step + o) * rows[r].step;
       I whole = cast_bits<I>(acc[r][h][0]) - read<I>(f.sums + o);
       F logit = (__builtin_convertvector(whole, F) * 256.0f + __builtin_convertvector(cast_bits<I>(acc[r][h][1]), F)) * step;
-      // The last two are for sums in float32, here and of the exact logits.
-      F off = load(f.lost + o) * rows[r].length + load(f.length + o) * (rows[r].lost + 1e-5f * rows[r].length) + step * 32.0f;
-      I there = lane + std::int32_t(o) < std::int32_t(f.outputs);
-      F at_most = choose(there, logit + off, splat(-INFINITY)), at_least = choose(there, logit - off, splat(-INFINITY));
+      // The last is for sums in float32 here.
+      F off = load(f.lost + o) * rows[r].length + load(f.length + o) * rows[r].lost + step * 32.0f;
+      I there = lane + std::int32_t(o) < std::int32_t(f.outputs), unknown = off != off;
+      F at_most = choose(there, choose(unknown, splat(INFINITY), logit + off), splat(-INFINITY));
+      F at_least = choose(there & ~unknown, logit - off, splat(-INFINITY));
       store(upper + r * panels * kPanel + o, at_most);
       most = choose(at_most > most, at_most, most);
       least = choose(at_least > least, at_least, least);
@@ -950,7 +956,8 @@ void filter_rows(int count, const Filter& f, const FilterRow* rows, const std::u
     filter_rows<kCount - 1>(count, f, rows, high, low, panel, panels, upper, bounds);
 }
 
-// The id with the largest logit in float32, the first among equals, of each row of x [rows, inputs].
+// The id with the largest logit in float32, the first among equals, of each row of x [rows, inputs]; -1 where so many would
+// have to be scored that all logits cost no more.
 void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, FilterRow* scales, std::uint8_t* high,
               std::uint8_t* low, float* upper, float* bounds) {
   std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
@@ -972,8 +979,8 @@ void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t ro
       float own = bounds[(r * panels + p) * 2];
       least = own > least ? own : least;
     }
-    std::int64_t id = 0;
-    for (std::int64_t p = 0; p < panels; p++) {
+    std::int64_t id = 0, scored = 0;
+    for (std::int64_t p = 0; p < panels && scored <= kMostScored; p++) {
       if (!(bounds[(r * panels + p) * 2 + 1] >= least)) continue;
       for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++) {
         if (!(upper[r * panels * kPanel + o] >= least)) continue;
@@ -981,9 +988,10 @@ void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t ro
         for (std::int64_t i = 0; i < f.inputs; i += kLanes) sums += load(f.exact + o * f.inputs + i) * load(x + r * f.inputs + i);
         float logit = sum(sums);
         if (logit > best) best = logit, id = o;
+        scored++;
       }
     }
-    ids[r] = id;
+    ids[r] = scored > kMostScored ? -1 : id;
   }
 }
 #endif
