@@ -17,8 +17,10 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 	@exec $(BIN)/slipstream serve
 
 test: $(VENV)/dev.stamp $(VENV)/kube-tools.stamp ## All tests that need no GPU: unit, contract, integration, end to end
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not soak" tests/unit tests/k8s tests/contract $(ARGS) || [ $$? = 5 ] # no test of these
-	$(PYTEST) -m "not gpu and not soak" tests/integration tests/e2e $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not soak" tests/unit tests/k8s tests/contract $(ARGS); first=$$?; \
+	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
+	  $(PYTEST) -m "not gpu and not soak" tests/integration tests/e2e $(ARGS); second=$$?; \
+	  [ $$second = 5 ] && exit $$first || exit $$second # 5: ARGS chose none of these
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
 	$(BIN)/ruff format --check .

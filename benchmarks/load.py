@@ -40,7 +40,7 @@ class Answered:
 
 
 class Refused(Exception):
-    """An error's status instead of an answer."""
+    """An error instead of an answer, or in the middle of one."""
 
 
 class LoadClient:

@@ -81,14 +81,14 @@ def native_kernels(
     if not ops.is_available(dtype, torch.device("cpu")):
         return Kernels(lora, segments)
     return Kernels(
-        LoraKernels.NATIVE if lora is LoraKernels.BATCHED else lora,
-        ops.paged if ops.attends(shapes, block_size) else segments,
-        ops.NativeOps(),
-        native_weight,
-        ops.best,
-        ops.stream_states,
-        greedy_head,
-        ops.draw,
+        lora=LoraKernels.NATIVE if lora is LoraKernels.BATCHED else lora,
+        attention=ops.paged if ops.attends(shapes, block_size) else segments,
+        ops=ops.NativeOps(),
+        weights=native_weight,
+        best=ops.best,
+        streams=ops.stream_states,
+        greedy=greedy_head,
+        draw=ops.draw,
     )
 
 

@@ -38,8 +38,8 @@ class HugePages:
 
     def __init__(self, chunk_bytes: int = 64 << 20) -> None:
         self._chunk_bytes = chunk_bytes
-        self._chunk = mmap.mmap(-1, mmap.PAGESIZE)
-        self._used = len(self._chunk)
+        self._chunk: mmap.mmap | None = None
+        self._used = 0  # bytes of it
         self._lock = threading.Lock()  # engines of one process load in threads of their own
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class HugePages:
             return torch.zeros(shape, dtype=dtype)
         need = -(-count * dtype.itemsize // ALIGNED) * ALIGNED
         with self._lock:
-            if self._used + need > len(self._chunk):
+            if self._chunk is None or self._used + need > len(self._chunk):
                 self._chunk = self._new_chunk(max(need, self._chunk_bytes))
                 self._used = 0
             chunk, at = self._chunk, self._used

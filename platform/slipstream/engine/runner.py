@@ -221,16 +221,19 @@ class ModelRunner:
     def _pick(self, batch: StepBatch, hidden: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
         """A token for each row that is sampled, and all logits, if it took them."""
         slots = batch.sample_slots
-        if all(row.is_greedy for row in batch.requests):
-            best = self._head.best(hidden, slots)
-            if best is not None:
-                return best, None
+        best = self._best(batch.requests, hidden, slots)
+        if best is not None:
+            return best, None
         logits = self._head(hidden, slots)
 
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
 
         return self._sampler.pick(logits, batch.requests, exact if self._rescore else None), logits
+
+    def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
+        """The best token of each row, where nothing else is asked of any and it does not take all logits."""
+        return self._head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
 
     def _draft(
         self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
@@ -251,14 +254,13 @@ class ModelRunner:
         per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
         own = self._streams.own_heads(slots, counts)
         asked = [row_request(part, part.output_index + len(tokens), ()) for part, _, tokens in wanting]
-        if not own and all(row.is_greedy for row in asked):
-            best = self._head.best(states, per_row)
-            if best is not None:
-                ends = accumulate(counts)
-                return {
-                    part.seq_id: tuple(best[end - part.draft_next : end])
-                    for (part, _, _), end in zip(wanting, ends, strict=True)
-                }
+        best = None if own else self._best(asked, states, per_row)
+        if best is not None:
+            ends = accumulate(counts)
+            return {
+                part.seq_id: tuple(best[end - part.draft_next : end])
+                for (part, _, _), end in zip(wanting, ends, strict=True)
+            }
         logits = self._head.drafts(states, per_row, own)
         return self._pick_drafts([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
 

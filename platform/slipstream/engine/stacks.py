@@ -156,12 +156,21 @@ class RankStack:
         if self._pages is not None:
             self._pages = HugePages()  # all tensors move, so that nothing of the old ones' pages is kept
         for part in self.parts.values():
-            part.shrink = self._kept(_longer(part.shrink, more, 0.0))
-            part.expand = [self._kept(_longer(t, more, 0.0)) if t is not None else None for t in part.expand]
-            part.gains = [_longer(t, more, 1.0) if t is not None else None for t in part.gains]
+            part.shrink = self._longer(part.shrink, more)
+            part.expand = [self._longer(t, more) if t is not None else None for t in part.expand]
+            part.gains = [torch.cat([t, t.new_ones(more, *t.shape[1:])]) if t is not None else None for t in part.gains]
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._pages.keep(tensor) if self._pages is not None else tensor
+    def _longer(self, tensor: torch.Tensor, more: int) -> torch.Tensor:
+        out = self._zeros(len(tensor) + more, *tensor.shape[1:])
+        out[: len(tensor)] = tensor
+        return out
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return (
+            self._pages.zeros(*shape, dtype=self._like.dtype)
+            if self._pages is not None
+            else self._like.new_zeros(shape)
+        )
 
     def _write(self, place: int, slot: int, lora: PreparedLora) -> None:
         before = self._slots[place]
@@ -185,8 +194,8 @@ class RankStack:
     def _new_part(self, group: LinearGroup) -> StackPart:
         k = len(group.names)
         self.version = next(_versions)
-        shrink = self._like.new_zeros(len(self._slots), group.in_features, k * group.lora.width(self.rank))
-        return StackPart(self._kept(shrink), [None] * k, [None] * k)
+        shrink = self._zeros(len(self._slots), group.in_features, k * group.lora.width(self.rank))
+        return StackPart(shrink, [None] * k, [None] * k)
 
     def _write_member(
         self, part: StackPart, m: int, place: int, module: PreparedModule | None, group: LinearGroup
@@ -196,8 +205,7 @@ class RankStack:
             self.version = next(_versions)
             own = group.expanded(m)
             rows = group.lora.shares * group.lora.width(self.rank)
-            zeros = self._like.new_zeros(len(self._slots), rows, own.stop - own.start)
-            expand = part.expand[m] = self._kept(zeros)
+            expand = part.expand[m] = self._zeros(len(self._slots), rows, own.stop - own.start)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
@@ -215,10 +223,6 @@ class RankStack:
 def norms(square: torch.Tensor) -> torch.Tensor:
     """Row norms from their squares, which rounding may have made negative."""
     return square.clamp_min(0).sqrt()
-
-
-def _longer(tensor: torch.Tensor, more: int, fill: float) -> torch.Tensor:
-    return torch.cat([tensor, tensor.new_full((more, *tensor.shape[1:]), fill)])
 
 
 @dataclass(frozen=True, slots=True)
