@@ -11,10 +11,11 @@ import torch
 from slipstream.engine.config import FastPath
 from slipstream.engine.kernels import pick_kernels
 from slipstream.engine.native.build import library
-from slipstream.engine.native.greedy import MOST_ROWS, GreedyHead, greedy_head
+from slipstream.engine.native.greedy import ROWS_AT_ONCE, GreedyHead, greedy_head
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
 CPU = torch.device("cpu")
+ROWS = 8
 
 
 def head(weight: torch.Tensor) -> GreedyHead:
@@ -36,7 +37,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("outputs", [1, 31, 32, 100, 4000])
 @pytest.mark.parametrize("inputs", [16, 80, 576])
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, MOST_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 7, 12, 13, 25, ROWS_AT_ONCE + 1])
 def test_it_is_the_best_in_float32(outputs: int, inputs: int, rows: int) -> None:
     """Random weights are the hard case: nothing stands out, so that nearly every id is scored."""
     weight = normal(outputs, inputs, seed=outputs).bfloat16()
@@ -48,9 +49,9 @@ def test_it_is_the_best_in_float32(outputs: int, inputs: int, rows: int) -> None
 def test_weights_and_rows_of_all_sizes(seed: int) -> None:
     """Outputs whose weights differ a thousandfold, inputs that dwarf the others, rows that are tiny."""
     weight = (normal(500, 64, seed=seed) * 10 ** normal(500, 1, seed=seed + 1)).bfloat16()
-    hidden = normal(MOST_ROWS, 64, seed=seed + 2)
+    hidden = normal(ROWS, 64, seed=seed + 2)
     hidden[:, seed] *= 300
-    hidden = (hidden * 10 ** (3 * normal(MOST_ROWS, 1, seed=seed + 3))).bfloat16()
+    hidden = (hidden * 10 ** (3 * normal(ROWS, 1, seed=seed + 3))).bfloat16()
     assert head(weight)(hidden) == expected(weight, hidden)
 
 
@@ -70,7 +71,7 @@ def test_near_ties_are_told_apart() -> None:
 
 
 def test_a_row_does_not_depend_on_its_company(threads: Callable[[int], None]) -> None:
-    weight, hidden = normal(700, 96).bfloat16(), normal(MOST_ROWS, 96, seed=1).bfloat16()
+    weight, hidden = normal(700, 96).bfloat16(), normal(ROWS, 96, seed=1).bfloat16()
     own = head(weight)
     threads(2)
     together = own(hidden)
@@ -79,21 +80,33 @@ def test_a_row_does_not_depend_on_its_company(threads: Callable[[int], None]) ->
     assert [found for row in hidden for found in own(row.unsqueeze(0)) or ()] == together
 
 
-def test_rows_that_are_not_numbers_get_some_id() -> None:
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_row_that_is_not_all_numbers_takes_all_logits(broken: float) -> None:
     weight, hidden = normal(70, 16).bfloat16(), normal(4, 16, seed=1).bfloat16()
-    hidden[0, 3], hidden[1, 3], hidden[2, :] = float("nan"), float("inf"), 0.0
-    found = head(weight)(hidden)
-    assert found is not None
-    assert all(0 <= token < 70 for token in found)
-    assert found[2] == 0
-    assert found[3:] == expected(weight, hidden[3:])
+    hidden[2, 3] = broken
+    own = head(weight)
+    assert own(hidden) is None
+    assert own(hidden[:2]) == expected(weight, hidden[:2])
 
 
-def test_many_rows_and_other_weights_take_all_logits() -> None:
+def test_of_a_row_of_zeros_every_id_is_the_best() -> None:
+    assert head(normal(70, 16).bfloat16())(torch.zeros(1, 16).bfloat16()) == [0]
+
+
+@pytest.mark.parametrize("size", [8.0, 30.0, 1000.0])
+def test_a_few_inputs_may_dwarf_the_others(size: float) -> None:
+    """In both directions, in one group of four and alone; as final hidden states of large models do."""
+    weight, hidden = normal(3000, 256).bfloat16(), normal(9, 256, seed=1)
+    hidden[:, [0, 1, 77, 255]] *= torch.tensor([1.0, -1.0, 0.5, -2.0]) * size
+    assert head(weight)(hidden.bfloat16()) == expected(weight, hidden.bfloat16())
+
+
+def test_other_weights_take_all_logits() -> None:
     weight = normal(64, 16).bfloat16()
-    assert head(weight)(normal(MOST_ROWS + 1, 16).bfloat16()) is None
     assert greedy_head(weight.float()) is None
     assert greedy_head(normal(64, 24).bfloat16()) is None
+    weight[3, 3] = float("inf")
+    assert greedy_head(weight) is None
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])

@@ -874,125 +874,195 @@ struct Filter {
   std::int64_t outputs, inputs;
 };
 
-constexpr int kFilterRows = 6;
+constexpr int kFilterRows = 12;  // most rows whose sums stay in registers
 constexpr int kMostScored = 4096;
+constexpr float kUsual = 3.0f;  // standard deviations of a row that 8 bits hold
 
-#ifdef __AVX512VNNI__
-struct FilterRow {  // x = step * (256 * (high - 128) + low)
+struct FilterRow {  // x = step * (low - 128 + 256 * (up - down))
   float step, length, lost;
+  std::int32_t ups, downs;
 };
 
-void filter_row(FilterRow& row, std::uint8_t* high, std::uint8_t* low, const bf16* x, std::int64_t inputs) {
+struct Outliers {  // of four inputs of a row, some do not fit 8 bits: by how many times 256 each is above, or below
+  std::int32_t index, by;
+};
+
+struct FilterScratch {  // for a number of rows
+  FilterRow* rows;     // [rows]
+  Outliers* outliers;  // [rows, inputs / 2]: the ups, and from the middle on the downs
+  float* upper;        // [rows, panels * kPanel]: what each logit is at most
+  float* best;         // [rows, panels, 2]: of each panel, the largest of these, and of what logits are most likely
+  std::int32_t* ids;   // [rows, kMostScored]
+  std::uint8_t* low;   // [rows, inputs]
+};
+
+inline FilterScratch filter_scratch(const Filter& f, std::int64_t rows, void* memory) {
+  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
+  FilterScratch s;
+  s.rows = static_cast<FilterRow*>(memory);
+  s.outliers = reinterpret_cast<Outliers*>(s.rows + rows);
+  s.upper = reinterpret_cast<float*>(s.outliers + rows * f.inputs / 2);
+  s.best = s.upper + rows * panels * kPanel;
+  s.ids = reinterpret_cast<std::int32_t*>(s.best + rows * panels * 2);
+  s.low = reinterpret_cast<std::uint8_t*>(s.ids + rows * kMostScored);
+  return s;
+}
+
+#ifdef __AVX512VNNI__
+// A row's step is for its usual inputs: a few are so much larger that with theirs the others would hardly be told apart.
+void filter_row(FilterRow& row, Outliers* outliers, std::uint8_t* low, const bf16* x, std::int64_t inputs) {
   float most = 1e-30f, squares = 0.0f;
-  for (std::int64_t i = 0; i < inputs; i++) {
-    float v = widen(x[i]), magnitude = v < 0.0f ? -v : v;
-    most = magnitude > most ? magnitude : most;
-  }
+  for (std::int64_t i = 0; i < inputs; i++) most = std::max(most, std::fabs(widen(x[i])));
   for (std::int64_t i = 0; i < inputs; i++) {
     float v = widen(x[i]) / most;  // so that no square is too large or too small for a float
     squares += v * v;
   }
-  row.step = most / 32512.0f;
   row.length = std::sqrt(squares) * most * 1.0001f;
-  float sums = (float(inputs) / kLanes + 8.0f) * 1.2e-7f;  // what the exact logit's sum in float32 may be off by
-  row.lost = 0.51f * row.step * std::sqrt(float(inputs)) + sums * row.length;
-  for (std::int64_t i = 0; i < inputs; i++) {
-    float scaled = widen(x[i]) / row.step;
-    std::int32_t q = scaled == scaled && most < INFINITY ? std::int32_t(std::lrint(scaled)) : 0;
-    high[i] = std::uint8_t((q >> 8) + 128);
-    low[i] = std::uint8_t(q & 255);
+  row.step = std::max(kUsual / 127.0f * std::sqrt(squares / float(inputs)), 1.0f / 32512.0f) * most;
+  row.ups = row.downs = 0;
+  if (!(row.length < INFINITY)) return;  // not numbers, or such that no bound says anything
+  float left = 0.0f;
+  for (std::int64_t i = 0; i < inputs; i += 4) {
+    Outliers up{std::int32_t(i / 4), 0}, down = up;
+    for (int j = 0; j < 4; j++) {
+      float scaled = widen(x[i + j]) / row.step;
+      std::int32_t q = std::int32_t(std::lrint(scaled)), times = (q + 128) >> 8;
+      float off = scaled - float(q);
+      left += off * off;
+      low[i + j] = std::uint8_t(q - 256 * times + 128);
+      (times > 0 ? up : down).by |= std::abs(times) << 8 * j;
+    }
+    if (up.by) outliers[row.ups++] = up;
+    if (down.by) outliers[inputs / 4 + row.downs++] = down;
   }
+  // The second is what sums in float32 may be off by, the exact logit's and these.
+  row.lost = std::sqrt(left) * row.step * 1.001f + (float(inputs) / kLanes + 16.0f) * 1.2e-7f * row.length;
 }
 
-// upper: [rows, panels * kPanel], what each logit is at most; bounds: [rows, panels, 2], the largest of a panel is at least and
-// at most.
+// sums: [kCount, kPanel] = x W^T of one panel. A function of its own, or its sums would not stay in registers.
 template <int kCount>
-void filter_tile(const Filter& f, const FilterRow* rows, const std::uint8_t* high, const std::uint8_t* low, std::int64_t panel,
-                 std::int64_t panels, float* upper, float* bounds) {
-  __m512i acc[kCount][2][2] = {};
-  const std::int8_t* w = f.weights + panel * kPanel * f.inputs;
-  for (std::int64_t i = 0; i < f.inputs; i += 4, w += 4 * kPanel) {
+[[gnu::noinline]] void dot_bytes(std::int32_t* sums, const std::int8_t* w, const std::uint8_t* x, std::int64_t inputs) {
+  __m512i acc[kCount][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kCount; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+  for (std::int64_t i = 0; i < inputs; i += 4, w += 4 * kPanel) {
     __m512i w0 = read<__m512i>(w), w1 = read<__m512i>(w + 2 * kPanel);
     prefetch(w, kAhead / 2);
     prefetch(w + 2 * kPanel, kAhead / 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; r++) {
-      __m512i a = _mm512_set1_epi32(read<std::int32_t>(high + r * f.inputs + i));
-      __m512i b = _mm512_set1_epi32(read<std::int32_t>(low + r * f.inputs + i));
-      acc[r][0][0] = _mm512_dpbusd_epi32(acc[r][0][0], a, w0);
-      acc[r][1][0] = _mm512_dpbusd_epi32(acc[r][1][0], a, w1);
-      acc[r][0][1] = _mm512_dpbusd_epi32(acc[r][0][1], b, w0);
-      acc[r][1][1] = _mm512_dpbusd_epi32(acc[r][1][1], b, w1);
+      __m512i four = _mm512_set1_epi32(read<std::int32_t>(x + r * inputs + i));
+      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], four, w0);
+      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], four, w1);
     }
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < kCount; r++)
+    for (int h = 0; h < 2; h++) std::memcpy(sums + r * kPanel + h * kLanes, &acc[r][h], sizeof(__m512i));
+}
+
+inline void dot_outliers(__m512i* sums, const std::int8_t* panel, const Outliers* outliers, std::int32_t count) {
+  for (const Outliers* o = outliers; o < outliers + count; o++) {
+    __m512i by = _mm512_set1_epi32(o->by);
+    const std::int8_t* w = panel + std::int64_t(o->index) * 4 * kPanel;
+    sums[0] = _mm512_dpbusd_epi32(sums[0], by, read<__m512i>(w));
+    sums[1] = _mm512_dpbusd_epi32(sums[1], by, read<__m512i>(w + 2 * kPanel));
+  }
+}
+
+// What each logit of some rows of one panel is at most.
+template <int kCount>
+void filter_tile(const Filter& f, const FilterScratch& s, std::int64_t row, std::int64_t panel, std::int64_t panels) {
+  const std::int8_t* w = f.weights + panel * kPanel * f.inputs;
+  alignas(64) std::int32_t sums[kCount * kPanel];
+  dot_bytes<kCount>(sums, w, s.low + row * f.inputs, f.inputs);
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int r = 0; r < kCount; r++) {
-    F least = splat(-INFINITY), most = splat(-INFINITY);
+  for (std::int64_t r = row; r < row + kCount; r++) {
+    const FilterRow& own = s.rows[r];
+    const Outliers* outliers = s.outliers + r * f.inputs / 2;
+    __m512i up[2] = {}, down[2] = {};
+    dot_outliers(up, w, outliers, own.ups);
+    dot_outliers(down, w, outliers + f.inputs / 4, own.downs);
+    F most[2] = {splat(-INFINITY), splat(-INFINITY)};
     for (int h = 0; h < 2; h++) {
-      std::int64_t o = panel * kPanel + h * kLanes;
-      F step = load(f.step + o) * rows[r].step;
-      I whole = cast_bits<I>(acc[r][h][0]) - read<I>(f.sums + o);
-      F logit = (__builtin_convertvector(whole, F) * 256.0f + __builtin_convertvector(cast_bits<I>(acc[r][h][1]), F)) * step;
-      // The last is for sums in float32 here.
-      F off = load(f.lost + o) * rows[r].length + load(f.length + o) * rows[r].lost + step * 32.0f;
-      I there = lane + std::int32_t(o) < std::int32_t(f.outputs), unknown = off != off;
-      F at_most = choose(there, choose(unknown, splat(INFINITY), logit + off), splat(-INFINITY));
-      F at_least = choose(there & ~unknown, logit - off, splat(-INFINITY));
-      store(upper + r * panels * kPanel + o, at_most);
-      most = choose(at_most > most, at_most, most);
-      least = choose(at_least > least, at_least, least);
+      std::int64_t at = panel * kPanel + h * kLanes;
+      I whole = read<I>(sums + (r - row) * kPanel + h * kLanes) - read<I>(f.sums + at);
+      whole += (cast_bits<I>(up[h]) - cast_bits<I>(down[h])) << 8;
+      F logit = __builtin_convertvector(whole, F) * (load(f.step + at) * own.step);
+      F at_most = logit + load(f.lost + at) * own.length + load(f.length + at) * own.lost;
+      if (at + kLanes > f.outputs) {
+        I there = lane + std::int32_t(at) < std::int32_t(f.outputs);
+        at_most = choose(there, at_most, splat(-INFINITY)), logit = choose(there, logit, splat(-INFINITY));
+      }
+      store(s.upper + r * panels * kPanel + at, at_most);
+      most[0] = choose(at_most > most[0], at_most, most[0]);
+      most[1] = choose(logit > most[1], logit, most[1]);
     }
-    bounds[(r * panels + panel) * 2] = largest(least);
-    bounds[(r * panels + panel) * 2 + 1] = largest(most);
+    for (int i = 0; i < 2; i++) s.best[(r * panels + panel) * 2 + i] = _mm512_reduce_max_ps(cast_bits<__m512>(most[i]));
   }
 }
 
 template <int kCount>
-void filter_rows(int count, const Filter& f, const FilterRow* rows, const std::uint8_t* high, const std::uint8_t* low,
-                 std::int64_t panel, std::int64_t panels, float* upper, float* bounds) {
+void filter_rows(int count, const Filter& f, const FilterScratch& s, std::int64_t row, std::int64_t panel, std::int64_t panels) {
   if (count == kCount)
-    filter_tile<kCount>(f, rows, high, low, panel, panels, upper, bounds);
+    filter_tile<kCount>(f, s, row, panel, panels);
   else if constexpr (kCount > 1)
-    filter_rows<kCount - 1>(count, f, rows, high, low, panel, panels, upper, bounds);
+    filter_rows<kCount - 1>(count, f, s, row, panel, panels);
 }
 
-// The id with the largest logit in float32, the first among equals, of each row of x [rows, inputs]; -1 where so many would
-// have to be scored that all logits cost no more.
-void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, FilterRow* scales, std::uint8_t* high,
-              std::uint8_t* low, float* upper, float* bounds) {
+// The id with the largest logit in float32, the first among equals; -1 where so many would have to be scored that all logits
+// cost no more, and for a row that is not all numbers.
+std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, const float* upper, const float* best,
+                         std::int32_t* ids, std::int64_t panels) {
+  if (!(row.length < INFINITY)) return -1;
+  auto score = [&](std::int64_t id, std::int64_t next) {
+    const bf16 *own = f.exact + id * f.inputs, *ahead = f.exact + next * f.inputs;
+    F sums{};
+    for (std::int64_t i = 0; i < f.inputs; i += kLanes) {
+      __builtin_prefetch(ahead + i);
+      sums += load(own + i) * load(x + i);
+    }
+    return sum(sums);
+  };
+  std::int64_t likely = 0, count = 0;
+  for (std::int64_t p = 1; p < panels; p++)
+    if (best[2 * p + 1] > best[2 * likely + 1]) likely = p;
+  auto guess = [&](std::int64_t o) { return upper[o] - (f.lost[o] * row.length + f.length[o] * row.lost); };
+  std::int64_t id = likely * kPanel;
+  for (std::int64_t o = id + 1; o < std::min((likely + 1) * kPanel, f.outputs); o++)
+    if (guess(o) > guess(id)) id = o;
+  float largest = score(id, id);  // hardly any other can be as large
+  for (std::int64_t p = 0; p < panels; p++) {
+    if (best[2 * p] < largest) continue;
+    if (count > kMostScored - kPanel) return -1;
+    for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++)
+      if (!(upper[o] < largest)) ids[count++] = std::int32_t(o);
+  }
+  largest = -INFINITY;
+  for (std::int64_t j = 0; j < count; j++) {
+    float logit = score(ids[j], ids[std::min(j + 1, count - 1)]);
+    if (logit > largest) largest = logit, id = ids[j];
+  }
+  return id;
+}
+
+// The best id of each row of x [rows, inputs], or -1.
+void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, const FilterScratch& s) {
   std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
 #pragma omp for schedule(static)
   for (std::int64_t r = 0; r < rows; r++)
-    filter_row(scales[r], high + r * f.inputs, low + r * f.inputs, x + r * f.inputs, f.inputs);
+    filter_row(s.rows[r], s.outliers + r * f.inputs / 2, s.low + r * f.inputs, x + r * f.inputs, f.inputs);
 #pragma omp for schedule(static)
   for (std::int64_t p = 0; p < panels; p++)
     for (std::int64_t row = 0, tiles = (rows + kFilterRows - 1) / kFilterRows; tiles > 0; tiles--) {
       int count = int((rows - row + tiles - 1) / tiles);
-      filter_rows<kFilterRows>(count, f, scales + row, high + row * f.inputs, low + row * f.inputs, p, panels,
-                               upper + row * panels * kPanel, bounds + row * panels * 2);
+      filter_rows<kFilterRows>(count, f, s, row, p, panels);
       row += count;
     }
 #pragma omp for schedule(dynamic, 1)
-  for (std::int64_t r = 0; r < rows; r++) {
-    float least = -INFINITY, best = -INFINITY;
-    for (std::int64_t p = 0; p < panels; p++) {
-      float own = bounds[(r * panels + p) * 2];
-      least = own > least ? own : least;
-    }
-    std::int64_t id = 0, scored = 0;
-    for (std::int64_t p = 0; p < panels && scored <= kMostScored; p++) {
-      if (!(bounds[(r * panels + p) * 2 + 1] >= least)) continue;
-      for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++) {
-        if (!(upper[r * panels * kPanel + o] >= least)) continue;
-        F sums{};
-        for (std::int64_t i = 0; i < f.inputs; i += kLanes) sums += load(f.exact + o * f.inputs + i) * load(x + r * f.inputs + i);
-        float logit = sum(sums);
-        if (logit > best) best = logit, id = o;
-        scored++;
-      }
-    }
-    ids[r] = scored > kMostScored ? -1 : id;
-  }
+  for (std::int64_t r = 0; r < rows; r++)
+    ids[r] = best_of_row(f, s.rows[r], x + r * f.inputs, s.upper + r * panels * kPanel, s.best + r * panels * 2,
+                         s.ids + r * kMostScored, panels);
 }
 #endif
 
@@ -1164,14 +1234,11 @@ extern "C" int slipstream_has_filter() {
 #endif
 }
 
-// scratch: bytes, [rows, panels * kPanel + panels * 2 + 3] floats and then twice [rows, inputs] bytes.
-extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, const void* filter, const bf16* x, std::int64_t rows, float* scratch) {
+// scratch: bytes, as `filter_scratch` divides them.
+extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, const void* filter, const bf16* x, std::int64_t rows, void* scratch) {
 #ifdef __AVX512VNNI__
   const Filter& f = *static_cast<const Filter*>(filter);
-  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
-  float *bounds = scratch + rows * panels * kPanel, *scales = bounds + rows * panels * 2;
-  std::uint8_t* high = reinterpret_cast<std::uint8_t*>(scales + rows * 3);
 #pragma omp parallel
-  best_ids(ids, f, x, rows, reinterpret_cast<FilterRow*>(scales), high, high + rows * f.inputs, scratch, bounds);
+  best_ids(ids, f, x, rows, filter_scratch(f, rows, scratch));
 #endif
 }
