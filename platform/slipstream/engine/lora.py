@@ -15,7 +15,16 @@ import torch
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
 from slipstream.engine.linear import LinearGroup, RowAdapters, RowContext
-from slipstream.engine.stacks import PlainRows, PreparedLora, PreparedModule, RankStack, StackTile, norms
+from slipstream.engine.stacks import (
+    Plain,
+    PlainRows,
+    PreparedLora,
+    PreparedModule,
+    RankStack,
+    StackLayout,
+    StackTile,
+    norms,
+)
 
 SMALLEST_RANK = (
     8  # stacks have ranks 8 (16 where kernels want whole vectors), 16, 32 …: an adapter is padded to less than
@@ -66,6 +75,11 @@ class AdapterBank:
         self._rows = rows
         self._like = like
         self._kernels = kernels
+        self._stack_layout: StackLayout = Plain()
+        if kernels is LoraKernels.NATIVE:
+            from slipstream.engine.native.weights import Panels  # noqa: PLC0415  # only where they were built
+
+            self._stack_layout = Panels.of(like.dtype, all(g.in_features % 2 == 0 for g in groups.values()))
         self._loras: dict[int, PreparedLora] = {}
         self._stacks: dict[int, RankStack] = {}
         self._layouts: dict[tuple[int, ...], tuple[RowAdapters, ...]] = {}  # slots of a call → its tiles
@@ -165,7 +179,7 @@ class AdapterBank:
         while rank < self._loras[slot].rank:
             rank *= 2
         if rank not in self._stacks:
-            self._stacks[rank] = RankStack(self._groups, rank, self._like)
+            self._stacks[rank] = RankStack(self._groups, rank, self._like, self._stack_layout)
         return self._stacks[rank]
 
     def _hold(self, slots: Iterable[int]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -65,11 +66,53 @@ class PreparedLora:
         return PreparedLora({name: module.to(device) for name, module in self.modules.items()}, self.rank)
 
 
+class StackLayout(Protocol):
+    """How a stack's weights lie in memory."""
+
+    def shrink_shape(self, inputs: int, columns: int) -> tuple[int, ...]:
+        """Of one adapter's [inputs, columns]."""
+        ...
+
+    def expand_shape(self, rank: int, outputs: int) -> tuple[int, ...]:
+        """Of one adapter's [rank, outputs]."""
+        ...
+
+    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
+        """Write a [inputs, r] to the columns from `first` on."""
+        ...
+
+    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
+        """Write b [shares * r, outputs] to the first ranks of each of the shares of R; the others are zero."""
+        ...
+
+
+class Plain:
+    """As batched products want them: a matrix an adapter."""
+
+    def shrink_shape(self, inputs: int, columns: int) -> tuple[int, ...]:
+        """See `StackLayout`."""
+        return inputs, columns
+
+    def expand_shape(self, rank: int, outputs: int) -> tuple[int, ...]:
+        """See `StackLayout`."""
+        return rank, outputs
+
+    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
+        """See `StackLayout`."""
+        place[:, first : first + a.shape[1]] = a
+
+    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
+        """See `StackLayout`."""
+        (rows, out), rank = place.shape, b.shape[0] // shares  # a rank may have no outputs at all
+        place.view(shares, rows // shares, out)[:, :rank] = b.view(shares, rank, out)
+
+
 @dataclass(slots=True)
 class StackPart:
-    """A stack's weights for one group of k siblings. shrink: [P, in, k * R]; expand: [P, R, out] for each member that any
-    adapter here has, gains: [P, out] float32 for each that has DoRA, 1 where an adapter has none. Where adapters are fully
-    sharded, R in `shrink` or out in `expand` is this rank's share of it (`LoraSplit`)."""
+    """A stack's weights for one group of k siblings, P places each. shrink: [in, k * R]; expand: [R, out] for each member
+    that any adapter here has, both as the stack's layout has them; gains: [P, out] float32 for each that has DoRA, 1 where
+    an adapter has none. Where adapters are fully sharded, R in `shrink` or out in `expand` is this rank's share of it
+    (`LoraSplit`)."""
 
     shrink: torch.Tensor
     expand: list[torch.Tensor | None]
@@ -82,8 +125,9 @@ class StackPart:
 class RankStack:
     """Adapters padded to rank R, in P places. An adapter that comes overwrites one that was not used for long."""
 
-    def __init__(self, groups: Mapping[str, LinearGroup], rank: int, like: torch.Tensor) -> None:
+    def __init__(self, groups: Mapping[str, LinearGroup], rank: int, like: torch.Tensor, layout: StackLayout) -> None:
         self.rank = rank
+        self.layout = layout
         self.parts: dict[str, StackPart] = {}
         self._groups = groups
         self._like = like
@@ -194,8 +238,8 @@ class RankStack:
     def _new_part(self, group: LinearGroup) -> StackPart:
         k = len(group.names)
         self.version = next(_versions)
-        shrink = self._zeros(len(self._slots), group.in_features, k * group.lora.width(self.rank))
-        return StackPart(shrink, [None] * k, [None] * k)
+        shape = self.layout.shrink_shape(group.in_features, k * group.lora.width(self.rank))
+        return StackPart(self._zeros(len(self._slots), *shape), [None] * k, [None] * k)
 
     def _write_member(
         self, part: StackPart, m: int, place: int, module: PreparedModule | None, group: LinearGroup
@@ -205,7 +249,8 @@ class RankStack:
             self.version = next(_versions)
             own = group.expanded(m)
             rows = group.lora.shares * group.lora.width(self.rank)
-            expand = part.expand[m] = self._zeros(len(self._slots), rows, own.stop - own.start)
+            shape = self.layout.expand_shape(rows, own.stop - own.start)
+            expand = part.expand[m] = self._zeros(len(self._slots), *shape)
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
@@ -214,10 +259,8 @@ class RankStack:
         if gains is not None:
             gains[place] = module.gain if module is not None and module.gain is not None else 1.0
         if module is not None and expand is not None:
-            rank, shares, first = module.a.shape[1], group.lora.shares, m * group.lora.width(self.rank)
-            part.shrink[place, :, first : first + rank] = module.a
-            rows, out = expand.shape[1:]  # a rank may have no outputs at all
-            expand[place].view(shares, rows // shares, out)[:, :rank] = module.b.view(shares, rank, out)
+            self.layout.put_shrink(part.shrink[place], m * group.lora.width(self.rank), module.a)
+            self.layout.put_expand(expand[place], module.b, group.lora.shares)
 
 
 def norms(square: torch.Tensor) -> torch.Tensor:

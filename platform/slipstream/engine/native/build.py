@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -25,7 +26,7 @@ FLAGS = (
 COMPILERS = ("g++", "c++")  # the first that is found
 BUILD_TIMEOUT_S = 120
 _REAL, _INT, _PTR = ctypes.c_float, ctypes.c_int64, ctypes.c_void_p
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "add_norm": [_PTR] * 4 + [_REAL] + [_INT] * 2,
     "silu_mul": [_PTR] * 2 + [_INT] * 2,
     "rotate_store": [_PTR] * 5 + [_REAL] + [_PTR] * 3 + [_INT] * 5,
@@ -56,6 +57,8 @@ def library() -> ctypes.CDLL | None:
             function.argtypes, function.restype = arguments, None
     found.slipstream_product_bf16.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 2 + [_INT] * 3
     found.slipstream_product_bf16.restype = None
+    found.slipstream_lora_pairs.argtypes = SIGNATURES["lora"]
+    found.slipstream_lora_pairs.restype = None
     found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None
     found.slipstream_best_ids_bf16.argtypes = [_PTR] * 3 + [_INT, _PTR]
     found.slipstream_best_ids_bf16.restype = None

@@ -120,7 +120,8 @@ class NativeDecoder:
         """hidden: embeddings [n, H], overwritten; rotary as in `TorchOps.rotate_store` → final hidden states [n, H]; None for
         a step that this does not serve."""
         layout, adapters = paged.layout, self._groups[0].adapters
-        if not isinstance(layout, Paged) or not all(isinstance(a, NativeRows) and a.stack.is_plain for a in adapters):
+        served = (isinstance(a, NativeRows) and a.stack.is_plain and a.in_pairs for a in adapters)
+        if not isinstance(layout, Paged) or not all(served):
             return None
         rows, heads = hidden.shape[0], self._heads + 2 * self._kv_heads
         decoder = self._with_cache(paged.cache)

@@ -1,8 +1,8 @@
 // The parts of a decode step that are many small operations in torch, one call each: norms, rotary embedding, attention
 // over paged keys, the gated activation, adapters. Arithmetic is float32 on values widened from T, rounded to T where
 // torch's own operations would round. Every row is computed in one order that does not depend on its company or on the
-// number of threads. Portable vectors, which the compiler lowers to whatever the processor has; only the base GEMM asks for
-// an instruction of its own.
+// number of threads. Portable vectors, which the compiler lowers to whatever the processor has. Products in bfloat16 (base
+// GEMM, adapters, attention) have versions for AVX512-BF16, an LM head in 8 bits one for AVX512-VNNI.
 //
 // Each operation is the work of a team of threads, shared out by `omp for`, at whose end they meet. An export opens a region
 // for one operation; `decode` opens one for a whole step.
@@ -276,39 +276,129 @@ struct Heads {
   float scaling, softcap;
 };
 
-// kCount rows at a time keep their sums in registers. Blocks lie anywhere, and no processor guesses where: the next keys and
-// these keys' values, [16, dim] each, are asked for on the way.
-template <int kCount, class T>
-inline void dot_keys(F* scores, std::int64_t stride, const float* q, const float* kt, std::int64_t dim, const T* next_keys,
-                     const T* values) {
-  F acc[kCount] = {};
-  for (std::int64_t d = 0; d < dim; d++) {
-    __builtin_prefetch(next_keys + d * kLanes);
-    __builtin_prefetch(values + d * kLanes);
-    F k = load(kt + d * kLanes);
-    for (int r = 0; r < kCount; r++) acc[r] += k * q[r * kMaxDim + d];
-  }
-  for (int r = 0; r < kCount; r++) scores[r * stride] = acc[r];
-}
+// Products of queries with keys and of weights with values, for kCount rows at a time, whose sums stay in registers. Blocks lie
+// anywhere, and no processor guesses where: the next keys and these keys' values, [16, dim] each, are asked for on the way.
+template <class T>
+struct Attention {
+  using Query = float;
 
-template <int kCount, class T>
-inline void add_values(float* out, const float* weights, std::int64_t stride, const T* values, std::int64_t dim) {
-  for (std::int64_t d = 0; d < dim; d += kLanes) {
-    F acc[kCount];
-    for (int r = 0; r < kCount; r++) acc[r] = load(out + r * kMaxDim + d);
-    for (int i = 0; i < kLanes; i++) {
-      F v = load(values + i * dim + d);
-      for (int r = 0; r < kCount; r++) acc[r] += v * weights[r * stride + i];
+  // scores: of 16 keys, a vector a row.
+  template <int kCount>
+  static void score(F* scores, std::int64_t stride, const float* q, const T* keys, std::int64_t dim, const T* next_keys,
+                    const T* values) {
+    alignas(64) float kt[kMaxDim * kLanes];
+    transpose_keys(kt, keys, dim);
+    F acc[kCount] = {};
+    for (std::int64_t d = 0; d < dim; d++) {
+      __builtin_prefetch(next_keys + d * kLanes);
+      __builtin_prefetch(values + d * kLanes);
+      F k = load(kt + d * kLanes);
+      for (int r = 0; r < kCount; r++) acc[r] += k * q[r * kMaxDim + d];
     }
-    for (int r = 0; r < kCount; r++) store(out + r * kMaxDim + d, acc[r]);
+    for (int r = 0; r < kCount; r++) scores[r * stride] = acc[r];
   }
-}
+
+  static void keep_weights(F* row, std::int64_t chunk, F weights) { row[chunk] = rounded(static_cast<T*>(nullptr), weights); }
+
+  // out: [kCount, kMaxDim]; place: where the values of a chunk of 16 keys begin.
+  template <int kCount, class Place>
+  static void mix(float* out, const F* weights, std::int64_t stride, std::int64_t chunks, const T* values, Place place,
+                  std::int64_t dim) {
+    for (std::int64_t d = 0; d < dim; d += kLanes) {
+      F acc[kCount] = {};
+      for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+        const T* own = values + place(chunk) + d;
+        const float* w = reinterpret_cast<const float*>(weights + chunk);
+        for (int i = 0; i < kLanes; i++) {
+          F v = load(own + i * dim);
+          for (int r = 0; r < kCount; r++) acc[r] += v * w[r * stride * kLanes + i];
+        }
+      }
+      for (int r = 0; r < kCount; r++) store(out + r * kMaxDim + d, acc[r]);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+// With an instruction for two products: of two inputs of a key, which transposing keeps together, and of two keys' values.
+template <>
+struct Attention<bf16> {
+  using Query = bf16;
+
+  static __m512i half_or_whole(const bf16* p, bool whole) {
+    return whole ? _mm512_loadu_si512(p) : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static __m512bh pair(const bf16* p) { return cast_bits<__m512bh>(_mm512_set1_epi32(read<std::int32_t>(p))); }
+
+  template <int kCount>
+  static void score(F* scores, std::int64_t stride, const bf16* q, const bf16* keys, std::int64_t dim, const bf16* next_keys,
+                    const bf16* values) {
+    __m512 acc[kCount];
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) acc[r] = _mm512_setzero_ps();
+    for (std::int64_t d = 0; d < dim; d += 2 * kLanes) {
+      F inputs[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        __builtin_prefetch(next_keys + i * dim + d);
+        __builtin_prefetch(values + i * dim + d);
+        inputs[i] = cast_bits<F>(half_or_whole(keys + i * dim + d, d + 2 * kLanes <= dim));
+      }
+      transpose(inputs);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+#pragma GCC unroll 16
+        for (int r = 0; r < kCount; r++)
+          acc[r] = _mm512_dpbf16_ps(acc[r], cast_bits<__m512bh>(inputs[i]), pair(q + r * kMaxDim + d + 2 * i));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) scores[r * stride] = cast_bits<F>(acc[r]);
+  }
+
+  static void keep_weights(F* row, std::int64_t chunk, F weights) { store(reinterpret_cast<bf16*>(row) + chunk * kLanes, weights); }
+
+  template <int kCount, class Place>
+  static void mix(float* out, const F* weights, std::int64_t stride, std::int64_t chunks, const bf16* values, Place place,
+                  std::int64_t dim) {
+    for (std::int64_t d = 0; d < dim; d += 2 * kLanes) {
+      bool whole = d + 2 * kLanes <= dim;
+      __m512 acc[kCount][2];
+#pragma GCC unroll 16
+      for (int r = 0; r < kCount; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+      for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
+        const bf16 *own = values + place(chunk) + d, *w = reinterpret_cast<const bf16*>(weights) + chunk * kLanes;
+        for (int i = 0; i < kLanes; i += 2) {
+          __m512i even = half_or_whole(own + i * dim, whole), odd = half_or_whole(own + (i + 1) * dim, whole);
+          __m512bh low = cast_bits<__m512bh>(_mm512_unpacklo_epi16(even, odd));
+          __m512bh high = cast_bits<__m512bh>(_mm512_unpackhi_epi16(even, odd));
+#pragma GCC unroll 16
+          for (int r = 0; r < kCount; r++) {
+            __m512bh both = pair(w + r * stride * 2 * kLanes + i);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], low, both);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], high, both);
+          }
+        }
+      }
+      // Lane 4 l + j of `low` is output 8 l + j, of `high` 8 l + 4 + j.
+      const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+      const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 16
+      for (int r = 0; r < kCount; r++) {
+        _mm512_storeu_ps(out + r * kMaxDim + d, _mm512_permutex2var_ps(acc[r][0], first, acc[r][1]));
+        if (whole) _mm512_storeu_ps(out + r * kMaxDim + d + kLanes, _mm512_permutex2var_ps(acc[r][0], second, acc[r][1]));
+      }
+    }
+  }
+};
+#endif
 
 // Up to kRows query rows of one KV head of one sequence. scores: scratch [kRows, length up to whole 16s].
 template <class T>
 void attend_rows(T* out, const T* query, const T* keys, const T* values, const std::int32_t* table, const Sequence& seq,
                  const Heads& h, std::int64_t kv_head, std::int64_t first, int count, F* scores, std::int64_t stride) {
-  alignas(64) float q[kRows * kMaxDim], kt[kMaxDim * kLanes], sums[kRows * kMaxDim];
+  using A = Attention<T>;
+  alignas(64) typename A::Query q[kRows * kMaxDim];
+  alignas(64) float sums[kRows * kMaxDim];
   std::int64_t last_seen[kRows];
   // Member m of the group's rows: token m / group, head m % group. Rows are padded to kRows or a third by repeating.
   int padded = count <= 4 ? 4 : kRows;
@@ -316,8 +406,9 @@ void attend_rows(T* out, const T* query, const T* keys, const T* values, const s
   for (int r = 0; r < padded; r++) {
     std::int64_t member = first + (r < count ? r : count - 1), token = member / h.group;
     const T* from = query + (seq.first_row + token) * h.query_row + (kv_head * h.group + member % h.group) * h.query_head;
-    for (std::int64_t d = 0; d < h.dim; d += kLanes) store(q + r * kMaxDim + d, load(from + d));
-    std::memset(sums + r * kMaxDim, 0, h.dim * sizeof(float));
+    std::int64_t d = 0;
+    for (; d < h.dim; d += kLanes) store(q + r * kMaxDim + d, load(from + d));
+    if (d % (2 * kLanes)) store(q + r * kMaxDim + d, F{});
     last_seen[r] = seq.start + token;
     if (last_seen[r] + 1 > high) high = last_seen[r] + 1;
   }
@@ -334,12 +425,11 @@ void attend_rows(T* out, const T* query, const T* keys, const T* values, const s
   F best[kRows];
   for (int r = 0; r < padded; r++) best[r] = splat(-INFINITY);
   for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
-    transpose_keys(kt, keys + place(chunk), h.dim);
     const T *next = keys + place(chunk + 1 < chunks ? chunk + 1 : chunk), *own = values + place(chunk);
     if (padded == 4)
-      dot_keys<4>(scores + chunk, stride, q, kt, h.dim, next, own);
+      A::template score<4>(scores + chunk, stride, q, keys + place(chunk), h.dim, next, own);
     else
-      dot_keys<kRows>(scores + chunk, stride, q, kt, h.dim, next, own);
+      A::template score<kRows>(scores + chunk, stride, q, keys + place(chunk), h.dim, next, own);
     I key = lane + std::int32_t(low + chunk * kLanes);
     for (int r = 0; r < count; r++) {
       F s = rounded(query, scores[r * stride + chunk]) * h.scaling;  // a product of T's is a T, in torch
@@ -363,17 +453,14 @@ void attend_rows(T* out, const T* query, const T* keys, const T* values, const s
     }
     F whole = splat(sum(total));
     for (std::int64_t chunk = 0; chunk < chunks; chunk++)
-      scores[r * stride + chunk] = rounded(query, scores[r * stride + chunk] / whole);
+      A::keep_weights(scores + r * stride, chunk, scores[r * stride + chunk] / whole);
   }
   for (int r = count; r < padded; r++)
-    for (std::int64_t chunk = 0; chunk < chunks; chunk++) scores[r * stride + chunk] = F{};
-  for (std::int64_t chunk = 0; chunk < chunks; chunk++) {
-    const float* weights = reinterpret_cast<const float*>(scores + chunk);
-    if (padded == 4)
-      add_values<4>(sums, weights, stride * kLanes, values + place(chunk), h.dim);
-    else
-      add_values<kRows>(sums, weights, stride * kLanes, values + place(chunk), h.dim);
-  }
+    for (std::int64_t chunk = 0; chunk < chunks; chunk++) A::keep_weights(scores + r * stride, chunk, F{});
+  if (padded == 4)
+    A::template mix<4>(sums, scores, stride, chunks, values, place, h.dim);
+  else
+    A::template mix<kRows>(sums, scores, stride, chunks, values, place, h.dim);
   for (int r = 0; r < count; r++) {
     std::int64_t member = first + r;
     T* to = out + (seq.first_row + member / h.group) * h.out_row + (kv_head * h.group + member % h.group) * h.dim;
@@ -404,108 +491,134 @@ void attend(T* out, const T* query, const T* keys, const T* values, const Sequen
 
 // ---- adapters ----------------------------------------------------------------------------------------------------------
 
+constexpr int kPanel = 32;    // outputs whose weights lie side by side
 constexpr int kLoraRows = 4;  // rows of one adapter that share a pass over its weights
-constexpr int kShrinkAhead = 2048, kExpandAhead = 512;  // bytes; of `rank` rows each, in the second case
+constexpr int kShrinkAhead = 2048, kExpandAhead = 1024;  // bytes
 
-// out[r, c] = sum of x[r, i] a[i, c] over inputs first ... last, for kWide vectors of columns. Inputs are summed in kTurns
-// interleaved parts, the same for any number of rows, so that additions need not wait for each other.
-template <int kCount, int kWide, class T>
-inline void shrink_columns(float* out, std::int64_t out_row, const T* x, std::int64_t x_row, const T* a,
-                           std::int64_t a_row, std::int64_t first, std::int64_t last) {
+// How many inputs one instruction takes, whose weights then lie side by side: [inputs / kInputs, outputs, kInputs].
+template <class T>
+struct Single {
+  using Number = T;
+  using Inner = float;  // what a shrunk row is kept as
+  static constexpr int kInputs = 1;
+  static F weights(const T* p) { return load(p); }
+  template <class X>
+  static float inputs(const X* x) { return widen(*x); }
+  static F add(F sum, F w, float x) { return sum + w * x; }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+  using Number = bf16;
+  using Inner = bf16;
+  static constexpr int kInputs = 2;
+  static __m512bh weights(const bf16* p) { return read<__m512bh>(p); }
+  static __m512bh inputs(const bf16* x) { return cast_bits<__m512bh>(_mm512_set1_epi32(read<std::int32_t>(x))); }
+  static F add(F sum, __m512bh w, __m512bh x) { return cast_bits<F>(_mm512_dpbf16_ps(cast_bits<__m512>(sum), w, x)); }
+};
+#endif
+
+// out[r, c] = sum of x[r, i] a[i, c] over steps of K's inputs first ... last, for kWide vectors of columns. They are summed in
+// kTurns interleaved parts, the same for any number of rows, so that additions need not wait for each other.
+template <class K, int kCount, int kWide, class T>
+inline void shrink_columns(float* out, std::int64_t columns, const T* x, std::int64_t x_row, const T* a, std::int64_t first,
+                           std::int64_t last) {
   constexpr int kTurns = kWide == 1 ? 4 : 2;
   F acc[kTurns][kCount][kWide] = {};
   auto add = [&](int turn, std::int64_t i) {
-    F column[kWide];
-    prefetch(a + i * a_row, kShrinkAhead);
-    for (int w = 0; w < kWide; w++) column[w] = load(a + i * a_row + w * kLanes);
+    const T* own = a + i * columns * K::kInputs;
+    decltype(K::weights(own)) column[kWide];
+    prefetch(own, kShrinkAhead);
+    for (int w = 0; w < kWide; w++) column[w] = K::weights(own + w * kLanes * K::kInputs);
     for (int r = 0; r < kCount; r++) {
-      float value = widen(x[r * x_row + i]);
-      for (int w = 0; w < kWide; w++) acc[turn][r][w] += column[w] * value;
+      auto value = K::inputs(x + r * x_row + i * K::kInputs);
+      for (int w = 0; w < kWide; w++) acc[turn][r][w] = K::add(acc[turn][r][w], column[w], value);
     }
   };
   std::int64_t i = first;
   for (; i + kTurns <= last; i += kTurns)
+#pragma GCC unroll 4
     for (int turn = 0; turn < kTurns; turn++) add(turn, i + turn);
-  for (int turn = 0; i < last; i++, turn++) add(turn, i);
+#pragma GCC unroll 4
+  for (int turn = 0; turn < kTurns - 1; turn++)
+    if (i < last) add(turn, i++);
   for (int r = 0; r < kCount; r++)
     for (int w = 0; w < kWide; w++) {
       F total = acc[0][r][w];
       for (int turn = 1; turn < kTurns; turn++) total += acc[turn][r][w];
-      store(out + r * out_row + w * kLanes, total);
+      store(out + r * columns + w * kLanes, total);
     }
 }
 
-template <int kCount, class T>
-inline void shrink_rows(float* out, std::int64_t out_row, const T* x, std::int64_t x_row, const T* a, std::int64_t columns,
-                        std::int64_t first, std::int64_t last) {
+template <class K, int kCount, class T>
+inline void shrink_rows(float* out, const T* x, std::int64_t x_row, const T* a, std::int64_t columns, std::int64_t first,
+                        std::int64_t last) {
   std::int64_t c = 0;
   for (; c + 3 * kLanes <= columns; c += 3 * kLanes)
-    shrink_columns<kCount, 3>(out + c, out_row, x, x_row, a + c, columns, first, last);
+    shrink_columns<K, kCount, 3>(out + c, columns, x, x_row, a + c * K::kInputs, first, last);
   if (c + 2 * kLanes <= columns)
-    shrink_columns<kCount, 2>(out + c, out_row, x, x_row, a + c, columns, first, last), c += 2 * kLanes;
-  if (c < columns)
-    shrink_columns<kCount, 1>(out + c, out_row, x, x_row, a + c, columns, first, last);
+    shrink_columns<K, kCount, 2>(out + c, columns, x, x_row, a + c * K::kInputs, first, last), c += 2 * kLanes;
+  if (c < columns) shrink_columns<K, kCount, 1>(out + c, columns, x, x_row, a + c * K::kInputs, first, last);
 }
 
-// y[r, o] += sum of shrunk[r, k] b[k, o]: kWide vectors of outputs at a time, so that whole cache lines are read.
-template <int kCount, int kWide, class T>
-inline void expand_columns(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
-                           std::int64_t rank, std::int64_t width, int lanes) {
-  F acc[kCount][kWide] = {};
-  for (std::int64_t k = 0; k < rank; k++) {
-    if constexpr (kWide > 1) {
-      prefetch(b + k * width, kExpandAhead);
-      prefetch(b + k * width, kExpandAhead + 64);
+// y[r, o] += sum of shrunk[r, k] b[k, o] for the outputs of panels first ... last. b: [panels, rank / kInputs, kPanel, kInputs].
+template <class K, int kCount, class T>
+inline void expand_rows(T* y, std::int64_t y_row, const typename K::Inner* shrunk, std::int64_t columns, const T* b,
+                        std::int64_t rank, std::int64_t width, std::int64_t first, std::int64_t last) {
+  constexpr int kWide = kPanel / kLanes;
+  for (std::int64_t panel = first; panel < last; panel++) {
+    F acc[kCount][kWide] = {};
+    const T* own = b + panel * kPanel * rank;
+    for (std::int64_t k = 0; k < rank; k += K::kInputs, own += kPanel * K::kInputs) {
+      decltype(K::weights(own)) column[kWide];
+      for (int w = 0; w < kWide; w++) {
+        prefetch(own + w * kLanes * K::kInputs, kExpandAhead);
+        column[w] = K::weights(own + w * kLanes * K::kInputs);
+      }
+      for (int r = 0; r < kCount; r++) {
+        auto value = K::inputs(shrunk + r * columns + k);
+        for (int w = 0; w < kWide; w++) acc[r][w] = K::add(acc[r][w], column[w], value);
+      }
     }
     for (int w = 0; w < kWide; w++) {
-      F column = load(b + k * width + w * kLanes, lanes);
-      for (int r = 0; r < kCount; r++) acc[r][w] += column * shrunk[r * shrunk_row + k];
+      std::int64_t o = panel * kPanel + w * kLanes;
+      int lanes = int(std::min<std::int64_t>(width - o, kLanes));
+      if (lanes <= 0) break;
+      for (int r = 0; r < kCount; r++) {
+        T* to = y + r * y_row + o;
+        store(to, load(to, lanes) + rounded(to, acc[r][w]), lanes);
+      }
     }
   }
-  for (int r = 0; r < kCount; r++)
-    for (int w = 0; w < kWide; w++) {
-      T* to = y + r * y_row + w * kLanes;
-      store(to, load(to, lanes) + rounded(to, acc[r][w]), lanes);
-    }
 }
 
-template <int kCount, class T>
-inline void expand_rows(T* y, std::int64_t y_row, const float* shrunk, std::int64_t shrunk_row, const T* b,
-                        std::int64_t rank, std::int64_t width, std::int64_t first, std::int64_t last) {
-  std::int64_t o = first;
-  for (; o + 4 * kLanes <= last; o += 4 * kLanes)
-    expand_columns<kCount, 4>(y + o, y_row, shrunk, shrunk_row, b + o, rank, width, kLanes);
-  for (; o < last; o += kLanes)
-    expand_columns<kCount, 1>(y + o, y_row, shrunk, shrunk_row, b + o, rank, width, last - o < kLanes ? int(last - o) : kLanes);
-}
-
-struct Member {  // of a group of siblings, int64 each: where its columns lie and its weights [places, rank, width]
+struct Member {  // of a group of siblings, int64 each: where its columns lie and its weights, a place after the other
   std::int64_t column, width, expand;
 };
 
 // tiles: int64 [num_tiles, 3] = first row, rows (up to kLoraRows), place. scratch: float32 [num_tiles, 4, kLoraRows, columns].
 // Inputs are summed in two halves, so that two threads can share one tile and the sum is the same when one does both.
-template <class T>
+template <class K, class T>
 void lora_shrink(const T* x, std::int64_t x_row, std::int64_t inputs, const T* shrink, std::int64_t columns,
                  const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
-  std::int64_t half = (inputs + 1) / 2, part = kLoraRows * columns;
+  std::int64_t steps = inputs / K::kInputs, half = (steps + 1) / 2, part = kLoraRows * columns;
 #pragma omp for schedule(static)
   for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
     const std::int64_t* tile = tiles + i / 2 * 3;
     const T *a = shrink + tile[2] * inputs * columns, *from = x + tile[0] * x_row;
-    std::int64_t first = i % 2 ? half : 0, last = i % 2 ? inputs : half;
+    std::int64_t first = i % 2 ? half : 0, last = i % 2 ? steps : half;
     float* to = scratch + (i / 2 * 4 + i % 2) * part;
     switch (tile[1]) {
-      case 1: shrink_rows<1>(to, columns, from, x_row, a, columns, first, last); break;
-      case 2: shrink_rows<2>(to, columns, from, x_row, a, columns, first, last); break;
-      case 3: shrink_rows<3>(to, columns, from, x_row, a, columns, first, last); break;
-      default: shrink_rows<4>(to, columns, from, x_row, a, columns, first, last);
+      case 1: shrink_rows<K, 1>(to, from, x_row, a, columns, first, last); break;
+      case 2: shrink_rows<K, 2>(to, from, x_row, a, columns, first, last); break;
+      case 3: shrink_rows<K, 3>(to, from, x_row, a, columns, first, last); break;
+      default: shrink_rows<K, 4>(to, from, x_row, a, columns, first, last);
     }
   }
 }
 
-// Each member's outputs in two halves too: the work of one tile is shared. Both sides add the shrunk halves up for themselves.
-template <class T>
+// Each member's panels in two halves too: the work of one tile is shared. Both sides add the shrunk halves up for themselves.
+template <class K, class T>
 void lora_expand(T* y, std::int64_t y_row, std::int64_t columns, std::int64_t rank, const Member* members,
                  std::int64_t num_members, const std::int64_t* tiles, std::int64_t num_tiles, float* scratch) {
   std::int64_t part = kLoraRows * columns;
@@ -513,24 +626,32 @@ void lora_expand(T* y, std::int64_t y_row, std::int64_t columns, std::int64_t ra
   for (std::int64_t i = 0; i < 2 * num_tiles; i++) {
     const std::int64_t* tile = tiles + i / 2 * 3;
     const float *low = scratch + i / 2 * 4 * part, *high = low + part;
-    float* shrunk = scratch + (i / 2 * 4 + 2 + i % 2) * part;
+    auto* shrunk = reinterpret_cast<typename K::Inner*>(scratch + (i / 2 * 4 + 2 + i % 2) * part);
     for (std::int64_t c = 0; c < tile[1] * columns; c += kLanes) store(shrunk + c, rounded(y, load(low + c) + load(high + c)));
     for (std::int64_t m = 0; m < num_members; m++) {
       const Member& member = members[m];
       if (!member.expand) continue;
-      std::int64_t middle = member.width / kLanes / 2 * kLanes;
-      std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? member.width : middle;
-      const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * member.width;
-      const float* from = shrunk + m * rank;
+      std::int64_t panels = (member.width + kPanel - 1) / kPanel, middle = panels / 2;
+      std::int64_t first = i % 2 ? middle : 0, last = i % 2 ? panels : middle;
+      const T* b = reinterpret_cast<const T*>(member.expand) + tile[2] * rank * panels * kPanel;
+      const auto* from = shrunk + m * rank;
       T* to = y + tile[0] * y_row + member.column;
       switch (tile[1]) {
-        case 1: expand_rows<1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-        case 2: expand_rows<2>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-        case 3: expand_rows<3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
-        default: expand_rows<4>(to, y_row, from, columns, b, rank, member.width, first, last);
+        case 1: expand_rows<K, 1>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        case 2: expand_rows<K, 2>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        case 3: expand_rows<K, 3>(to, y_row, from, columns, b, rank, member.width, first, last); break;
+        default: expand_rows<K, 4>(to, y_row, from, columns, b, rank, member.width, first, last);
       }
     }
   }
+}
+
+template <class K, class T>
+void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t inputs, const T* shrink, std::int64_t columns,
+          std::int64_t rank, const Member* members, std::int64_t num_members, const std::int64_t* tiles,
+          std::int64_t num_tiles, float* scratch) {
+  lora_shrink<K>(x, x_row, inputs, shrink, columns, tiles, num_tiles, scratch);
+  lora_expand<K>(y, y_row, columns, rank, members, num_members, tiles, num_tiles, scratch);
 }
 
 // ---- Turbo streams -------------------------------------------------------------------------------------------------------
@@ -793,9 +914,8 @@ void draw(std::int64_t* ids, float* noise, float* sums, const T* logits, std::in
 
 // ---- base GEMMs --------------------------------------------------------------------------------------------------------
 
-// y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels of kPanel outputs:
-// [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs.
-constexpr int kPanel = 32;
+// y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels as an adapter's does, in
+// pairs: [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs.
 constexpr int kTile = 12;             // most rows whose sums stay in registers
 constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the weights
 constexpr int kAhead = 8192;          // bytes of weights: computing on few rows leaves time to ask for them so early
@@ -1126,8 +1246,8 @@ void decode(const Decoder& d, const Step& s) {
       const Stack& stack = s.stacks[i];
       const Lora& l = stack.loras[index];
       if (!l.shrink) continue;
-      lora_shrink(from, p.inputs, p.inputs, l.shrink, l.columns, stack.tiles, stack.num_tiles, stack.scratch);
-      lora_expand(y, p.outputs, l.columns, stack.rank, l.members, l.num_members, stack.tiles, stack.num_tiles, stack.scratch);
+      lora<Pairs>(y, p.outputs, from, p.inputs, p.inputs, l.shrink, l.columns, stack.rank, l.members, l.num_members, stack.tiles,
+                  stack.num_tiles, stack.scratch);
     }
   };
 #pragma omp parallel
@@ -1179,10 +1299,8 @@ void decode(const Decoder& d, const Step& s) {
                                            const T* shrink, std::int64_t columns, std::int64_t rank,                       \
                                            const Member* members, std::int64_t num_members, const std::int64_t* tiles,     \
                                            std::int64_t num_tiles, float* scratch) {                                       \
-    _Pragma("omp parallel") {                                                                                              \
-      lora_shrink(x, x_row, inputs, shrink, columns, tiles, num_tiles, scratch);                                           \
-      lora_expand(y, y_row, columns, rank, members, num_members, tiles, num_tiles, scratch);                               \
-    }                                                                                                                      \
+    _Pragma("omp parallel") lora<Single<T>>(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, \
+                                            num_tiles, scratch);                                                           \
   }                                                                                                                        \
   extern "C" void slipstream_streams_##suffix(const Stream<T>* streams, std::int64_t count, std::int64_t hidden,           \
                                               float* scratch, std::int64_t most) {                                         \
@@ -1217,6 +1335,16 @@ extern "C" void slipstream_product_bf16(bf16* y, const bf16* x, std::int64_t x_r
 #ifdef __AVX512BF16__
 #pragma omp parallel
   product(y, x, x_row, weight, bias, rows, inputs, outputs);
+#endif
+}
+
+extern "C" void slipstream_lora_pairs(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, std::int64_t inputs,
+                                      const bf16* shrink, std::int64_t columns, std::int64_t rank, const Member* members,
+                                      std::int64_t num_members, const std::int64_t* tiles, std::int64_t num_tiles,
+                                      float* scratch) {
+#ifdef __AVX512BF16__
+#pragma omp parallel
+  lora<Pairs>(y, y_row, x, x_row, inputs, shrink, columns, rank, members, num_members, tiles, num_tiles, scratch);
 #endif
 }
 

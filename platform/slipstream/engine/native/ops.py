@@ -15,6 +15,7 @@ from slipstream.engine.attention import AttentionRules, KVCache
 from slipstream.engine.flat import Layer, Norm, TorchOps, Whole
 from slipstream.engine.linear import LinearGroup
 from slipstream.engine.native.build import library
+from slipstream.engine.native.weights import Panels
 from slipstream.engine.noise import noise_key
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import Best, Drawn, RowRequest
@@ -43,6 +44,12 @@ def attends(shapes: Sequence[tuple[int, int]], block_size: int) -> bool:
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     found: Callable[..., None] = getattr(library(), f"slipstream_{name}_{DTYPES[dtype]}")
     return found
+
+
+def _lora_pairs(*arguments: object) -> None:
+    found = library()
+    assert found is not None
+    found.slipstream_lora_pairs(*arguments)
 
 
 class NativeOps(TorchOps):
@@ -174,6 +181,11 @@ class NativeRows:
     places: torch.Tensor
     members: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether the stack's weights lie as processors with AVX512-BF16 want them."""
+        return isinstance(self.stack.layout, Panels) and self.stack.layout.inputs > 1
+
     @staticmethod
     def of(stack: RankStack, places: Sequence[int]) -> NativeRows:
         """places: each row's place in the stack, -1 = none."""
@@ -198,7 +210,8 @@ class NativeRows:
             x = x.contiguous()
         columns, num_tiles = part.shrink.shape[2], self.tiles.shape[0]
         scratch = torch.empty(num_tiles, 4, LORA_ROWS, columns)
-        _kernel("lora", x.dtype)(
+        kernel = _lora_pairs if self.in_pairs else _kernel("lora", x.dtype)
+        kernel(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], part.shrink.data_ptr(), columns,
             self.stack.rank, members.data_ptr(), members.shape[0], self.tiles.data_ptr(), num_tiles, scratch.data_ptr(),
         )  # fmt: skip

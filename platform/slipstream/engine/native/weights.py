@@ -1,8 +1,14 @@
-"""Base weights in bfloat16 laid out for the C++ GEMM, on processors with AVX512-BF16."""
+"""Weights laid out for the C++ kernels: base weights in bfloat16 for the GEMM, and adapters' in stacks.
+
+On processors with AVX512-BF16 one instruction takes two inputs, whose weights lie side by side.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn import functional as F
 
 from slipstream.engine.linear import as_packed
 from slipstream.engine.memory import HugePages
@@ -31,7 +37,7 @@ class NativeWeight:
         self.bias = bias
         self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
         self.outputs = outputs
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+        padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
         self.panels = _PAGES.keep(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2))
         self._product = found.slipstream_product_bf16
 
@@ -44,3 +50,37 @@ class NativeWeight:
         bias = self.bias.data_ptr() if with_bias and self.bias is not None else None
         self._product(y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr(), bias, rows, inputs, self.outputs)
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A `StackLayout`. shrink: [in / k, columns, k]; expand: [panels, rank / k, 32, k], outputs padded with zeros.
+    k: inputs that an instruction takes, 1 or 2."""
+
+    inputs: int
+
+    @staticmethod
+    def of(dtype: torch.dtype, all_even: bool) -> Panels:
+        """As this processor has them. `all_even`: whether all linears have an even number of inputs."""
+        found = library()
+        pairs = dtype == torch.bfloat16 and all_even and found is not None and found.slipstream_has_product()
+        return Panels(2 if pairs else 1)
+
+    def shrink_shape(self, inputs: int, columns: int) -> tuple[int, ...]:
+        """See `StackLayout`."""
+        return inputs // self.inputs, columns, self.inputs
+
+    def expand_shape(self, rank: int, outputs: int) -> tuple[int, ...]:
+        """See `StackLayout`."""
+        return -(-outputs // PANEL), rank // self.inputs, PANEL, self.inputs
+
+    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
+        """See `StackLayout`."""
+        place[:, first : first + a.shape[1]] = a.view(-1, self.inputs, a.shape[1]).transpose(1, 2)
+
+    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
+        """See `StackLayout`."""
+        assert shares == 1, "ranks that share adapters have no C++ kernel for them"
+        rank, outputs = place.shape[1] * self.inputs, b.shape[1]
+        padded = F.pad(b, (0, -outputs % PANEL, 0, rank - b.shape[0]))
+        place.copy_(padded.view(rank // self.inputs, self.inputs, -1, PANEL).permute(2, 0, 3, 1))
