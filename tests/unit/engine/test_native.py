@@ -24,7 +24,7 @@ from slipstream.engine.kernels import native_kernels, pick_kernels
 from slipstream.engine.linear import RowContext, swap_linears
 from slipstream.engine.lora import AdapterBank, LoraKernels
 from slipstream.engine.native import build, ops
-from slipstream.engine.native.weights import NativeWeight, native_weight
+from slipstream.engine.native.weights import NativeWeight, Panels, native_weight
 from slipstream.engine.noise import GumbelNoise
 from slipstream.engine.packed import PackedWeight
 from slipstream.engine.plan import PlannedSequence
@@ -115,12 +115,13 @@ SHAPES = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1,
     seed=st.integers(0, 99),
     window=st.sampled_from([None, 1, 7, 40]),
     softcap=st.sampled_from([None, 5.0]),
+    dim=st.sampled_from([16, 32, 48, 64]),
 )
 def test_attention(
-    dtype: torch.dtype, shapes: list[tuple[int, int]], seed: int, window: int | None, softcap: float | None
+    dtype: torch.dtype, shapes: list[tuple[int, int]], seed: int, window: int | None, softcap: float | None, dim: int
 ) -> None:
     """Any sequences, blocks anywhere, against gathered segments."""
-    cache = filled(32, dtype)
+    cache = filled(dim, dtype)
     free = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(seed)).tolist()
     parts, first_row, row = [], [], 0
     for i, (start, rows) in enumerate(shapes):
@@ -129,7 +130,7 @@ def test_attention(
         free = free[width:]
         first_row.append(row)
         row += rows
-    query = normal(HEADS, row, 32, dtype=dtype, seed=seed)
+    query = normal(HEADS, row, dim, dtype=dtype, seed=seed)
     rules = AttentionRules(0.3, window, softcap)
     got, expected = (
         lay_out(parts, first_row, SIZE, CPU).attend(query, cache.keys[0], cache.values[0], rules)
@@ -141,10 +142,11 @@ def test_attention(
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-2)
 
 
-def test_what_lies_beyond_a_sequence_is_not_seen() -> None:
+@BOTH
+def test_what_lies_beyond_a_sequence_is_not_seen(dtype: torch.dtype) -> None:
     """Stale keys of a block's last owner, even if they are not numbers."""
-    cache = filled(32, torch.float32)
-    query = normal(HEADS, 1, 32, dtype=torch.float32)
+    cache = filled(32, dtype)
+    query = normal(HEADS, 1, 32, dtype=dtype)
     part, rules = [sequence(0, 20, 1, [4, 2])], AttentionRules(0.3, None, None)
     before = ops.paged(part, [0], SIZE, CPU).attend(query, cache.keys[0], cache.values[0], rules)
     cache.keys[0][:, 2, 5:] = float("nan")
@@ -192,6 +194,37 @@ def test_an_adapters_row_does_not_depend_on_its_company(dtype: torch.dtype, thre
             assert torch.equal(alone, whole[row])
         else:
             torch.testing.assert_close(alone, whole[row], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [Panels(1), Panels(2)], ids=str)
+@pytest.mark.parametrize("outputs", [8, 32, 72])
+def test_panels_hold_every_weight_in_its_place(layout: Panels, outputs: int) -> None:
+    """What the kernels read, element by element; what is beyond the adapter's rank and outputs is zero."""
+    k = layout.inputs
+    a, b = normal(6, 3, dtype=torch.float32), normal(3, outputs, dtype=torch.float32, seed=1)
+    shrink, expand = torch.zeros(layout.shrink_shape(6, 40)), torch.ones(layout.expand_shape(16, outputs))
+    layout.put_shrink(shrink, 16, a)
+    layout.put_expand(expand, b, 1)
+    for (i, c), value in [((i, c), float(a[i, c])) for i in range(6) for c in range(3)]:
+        assert float(shrink[i // k, 16 + c, i % k]) == value
+    for r in range(16):
+        for o in range(-(-outputs // 32) * 32):
+            value = float(b[r, o]) if r < 3 and o < outputs else 0.0
+            assert float(expand[o // 32, r // k, o % 32, r % k]) == value
+    assert int(shrink.count_nonzero()) == a.numel()
+
+
+def test_an_odd_number_of_inputs_has_no_pairs() -> None:
+    assert Panels.of(torch.bfloat16, all_even=False) == Panels.of(torch.float32, all_even=True) == Panels(1)
+    rows = RowContext()
+    layer = nn.ModuleDict({"down_proj": nn.Linear(33, 72, bias=False, dtype=torch.bfloat16)}).requires_grad_(False)
+    bank = AdapterBank(swap_linears(layer, rows), rows, torch.empty(0, dtype=torch.bfloat16), LoraKernels.NATIVE)
+    a, b = normal(33, 16, dtype=torch.bfloat16), normal(16, 72, dtype=torch.bfloat16, seed=1)
+    x = normal(5, 33, dtype=torch.bfloat16, seed=2)
+    base = layer["down_proj"](x)
+    bank.load(0, PreparedLora({"down_proj": PreparedModule(a, b, None)}, 16))
+    bank.use([0] * 5)
+    torch.testing.assert_close(layer["down_proj"](x), base + x @ a @ b, rtol=2e-2, atol=0.5)
 
 
 @BOTH
