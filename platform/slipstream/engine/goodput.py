@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from statistics import fmean
 from typing import Protocol
 
 PRIOR = 0.6  # acceptance of a draft position that was never judged …
@@ -146,7 +145,8 @@ class GoodputDrafts:
 
     def acceptance(self, adapter: str, positions: int) -> tuple[float, ...]:
         """What is believed of an adapter's drafts now."""
-        return tuple(self._known(adapter).chance(j) for j in range(positions))
+        known = self._known(adapter)
+        return tuple(known.chance(j) for j in range(positions))
 
     def observe(self, adapter: str, judged: int, accepted: int) -> None:
         """Learn. Drafts after the first wrong one say nothing."""
@@ -174,18 +174,22 @@ class GoodputDrafts:
         neighbour never does, while it waits for the neighbour's rows. Equal lengths are also cheaper: nothing is padded.
         """
         most = max((wish.most for wish in wishes), default=0)
-        chances = {wish.adapter: self.acceptance(wish.adapter, most) for wish in wishes}
+        wishers: dict[str, list[int]] = {}
+        for i, wish in enumerate(wishes):
+            wishers.setdefault(wish.adapter, []).append(i)
+        chances = {adapter: self.acceptance(adapter, most) for adapter in wishers}
         worth = {adapter: sum(accumulate(own, mul)) for adapter, own in chances.items()}
-        classes: list[list[int]] = []
-        for i in sorted(range(len(wishes)), key=lambda i: -worth[wishes[i].adapter]):
-            best = worth[wishes[classes[-1][0]].adapter] if classes else 0.0
-            if not classes or 1.0 + worth[wishes[i].adapter] < ALIKE * (1.0 + best):
+        classes: list[list[str]] = []
+        for adapter in sorted(wishers, key=lambda adapter: -worth[adapter]):
+            if not classes or 1.0 + worth[adapter] < ALIKE * (1.0 + worth[classes[-1][0]]):
                 classes.append([])
-            classes[-1].append(i)
-        return [
-            (members, [fmean(chances[wishes[i].adapter][position] for i in members) for position in range(most)])
-            for members in classes
-        ]
+            classes[-1].append(adapter)
+        found = []
+        for alike in classes:
+            members = [i for adapter in alike for i in wishers[adapter]]
+            weighted = ([len(wishers[adapter]) * chance for chance in chances[adapter]] for adapter in alike)
+            found.append((members, [sum(position) / len(members) for position in zip(*weighted, strict=True)]))
+        return found
 
     def _best_count(self, offers: Sequence[_Offer], rows: int, sequences: int) -> int:
         best, count = sequences / self._costs.step_s(rows, 0, sequences) * (1 + LEAST_GAIN), 0
@@ -212,7 +216,9 @@ class GoodputDrafts:
                 lengths[i] = 1
 
     def _known(self, adapter: str) -> _Acceptance:
-        known = self._adapters.setdefault(adapter, _Acceptance())
+        known = self._adapters.get(adapter)
+        if known is None:
+            known = self._adapters[adapter] = _Acceptance()
         self._adapters.move_to_end(adapter)
         if len(self._adapters) > ADAPTERS_KEPT:
             self._adapters.popitem(last=False)

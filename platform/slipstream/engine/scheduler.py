@@ -157,7 +157,8 @@ class Scheduler:
             rows += 1 if part.samples else self._paced_rows(seq, self._missing(seq) - len(part.tokens))
         lengths = self.drafts.lengths(list(wishes.values()), min(rows, self.max_batched_tokens))
         for i, length in zip(wishes, lengths, strict=True):
-            parts[i] = replace(parts[i], draft_next=length)
+            if length:
+                parts[i] = replace(parts[i], draft_next=length)
         return parts
 
     def _most_drafts(self, part: PlannedSequence) -> int:
