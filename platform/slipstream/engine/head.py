@@ -13,8 +13,8 @@ from slipstream.engine.packed import packed_linear
 from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.streams import OwnHead
 
-Greedy = Callable[[torch.Tensor], list[int] | None]
-"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for these."""
+Greedy = Callable[[torch.Tensor], list[int | None]]
+"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for this row."""
 
 
 def all_logits(_head: torch.Tensor) -> Greedy | None:
@@ -58,8 +58,8 @@ class Head:
         self._bank.use(slots)
         return self._shape(self._member(hidden))
 
-    def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
-        """The best token of each row of [m, H], the first among equals; None where that takes all logits."""
+    def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[int | None] | None:
+        """The best token of each row of [m, H], the first among equals; None, for a row or all, if that takes all logits."""
         # Scaling and soft cap leave the order as it is.
         if self._greedy is None or any(self._bank.targets(s, self.name) for s in {*slots}):
             return None

@@ -1,7 +1,8 @@
 """LoRA weights of the resident adapters, and which rows of a step get which.
 
 Adapters of similar rank lie side by side in a `RankStack` (`stacks.py`); rows are ordered and cut so that few, large products
-serve all of them: batched GEMMs (`StackTile`) or, on GPUs, Triton kernels (`triton_lora.py`).
+serve all of them: a C++ kernel on processors (`native/`), Triton kernels on GPUs (`triton_lora.py`), batched GEMMs
+(`StackTile`) where there is neither.
 """
 
 from __future__ import annotations

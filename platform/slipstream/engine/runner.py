@@ -224,16 +224,30 @@ class ModelRunner:
         best = self._best(batch.requests, hidden, slots)
         if best is not None:
             return best, None
+        return self._pick_from_all(batch.requests, hidden, slots)
+
+    def _pick_from_all(
+        self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]
+    ) -> tuple[list[int], torch.Tensor]:
         logits = self._head(hidden, slots)
 
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
 
-        return self._sampler.pick(logits, batch.requests, exact if self._rescore else None), logits
+        return self._sampler.pick(logits, asked, exact if self._rescore else None), logits
 
     def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
-        """The best token of each row, where nothing else is asked of any and it does not take all logits."""
-        return self._head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
+        """The best token of each row, where nothing else is asked of any and it does not take all logits. A row that needs
+        them gets them alone: its company is none the wiser."""
+        best = self._head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
+        if best is None:
+            return None
+        left = [row for row, token in enumerate(best) if token is None]
+        if left:
+            picked, _ = self._pick_from_all([asked[row] for row in left], hidden[left], [slots[row] for row in left])
+            for row, token in zip(left, picked, strict=True):
+                best[row] = token
+        return [token for token in best if token is not None]
 
     def _draft(
         self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
@@ -344,6 +358,7 @@ class ModelRunner:
         ]
 
     def _cost_head(self, hidden: torch.Tensor, slots: Sequence[int]) -> None:
+        """Of greedy rows. Sampled ones, which take all logits, are thought of as cheap as these."""
         if self._head.best(hidden, slots) is not None:
             return
         logits = self._head(hidden, slots)

@@ -82,7 +82,7 @@ class StackLayout(Protocol):
         ...
 
     def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
-        """Write b [shares * r, outputs] to the first ranks of each of the shares of R; the others are zero."""
+        """Write a place: b [shares * r, outputs] to the first ranks of each of the shares of R, zeros to the others."""
         ...
 
 
@@ -104,7 +104,7 @@ class Plain:
     def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
         """See `StackLayout`."""
         (rows, out), rank = place.shape, b.shape[0] // shares  # a rank may have no outputs at all
-        place.view(shares, rows // shares, out)[:, :rank] = b.view(shares, rank, out)
+        place.zero_().view(shares, rows // shares, out)[:, :rank] = b.view(shares, rank, out)
 
 
 @dataclass(slots=True)
@@ -254,7 +254,7 @@ class RankStack:
         if gains is None and module is not None and module.gain is not None:
             self.version = next(_versions)
             gains = part.gains[m] = torch.ones(len(self._slots), group.sizes[m], device=self._like.device)
-        if expand is not None:
+        if expand is not None and module is None:
             expand[place].zero_()
         if gains is not None:
             gains[place] = module.gain if module is not None and module.gain is not None else 1.0

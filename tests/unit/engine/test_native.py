@@ -115,7 +115,7 @@ SHAPES = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1,
     seed=st.integers(0, 99),
     window=st.sampled_from([None, 1, 7, 40]),
     softcap=st.sampled_from([None, 5.0]),
-    dim=st.sampled_from([16, 32, 48, 64]),
+    dim=st.sampled_from([16, 32, 48, 64, 240, 256]),
 )
 def test_attention(
     dtype: torch.dtype, shapes: list[tuple[int, int]], seed: int, window: int | None, softcap: float | None, dim: int
@@ -216,15 +216,26 @@ def test_panels_hold_every_weight_in_its_place(layout: Panels, outputs: int) -> 
 
 def test_an_odd_number_of_inputs_has_no_pairs() -> None:
     assert Panels.of(torch.bfloat16, all_even=False) == Panels.of(torch.float32, all_even=True) == Panels(1)
+
+
+@BOTH
+@pytest.mark.parametrize("inputs", [33, 34, 100])
+@pytest.mark.parametrize("rank", [7, 16, 32])
+def test_adapters_of_several_panels(dtype: torch.dtype, inputs: int, rank: int) -> None:
     rows = RowContext()
-    layer = nn.ModuleDict({"down_proj": nn.Linear(33, 72, bias=False, dtype=torch.bfloat16)}).requires_grad_(False)
-    bank = AdapterBank(swap_linears(layer, rows), rows, torch.empty(0, dtype=torch.bfloat16), LoraKernels.NATIVE)
-    a, b = normal(33, 16, dtype=torch.bfloat16), normal(16, 72, dtype=torch.bfloat16, seed=1)
-    x = normal(5, 33, dtype=torch.bfloat16, seed=2)
-    base = layer["down_proj"](x)
-    bank.load(0, PreparedLora({"down_proj": PreparedModule(a, b, None)}, 16))
-    bank.use([0] * 5)
-    torch.testing.assert_close(layer["down_proj"](x), base + x @ a @ b, rtol=2e-2, atol=0.5)
+    layer = nn.ModuleDict({"down_proj": nn.Linear(inputs, 72, bias=False, dtype=dtype)}).requires_grad_(False)
+    bank = AdapterBank(swap_linears(layer, rows), rows, torch.empty(0, dtype=dtype), LoraKernels.NATIVE)
+    x = normal(7, inputs, dtype=dtype, seed=2)
+    expected = layer["down_proj"](x).double()
+    slots = [1, 1, 0, -1, 2, 2, 2]
+    for slot in range(3):
+        a, b = normal(inputs, rank, dtype=dtype, seed=slot), normal(rank, 72, dtype=dtype, seed=slot + 7)
+        bank.load(slot, PreparedLora({"down_proj": PreparedModule(a, b, None)}, rank))
+        mine = torch.tensor(slots) == slot
+        expected[mine] += x[mine].double() @ a.double() @ b.double()
+    bank.use(slots)
+    error = (layer["down_proj"](x).double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 @BOTH

@@ -18,8 +18,7 @@ from slipstream.engine.native.ops import LANES
 from slipstream.engine.native.weights import PANEL
 
 _ROUNDED_AT_ONCE = 128 * PANEL  # outputs
-MOST_SCORED = 4096  # kMostScored
-ROWS_AT_ONCE = 64  # scratch memory: 0.2 MB each for 50,000 outputs
+SCRATCH_BYTES = 16 << 20  # of all rows that are computed together; malloc keeps as much
 
 
 class _Filter(ctypes.Structure):
@@ -40,7 +39,8 @@ class GreedyHead:
         panels = (outputs + spare) // PANEL
         pages = HugePages(panels * PANEL * inputs)
         self._panels = pages.zeros(panels, inputs // 4, PANEL, 4, dtype=torch.int8)
-        # By output: its step, what the kernel takes off its sums, and the lengths of what rounding took and left.
+        # By output: its step, what the kernel takes off its sums, and the lengths of what rounding took and left, which are
+        # found in steps: the squares of weights may be too large or too small for a float.
         self._step, self._lost, self._length = torch.zeros(3, outputs + spare)
         self._sums = torch.zeros(outputs + spare, dtype=torch.int32)
         for first in range(0, outputs, _ROUNDED_AT_ONCE):
@@ -52,38 +52,37 @@ class GreedyHead:
             inputs,
         )
         self._best_ids = found.slipstream_best_ids_bf16
+        self._row_bytes: int = found.slipstream_filter_bytes(ctypes.addressof(self._filter), 1)
+        self._rows_at_once = max(1, SCRATCH_BYTES // self._row_bytes)
 
     def _round(self, wide: torch.Tensor, first: int) -> None:
         """Some rows of the weight, from row `first`, which is a panel's."""
         count, inputs = wide.shape
         own = slice(first, first + count)
         step = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
-        rounded = (wide / step.unsqueeze(1)).round_()
-        left = rounded * step.unsqueeze(1)
+        steps = wide / step.unsqueeze(1)
+        rounded = steps.round()
         self._step[own] = step
         self._sums[own] = 128 * rounded.sum(dim=1).int()
-        self._lost[own] = 1.0001 * (wide - left).norm(dim=1)  # a little more, for what float32 itself rounds
-        self._length[own] = 1.0001 * left.norm(dim=1)
+        self._lost[own] = 1.0001 * step * (steps - rounded).norm(dim=1)  # a little more, for what float32 itself rounds
+        self._length[own] = 1.0001 * step * rounded.norm(dim=1)
         padded = F.pad(rounded.to(torch.int8), (0, 0, 0, -count % PANEL))
         self._panels[first // PANEL :][: padded.shape[0] // PANEL] = padded.view(-1, PANEL, inputs // 4, 4).transpose(
             1, 2
         )
 
-    def __call__(self, hidden: torch.Tensor) -> list[int] | None:
-        """The id of the largest logit of each row of hidden [m, H], the first among equals; None where hardly any id can be
-        left out, and where a row is not all numbers."""
-        padded, inputs = self._step.shape[0], hidden.shape[1]
+    def __call__(self, hidden: torch.Tensor) -> list[int | None]:
+        """The id of the largest logit of each row of hidden [m, H], the first among equals; None for a row where hardly any
+        id can be left out or that is not all numbers."""
         found: list[int] = []
-        for first in range(0, hidden.shape[0], ROWS_AT_ONCE):
-            rows = hidden[first : first + ROWS_AT_ONCE].contiguous()
+        for first in range(0, hidden.shape[0], self._rows_at_once):
+            rows = hidden[first : first + self._rows_at_once].contiguous()
             count = rows.shape[0]
-            scratch = torch.empty(
-                count * (20 + 5 * inputs + 4 * (padded + padded // PANEL * 2 + MOST_SCORED)), dtype=torch.uint8
-            )
+            scratch = torch.empty(count * self._row_bytes, dtype=torch.uint8)
             ids = torch.empty(count, dtype=torch.int64)
             self._best_ids(ids.data_ptr(), ctypes.addressof(self._filter), rows.data_ptr(), count, scratch.data_ptr())
             found += ids.tolist()
-        return found if min(found, default=0) >= 0 else None
+        return [token if token >= 0 else None for token in found]
 
 
 def greedy_head(weight: torch.Tensor) -> GreedyHead | None:

@@ -1016,8 +1016,15 @@ struct FilterScratch {  // for a number of rows
   std::uint8_t* low;   // [rows, inputs]
 };
 
+inline std::int64_t filter_panels(const Filter& f) { return (f.outputs + kPanel - 1) / kPanel; }
+
+inline std::int64_t filter_bytes(const Filter& f, std::int64_t rows) {  // all of the above
+  std::int64_t floats = filter_panels(f) * (kPanel + 2), ids = kMostScored;
+  return rows * std::int64_t(sizeof(FilterRow) + f.inputs / 2 * sizeof(Outliers) + (floats + ids) * 4 + f.inputs);
+}
+
 inline FilterScratch filter_scratch(const Filter& f, std::int64_t rows, void* memory) {
-  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
+  std::int64_t panels = filter_panels(f);
   FilterScratch s;
   s.rows = static_cast<FilterRow*>(memory);
   s.outliers = reinterpret_cast<Outliers*>(s.rows + rows);
@@ -1031,14 +1038,15 @@ inline FilterScratch filter_scratch(const Filter& f, std::int64_t rows, void* me
 #ifdef __AVX512VNNI__
 // A row's step is for its usual inputs: a few are so much larger that with theirs the others would hardly be told apart.
 void filter_row(FilterRow& row, Outliers* outliers, std::uint8_t* low, const bf16* x, std::int64_t inputs) {
-  float most = 1e-30f, squares = 0.0f;
+  float most = 1e-30f;
+  double squares = 0.0;
   for (std::int64_t i = 0; i < inputs; i++) most = std::max(most, std::fabs(widen(x[i])));
   for (std::int64_t i = 0; i < inputs; i++) {
-    float v = widen(x[i]) / most;  // so that no square is too large or too small for a float
+    double v = widen(x[i]);
     squares += v * v;
   }
-  row.length = std::sqrt(squares) * most * 1.0001f;
-  row.step = std::max(kUsual / 127.0f * std::sqrt(squares / float(inputs)), 1.0f / 32512.0f) * most;
+  row.length = float(std::sqrt(squares)) * 1.0001f;
+  row.step = std::max(kUsual / 127.0f * float(std::sqrt(squares / double(inputs))), most / 32512.0f);
   row.ups = row.downs = 0;
   if (!(row.length < INFINITY)) return;  // not numbers, or such that no bound says anything
   float left = 0.0f;
@@ -1114,6 +1122,7 @@ void filter_tile(const Filter& f, const FilterScratch& s, std::int64_t row, std:
         I there = lane + std::int32_t(at) < std::int32_t(f.outputs);
         at_most = choose(there, at_most, splat(-INFINITY)), logit = choose(there, logit, splat(-INFINITY));
       }
+      at_most = choose(at_most == at_most, at_most, splat(INFINITY));  // nothing is known of it
       store(s.upper + r * panels * kPanel + at, at_most);
       most[0] = choose(at_most > most[0], at_most, most[0]);
       most[1] = choose(logit > most[1], logit, most[1]);
@@ -1132,7 +1141,7 @@ void filter_rows(int count, const Filter& f, const FilterScratch& s, std::int64_
 
 // The id with the largest logit in float32, the first among equals; -1 where so many would have to be scored that all logits
 // cost no more, and for a row that is not all numbers.
-std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, const float* upper, const float* best,
+std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, const float* upper, const float* panel_best,
                          std::int32_t* ids, std::int64_t panels) {
   if (!(row.length < INFINITY)) return -1;
   auto score = [&](std::int64_t id, std::int64_t next) {
@@ -1146,29 +1155,29 @@ std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, c
   };
   std::int64_t likely = 0, count = 0;
   for (std::int64_t p = 1; p < panels; p++)
-    if (best[2 * p + 1] > best[2 * likely + 1]) likely = p;
+    if (panel_best[2 * p + 1] > panel_best[2 * likely + 1]) likely = p;
   auto guess = [&](std::int64_t o) { return upper[o] - (f.lost[o] * row.length + f.length[o] * row.lost); };
   std::int64_t id = likely * kPanel;
   for (std::int64_t o = id + 1; o < std::min((likely + 1) * kPanel, f.outputs); o++)
     if (guess(o) > guess(id)) id = o;
-  float largest = score(id, id);  // hardly any other can be as large
+  float found = score(id, id);  // hardly any other can be as large
   for (std::int64_t p = 0; p < panels; p++) {
-    if (best[2 * p] < largest) continue;
+    if (panel_best[2 * p] < found) continue;
     if (count > kMostScored - kPanel) return -1;
     for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++)
-      if (!(upper[o] < largest)) ids[count++] = std::int32_t(o);
+      if (!(upper[o] < found)) ids[count++] = std::int32_t(o);
   }
-  largest = -INFINITY;
+  found = -INFINITY;
   for (std::int64_t j = 0; j < count; j++) {
     float logit = score(ids[j], ids[std::min(j + 1, count - 1)]);
-    if (logit > largest) largest = logit, id = ids[j];
+    if (logit > found) found = logit, id = ids[j];
   }
   return id;
 }
 
 // The best id of each row of x [rows, inputs], or -1.
 void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, const FilterScratch& s) {
-  std::int64_t panels = (f.outputs + kPanel - 1) / kPanel;
+  std::int64_t panels = filter_panels(f);
 #pragma omp for schedule(static)
   for (std::int64_t r = 0; r < rows; r++)
     filter_row(s.rows[r], s.outliers + r * f.inputs / 2, s.low + r * f.inputs, x + r * f.inputs, f.inputs);
@@ -1362,7 +1371,11 @@ extern "C" int slipstream_has_filter() {
 #endif
 }
 
-// scratch: bytes, as `filter_scratch` divides them.
+extern "C" std::int64_t slipstream_filter_bytes(const void* filter, std::int64_t rows) {
+  return filter_bytes(*static_cast<const Filter*>(filter), rows);
+}
+
+// scratch: so many bytes.
 extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, const void* filter, const bf16* x, std::int64_t rows, void* scratch) {
 #ifdef __AVX512VNNI__
   const Filter& f = *static_cast<const Filter*>(filter);

@@ -41,15 +41,9 @@ def attends(shapes: Sequence[tuple[int, int]], block_size: int) -> bool:
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    found: Callable[..., None] = getattr(library(), f"slipstream_{name}_{DTYPES[dtype]}")
+def _kernel(name: str, dtype: torch.dtype, in_pairs: bool = False) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(library(), f"slipstream_{name}_{'pairs' if in_pairs else DTYPES[dtype]}")
     return found
-
-
-def _lora_pairs(*arguments: object) -> None:
-    found = library()
-    assert found is not None
-    found.slipstream_lora_pairs(*arguments)
 
 
 class NativeOps(TorchOps):
@@ -210,8 +204,7 @@ class NativeRows:
             x = x.contiguous()
         columns, num_tiles = part.shrink.shape[2], self.tiles.shape[0]
         scratch = torch.empty(num_tiles, 4, LORA_ROWS, columns)
-        kernel = _lora_pairs if self.in_pairs else _kernel("lora", x.dtype)
-        kernel(
+        _kernel("lora", x.dtype, self.in_pairs)(
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], part.shrink.data_ptr(), columns,
             self.stack.rank, members.data_ptr(), members.shape[0], self.tiles.data_ptr(), num_tiles, scratch.data_ptr(),
         )  # fmt: skip
