@@ -152,3 +152,17 @@ def _segment(group: list[_Member], block_size: int, device: torch.device, whole:
     return Segment(
         tensor(flat), tensor(positions), keys, width * block_size, seen, tensor(out_rows), tensor(out_places)
     )
+
+
+def verified(batch: StepBatch, picked: Sequence[int]) -> list[list[int]]:
+    """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
+    decided = []
+    for part, first in batch.spans:
+        drafts = part.tokens[len(part.tokens) - part.num_drafts :]
+        count = 1
+        for j, draft in enumerate(drafts):
+            if picked[first + j] != draft:
+                break
+            count = j + 2
+        decided.append(list(picked[first : first + count]))
+    return decided

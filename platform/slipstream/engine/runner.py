@@ -14,7 +14,7 @@ import torch
 
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache, PagedBatch
-from slipstream.engine.batch import StepBatch, build_batch, row_request
+from slipstream.engine.batch import StepBatch, build_batch, row_request, verified
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import FlatDecoder
 from slipstream.engine.goodput import COST_GROUP, RowCosts
@@ -185,7 +185,7 @@ class ModelRunner:
         sampled = hidden[batch.sample_rows]
         picked, logits = self._pick(batch, sampled)
         broken = (~sampled.isfinite().all(dim=-1)).tolist()  # finite weights may still overflow in the forward
-        decided = _verified(batch, picked)
+        decided = verified(batch, picked)
         drafts = self._draft(batch, sampled, decided)
         results = {}
         for (part, first), tokens in zip(batch.spans, decided, strict=True):
@@ -398,17 +398,3 @@ class ModelRunner:
                 f"{name} does not give transformers' own logits on paged attention: its attention or head does something "
                 "that this engine does not know."
             )
-
-
-def _verified(batch: StepBatch, picked: Sequence[int]) -> list[list[int]]:
-    """Sample-and-match (methods.md 2.3): of each sequence's rows, tokens up to the first that is not its draft."""
-    decided = []
-    for part, first in batch.spans:
-        drafts = part.tokens[len(part.tokens) - part.num_drafts :]
-        count = 1
-        for j, draft in enumerate(drafts):
-            if picked[first + j] != draft:
-                break
-            count = j + 2
-        decided.append(list(picked[first : first + count]))
-    return decided
