@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from benchmarks.report import table
 from benchmarks.workload import TASKS, adapter_folder, model_path, prompt_ids
 from slipstream.adapters.load import load_adapter
 from slipstream.engine.offline import OfflineEngine, Row
-from slipstream.engine.plan import PlannedSequence
+from slipstream.engine.plan import Pick, PlannedSequence
 from slipstream.engine.runner import ModelRunner
 from slipstream.protocol import SamplingParams
 
@@ -20,9 +21,11 @@ from slipstream.protocol import SamplingParams
 class ArgmaxDrafts(ModelRunner):
     """The usual way: the most likely token, whatever the temperature."""
 
-    def _draft_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[int, ...]:
-        cold = replace(part, params=replace(part.params, temperature=0.0))
-        return super()._draft_one(cold, emitted, logits)
+    def _pick_guesses(
+        self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
+    ) -> dict[int, tuple[Pick, ...]]:
+        cold = [(replace(part, params=replace(part.params, temperature=0.0)), tokens) for part, tokens in wanting]
+        return super()._pick_guesses(cold, logits)
 
 
 def main(count: Annotated[int, typer.Option(help="Prompts of each task.")] = 50) -> None:

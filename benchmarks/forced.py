@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slipstream.engine.offline import OfflineEngine, Outcome, Row
-from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.plan import Pick, StepPlan, StepResult
 
 TAIL = 0.75  # acceptance of the positions after the named ones
 
@@ -32,10 +32,12 @@ class Forced:
         results = dict(self._runner.run(plan).results)
         for part in plan.sequences:
             result = results.get(part.seq_id)
-            if result is not None and result.drafts:
+            if result is not None and result.guesses:
                 start = part.output_index + len(result.tokens)
-                coming = self.answers[part.seq_id][start : start + len(result.drafts)]
-                results[part.seq_id] = replace(result, drafts=tuple(map(self._draft, coming, range(len(coming)))))
+                coming = self.answers[part.seq_id][start : start + len(result.guesses)]
+                drafts = map(self._draft, coming, range(len(coming)))
+                guesses = (Pick(token, guess.margin) for token, guess in zip(drafts, result.guesses, strict=False))
+                results[part.seq_id] = replace(result, guesses=tuple(guesses))
         return StepResult(results)
 
     def _draft(self, right: int, position: int) -> int:

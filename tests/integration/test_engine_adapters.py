@@ -101,11 +101,11 @@ def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: Zoo) -> None:
     def check(tick: int) -> None:
         for job in jobs:
             seq = job.sequence
-            if seq is not None and seq.drafts:
+            if seq is not None and seq.guesses:
                 assert job.adapter is not None
                 expected = reference_drafts(exact[job.adapter], weights[job.adapter], seq.tokens)
-                assert list(seq.drafts) == expected[: len(seq.drafts)]
-                checked[job.adapter] += len(seq.drafts)
+                assert [guess.token for guess in seq.guesses] == expected[: len(seq.guesses)]
+                checked[job.adapter] += len(seq.guesses)
 
     harness.run(jobs, after_step=check)
     assert all(count >= 8 for count in checked.values()), checked

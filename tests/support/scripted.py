@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 
-from slipstream.engine.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.plan import Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
 
 
 def next_token(tokens: Rows[int], vocab: int) -> int:
@@ -57,4 +57,4 @@ class ScriptedRunner:
             token = next_token(future, self.vocab)
             guess.append(token if self.random.random() < self.accept else (token + 1) % self.vocab)
             future.append(guess[-1])
-        return SequenceResult(tuple(out), tuple(guess))
+        return SequenceResult(tuple(out), tuple(Pick(token, self.random.uniform(0.0, 10.0)) for token in guess))

@@ -28,7 +28,8 @@ class FastPath(StrEnum):
     CUDA_GRAPHS = (
         "cuda-graphs"  # GPUs: small steps replayed as graphs, which needs the Triton kernels; off: launched anew
     )
-    ADAPTIVE_DRAFTS = "adaptive-drafts"  # as many drafts as pay; off: as many as an adapter has streams
+    ADAPTIVE_DRAFTS = "adaptive-drafts"  # as many drafts as pay; off: all that there are
+    COPIED_DRAFTS = "copied-drafts"  # drafts from prompt and answer as well; off: by an adapter's streams only
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,75 +1,128 @@
-"""How many drafts each sequence gets: as many as make the next step give the most tokens a second (methods.md 3.4).
+"""How many streams run for each sequence, and how many drafts are verified: as make steps give the most tokens a second
+(methods.md 3.4).
 
-A draft is worth the chance that it and all before it are right; it costs a row of the forward, a row of the LM head to be
-drafted and another to be verified. While the machine waits for memory rows are all but free and every draft pays; when it
-computes, only likely ones do, and speculation ends by itself. After SmartSpec (arXiv 2406.14066). Pure Python, no clock: the
-runner measures what rows cost once, at start-up, and only the shape of that curve matters here.
+A draft is worth the chance that it and all before it are right; it costs a row of the forward and of the LM head to be
+verified, and a row of the head to be made by a stream. While the machine waits for memory rows are all but free and every
+draft pays; when it computes, only likely ones do, and speculation ends by itself. After SmartSpec (arXiv 2406.14066), with
+chances of single drafts (`chains.py`) instead of averages. Pure Python, no clock: the runner measures what rows cost once, at
+start-up, and only the shape of that curve matters here.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
-PRIOR = 0.6  # acceptance of a draft position that was never judged …
-PRIOR_WEIGHT = 8.0  # … counted as this many judgements
-MEMORY = 0.99  # what a judgement still counts for, one judgement of the same position later
 LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
-ALIKE = 0.85  # adapters whose full drafts give this share of the best's tokens a step are treated like it
+LEVELS = 16  # chances are told apart so finely
 COST_GROUP = 4  # rows of a sequence with three drafts, as costs are measured
-PROBE_EVERY = 32  # steps after which an adapter that gets no drafts is tried again with one
-ADAPTERS_KEPT = 4096
+PROBE_EVERY = 32  # steps after which an adapter whose streams do not run is tried again with one
+PRIOR_WEIGHT = 8.0  # chains that an adapter's first ones are added to …
+PRIOR_SURE = 0.5  # … of which so many are sure, and the others hopeless
+MEMORY = 0.98  # what a chain still counts for, one of the same adapter's later
+KEPT_SHARE = 0.1  # of the last step in `kept`
+LEAST_SURVIVAL = 0.05  # drafts less likely pay nowhere
+FLOOR_SHARE = 0.7  # of the chance at which a draft pays: what is below need not be looked at
+DECIDE_SHARE = 4  # streams are decided on every step for so many sequences, every second for twice as many, and so on …
+CHANGE = 0.25  # … and when the sequences have become more or fewer by this share
+
+
+class StreamWorth:
+    """What one adapter's streams add to a chain's chances, by position: how often how much, of late."""
+
+    __slots__ = ("_masses", "_weight", "idle_steps", "length")
+
+    def __init__(self) -> None:
+        self._masses: list[list[float]] = []  # [positions][LEVELS]
+        self._weight = 1.0  # of the next chain: grows, so that the others need not shrink
+        self.idle_steps = 0  # since a stream ran
+        self.length: int | None = None  # streams to run, as decided last
+
+    def observe(self, gains: Sequence[float], ran: int) -> None:
+        """A chain for which `ran` streams had run; they added `gains`, and nothing after these."""
+        self._reach(ran)
+        for position in range(ran):
+            level = int(gains[position] * LEVELS) if position < len(gains) else 0
+            self._masses[position][level] += self._weight
+        self._weight /= MEMORY
+        if self._weight > 1e6:
+            self._masses = [[mass / self._weight for mass in masses] for masses in self._masses]
+            self._weight = 1.0
+
+    def gain(self, position: int, benefits: Sequence[float]) -> float:
+        """Mean benefit of running the stream of this position, when a chance of each level is worth so much."""
+        self._reach(position + 1)
+        masses = self._masses[position]
+        return float(sum(map(mul, masses, benefits)) / sum(masses))
+
+    def _reach(self, positions: int) -> None:
+        while len(self._masses) < positions:
+            masses = [0.0] * LEVELS
+            masses[int(0.95 ** (len(self._masses) + 1) * LEVELS)] += PRIOR_SURE * PRIOR_WEIGHT * self._weight
+            masses[0] += (1 - PRIOR_SURE) * PRIOR_WEIGHT * self._weight
+            self._masses.append(masses)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftWish:
-    """A sequence that could have drafts verified in the next step."""
+    """A sequence for which streams could run."""
 
-    adapter: str  # digest
+    worth: StreamWorth  # its adapter's
     most: int  # its streams, its request's cap and what is left of its answer
 
 
 class DraftPolicy(Protocol):
-    """Decides draft lengths; owned by the scheduler."""
+    """Decides draft lengths, when so many sequences are at work, those included whose prompts are still to be computed.
 
-    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
-        """Drafts for each wish. `rows` are the token rows of the next step without any draft."""
+    It is not about the rows of one step: a token is worth the time that it would take later, among all the others.
+    """
+
+    floor: float  # drafts that are less likely need not be offered; below 1
+    kept: float  # drafts of a chain that were verified, of late
+
+    def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
+        """Streams to run for each wish, for the next step."""
         ...
 
-    def observe(self, adapter: str, judged: int, accepted: int) -> None:
-        """Of a step's drafts, `judged` leading ones were compared with a token and `accepted` of them were right."""
+    def keep(self, survivals: Sequence[Sequence[float]], sequences: int) -> list[int]:
+        """Drafts to verify of each chain in this step, given the chances that they survive."""
         ...
 
 
 class FullDrafts:
     """Every sequence gets all drafts it may have, whatever they are worth."""
 
-    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
+    floor = 0.0
+    kept = 1.0
+
+    def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
         """The most of each."""
         return [wish.most for wish in wishes]
 
-    def observe(self, adapter: str, judged: int, accepted: int) -> None:
-        """Nothing is learnt."""
+    def keep(self, survivals: Sequence[Sequence[float]], sequences: int) -> list[int]:
+        """All of them."""
+        return [len(chain) for chain in survivals]
 
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:
-    """Measured seconds of one call with so many rows: of the decoder, and of the LM head with picking a token of each.
-    Between measured points costs are linear, above them they go on like the last two.
+    """Measured seconds of one call with so many rows: of the decoder, of the LM head with picking a token of each, and of
+    streams with theirs. Between measured points costs are linear, above them they go on like the last two.
 
     A row that is a sequence of its own brings an adapter and a context along, a draft's row does not: `decoder_s` is for
-    sequences of `COST_GROUP` rows each, `alone_s` (None: the same) for sequences of one.
+    sequences of `COST_GROUP` rows each, `alone_s` (None: the same) for sequences of one. Streams are as dear as their head's
+    rows where `guess_s` is None.
     """
 
     rows: tuple[int, ...]
     decoder_s: tuple[float, ...]
     head_s: tuple[float, ...]
     alone_s: tuple[float, ...] | None = None
+    guess_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Costs never fall with more rows: where a measurement says so it was disturbed."""
@@ -78,14 +131,17 @@ class RowCosts:
         object.__setattr__(self, "decoder_s", _rising(self.decoder_s))
         object.__setattr__(self, "alone_s", _rising(self.alone_s) if self.alone_s is not None else self.decoder_s)
         object.__setattr__(self, "head_s", _rising(self.head_s))
+        object.__setattr__(self, "guess_s", _rising(self.guess_s) if self.guess_s is not None else self.head_s)
 
-    def step_s(self, rows: int, drafts: int, sequences: int) -> float:
-        """Seconds of a step of `rows` token rows and `drafts` more that samples for `sequences`, next drafts included."""
-        return (
-            self._decoder(rows, rows + drafts)
-            + self._at(self.head_s, sequences + drafts)
-            + (self._at(self.head_s, drafts) if drafts else 0.0)
-        )
+    def step_s(self, sequences: int, drafts: int) -> float:
+        """Seconds of a step that decodes for so many sequences and verifies so many drafts, streams not included."""
+        rows = sequences + drafts
+        return self._decoder(sequences, rows) + self._at(self.head_s, rows)
+
+    def streams_s(self, streams: int) -> float:
+        """Seconds that so many streams take, of all sequences together."""
+        assert self.guess_s is not None
+        return self._at(self.guess_s, streams)
 
     def _decoder(self, sequences: int, rows: int) -> float:
         """Between the two ways that rows were measured, by how many belong to a sequence."""
@@ -105,121 +161,98 @@ def _rising(costs: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(costs), min))[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """One more draft for each of some wishes, each right with the same chance."""
-
-    survival: float
-    wishers: list[int]
-
-
-@dataclass(slots=True)
-class _Acceptance:
-    """Of one adapter, by draft position: decayed counts."""
-
-    judged: list[float] = field(default_factory=list)
-    accepted: list[float] = field(default_factory=list)
-    idle_steps: int = 0  # since it last had a draft
-
-    def chance(self, position: int) -> float:
-        """P(draft is right | all before it are)."""
-        if position >= len(self.judged):
-            return PRIOR
-        return (self.accepted[position] + PRIOR * PRIOR_WEIGHT) / (self.judged[position] + PRIOR_WEIGHT)
-
-    def observe(self, judged: int, accepted: int) -> None:
-        more = judged - len(self.judged)
-        self.judged += [0.0] * more
-        self.accepted += [0.0] * more
-        for j in range(judged):
-            self.judged[j] = MEMORY * self.judged[j] + 1.0
-            self.accepted[j] = MEMORY * self.accepted[j] + (j < accepted)
-
-
 class GoodputDrafts:
-    """The draft lengths with the best expected tokens a second, from each adapter's measured acceptance."""
+    """The drafts with the best expected tokens a second."""
 
     def __init__(self, costs: RowCosts) -> None:
         self._costs = costs
-        self._adapters: OrderedDict[str, _Acceptance] = OrderedDict()
+        self.kept = 1.0
+        self._decided_for = 0  # wishes, when it was last decided how many streams run
+        self._age = 0  # steps since then
+        self.floor = LEAST_SURVIVAL
 
-    def acceptance(self, adapter: str, positions: int) -> tuple[float, ...]:
-        """What is believed of an adapter's drafts now."""
-        known = self._known(adapter)
-        return tuple(known.chance(j) for j in range(positions))
+    def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
+        """As many of an adapter's streams as are worth more than they cost, if all together are.
 
-    def observe(self, adapter: str, judged: int, accepted: int) -> None:
-        """Learn. Drafts after the first wrong one say nothing."""
-        self._known(adapter).observe(judged, accepted)
-
-    def lengths(self, wishes: Sequence[DraftWish], rows: int) -> list[int]:
-        """Each wish's drafts: of all offers those with the highest survival, as many as give the best goodput."""
-        offers: list[_Offer] = []
-        for wishers, chances in self.classes(wishes):
-            survivals = accumulate(chances, mul)  # falls along a chain, so the best offers are prefixes of chains
-            for position, survival in enumerate(survivals):
-                offers.append(_Offer(survival, [i for i in wishers if wishes[i].most > position]))
-        offers.sort(key=lambda offer: -offer.survival)
-        lengths = [0] * len(wishes)
-        for offer in offers[: self._best_count(offers, rows, len(wishes))]:
-            for i in offer.wishers:
-                lengths[i] += 1
+        What a stream will find is not known before it runs, only what it found of late: how often it made a draft likely
+        enough that verifying it pays, and by how much.
+        """
+        if not wishes:
+            return []
+        self._age += 1
+        changed = abs(len(wishes) - self._decided_for) > CHANGE * self._decided_for
+        if changed or self._age >= len(wishes) // DECIDE_SHARE or any(wish.worth.length is None for wish in wishes):
+            self._decide(wishes, sequences)
+            self._decided_for, self._age = len(wishes), 0
+        lengths = [min(wish.worth.length or 0, wish.most) for wish in wishes]
         self._probe(wishes, lengths)
         return lengths
 
-    def classes(self, wishes: Sequence[DraftWish]) -> list[tuple[list[int], list[float]]]:
-        """Wishes (by index) whose adapters are about as good, and what is believed of their drafts together.
+    def _decide(self, wishes: Sequence[DraftWish], sequences: int) -> None:
+        none_s, count = self._costs.step_s(sequences, 0), len(wishes)
+        drafts = max(1, round(self.kept * count))
+        row_s = (self._costs.step_s(sequences, drafts) - none_s) / drafts
+        token_s = none_s / sequences
+        self.floor = max(LEAST_SURVIVAL, min(row_s / token_s, 1.0) * FLOOR_SHARE)
+        benefits = [0.0, *(max(0.0, (level + 0.5) / LEVELS * token_s - row_s) for level in range(1, LEVELS))]
+        first_s = self._costs.streams_s(count)
+        stream_s = (self._costs.streams_s(2 * count) - first_s) / count
+        adapters: dict[int, tuple[StreamWorth, list[int]]] = {}
+        for wish in wishes:
+            adapters.setdefault(id(wish.worth), (wish.worth, []))[1].append(wish.most)
+        gained = 0.0
+        for worth, mosts in adapters.values():
+            worth.length, gain = _best_length(worth, max(mosts), benefits, stream_s)
+            gained += gain * len(mosts)
+        if gained < first_s - stream_s * count + LEAST_GAIN * none_s:
+            for worth, _ in adapters.values():
+                worth.length = 0
 
-        They get drafts alike: estimates that differ by less than their error must not decide that one request drafts and its
-        neighbour never does, while it waits for the neighbour's rows. Equal lengths are also cheaper: nothing is padded.
-        """
-        most = max((wish.most for wish in wishes), default=0)
-        wishers: dict[str, list[int]] = {}
-        for i, wish in enumerate(wishes):
-            wishers.setdefault(wish.adapter, []).append(i)
-        chances = {adapter: self.acceptance(adapter, most) for adapter in wishers}
-        worth = {adapter: sum(accumulate(own, mul)) for adapter, own in chances.items()}
-        classes: list[list[str]] = []
-        for adapter in sorted(wishers, key=lambda adapter: -worth[adapter]):
-            if not classes or 1.0 + worth[adapter] < ALIKE * (1.0 + worth[classes[-1][0]]):
-                classes.append([])
-            classes[-1].append(adapter)
-        found = []
-        for alike in classes:
-            members = [i for adapter in alike for i in wishers[adapter]]
-            weighted = ([len(wishers[adapter]) * chance for chance in chances[adapter]] for adapter in alike)
-            found.append((members, [sum(position) / len(members) for position in zip(*weighted, strict=True)]))
-        return found
-
-    def _best_count(self, offers: Sequence[_Offer], rows: int, sequences: int) -> int:
-        best, count = sequences / self._costs.step_s(rows, 0, sequences) * (1 + LEAST_GAIN), 0
-        gained, drafts = 0.0, 0
-        for i, offer in enumerate(offers):
-            gained += offer.survival * len(offer.wishers)
-            drafts += len(offer.wishers)
-            goodput = (sequences + gained) / self._costs.step_s(rows, drafts, sequences)
-            if goodput > best:
-                best, count = goodput, i + 1
-        return count
+    def keep(self, survivals: Sequence[Sequence[float]], sequences: int) -> list[int]:
+        """Of all drafts those with the highest chances, as many as give the best goodput."""
+        if not any(survivals):
+            self.kept *= 1 - KEPT_SHARE
+            return [0] * len(survivals)
+        counts, sums = [0] * LEVELS, [0.0] * LEVELS
+        for chain in survivals:
+            for chance in chain:
+                level = int(chance * LEVELS)
+                counts[level] += 1
+                sums[level] += chance
+        least, gained, drafts = LEVELS, 0.0, 0
+        best = sequences / self._costs.step_s(sequences, 0) * (1 + LEAST_GAIN)
+        for level in range(LEVELS - 1, -1, -1):
+            if counts[level]:
+                drafts += counts[level]
+                gained += sums[level]
+                goodput = (sequences + gained) / self._costs.step_s(sequences, drafts)
+                if goodput > best:
+                    best, least = goodput, level
+        bound = least / LEVELS
+        kept = [sum(chance >= bound for chance in chain) for chain in survivals]  # chances fall along a chain
+        self.kept += KEPT_SHARE * (sum(kept) / len(kept) - self.kept)
+        return kept
 
     def _probe(self, wishes: Sequence[DraftWish], lengths: list[int]) -> None:
-        """What was learnt of an adapter long ago may have changed with its prompts: try one draft now and then."""
-        adapters: dict[str, tuple[int, int]] = {}  # → longest draft, and whose
+        """What was learnt of an adapter long ago may have changed with its prompts: try one stream now and then."""
+        asked: set[int] = set()
         for i, wish in enumerate(wishes):
-            if wish.most:
-                adapters[wish.adapter] = max(adapters.get(wish.adapter, (0, i)), (lengths[i], i))
-        for adapter, (longest, i) in adapters.items():
-            known = self._known(adapter)
-            known.idle_steps = 0 if longest else known.idle_steps + 1
-            if known.idle_steps >= PROBE_EVERY:
-                known.idle_steps = 0
-                lengths[i] = 1
+            worth = wish.worth
+            if lengths[i]:
+                worth.idle_steps = 0
+            elif wish.most and id(worth) not in asked:
+                asked.add(id(worth))
+                worth.idle_steps += 1
+                if worth.idle_steps >= PROBE_EVERY:
+                    worth.idle_steps = 0
+                    lengths[i] = 1
 
-    def _known(self, adapter: str) -> _Acceptance:
-        known = self._adapters.get(adapter)
-        if known is None:
-            known = self._adapters[adapter] = _Acceptance()
-        self._adapters.move_to_end(adapter)
-        if len(self._adapters) > ADAPTERS_KEPT:
-            self._adapters.popitem(last=False)
-        return known
+
+def _best_length(worth: StreamWorth, most: int, benefits: Sequence[float], stream_s: float) -> tuple[int, float]:
+    """How many of an adapter's streams to run, and what that gains a sequence in seconds."""
+    best, length, gain = 0.0, 0, 0.0
+    for position in range(most):
+        gain += worth.gain(position, benefits) - stream_s
+        if gain > best:
+            best, length = gain, position + 1
+    return length, best

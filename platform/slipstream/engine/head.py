@@ -11,10 +11,12 @@ from torch import nn
 from slipstream.engine.lora import AdapterBank
 from slipstream.engine.packed import packed_linear
 from slipstream.engine.parallel.shards import Shards
+from slipstream.engine.plan import Pick
 from slipstream.engine.streams import OwnHead
 
-Greedy = Callable[[torch.Tensor], list[int | None]]
-"""hidden [m, H] → the id of the largest logit of each row in float32, the first among equals; None = not for this row."""
+Greedy = Callable[[torch.Tensor], list[Pick | None]]
+"""hidden [m, H] → of each row the id of the largest logit in float32, the first among equals, and about how far it is
+ahead; None = not for this row."""
 
 
 def all_logits(_head: torch.Tensor) -> Greedy | None:
@@ -58,7 +60,7 @@ class Head:
         self._bank.use(slots)
         return self._shape(self._member(hidden))
 
-    def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[int | None] | None:
+    def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick | None] | None:
         """The best token of each row of [m, H], the first among equals; None, for a row or all, if that takes all logits."""
         # Scaling and soft cap leave the order as it is.
         if self._greedy is None or any(self._bank.targets(s, self.name) for s in {*slots}):

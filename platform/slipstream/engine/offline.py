@@ -15,6 +15,7 @@ from slipstream.engine.admission import check_params
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
+from slipstream.engine.drafting import Drafting
 from slipstream.engine.goodput import GoodputDrafts
 from slipstream.engine.loader import LoadedModel, adopt_model, cache_shapes, context_length, eos_ids, load_model
 from slipstream.engine.plan import Emission
@@ -28,6 +29,7 @@ from slipstream.protocol import FinishReason, SamplingParams
 
 BLOCK_SIZE = 16  # tokens
 ADAPTER_SLOTS = 8
+STREAMS_ONLY = (FastPath.ADAPTIVE_DRAFTS, FastPath.COPIED_DRAFTS)  # off: to see what a speculator is worth by itself
 _HOST_BYTES = 1 << 40  # the caller holds the adapters: no budget of ours
 
 
@@ -139,7 +141,7 @@ class OfflineEngine:
         max_batched_tokens: int = 512,
         kv_cache_bytes: int = 1 << 30,
         prefix_caching: bool = False,
-        disable: Collection[FastPath] = (FastPath.ADAPTIVE_DRAFTS,),
+        disable: Collection[FastPath] = STREAMS_ONLY,
         quantize: Quantization | None = None,
     ) -> None:
         """`model` is a folder, or a model in memory, which keeps its own dtype and device.
@@ -147,7 +149,8 @@ class OfflineEngine:
         A model in memory is taken over: its `nn.Linear`s are replaced in place by ones that serve adapters and it is
         frozen, so it cannot be trained any more. Give a deep copy to go on with the original.
         `eos` ends answers (default: what model and generation config say; add a tokenizer's own with `loader.eos_ids`).
-        Drafts are as many as a row may have, so that acceptance does not depend on load, unless `disable` lets them adapt.
+        Drafts are all that an adapter's streams make, so that acceptance depends neither on load nor on the prompts' words,
+        unless `disable` lets them adapt and be copied.
         Prefix caching is off, so that a second run of the same prompts costs the same as the first.
         Raises `ModelUnsupported` for a base model that the engine cannot serve.
         """
@@ -166,8 +169,9 @@ class OfflineEngine:
         residency = ResidencyManager(slots, _HOST_BYTES)
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)
         scheduler.prefix_caching = prefix_caching
-        if FastPath.ADAPTIVE_DRAFTS not in disable:
-            scheduler.drafts = GoodputDrafts(self.runner.row_costs(max_batched_tokens))
+        adaptive = FastPath.ADAPTIVE_DRAFTS not in disable
+        policy = GoodputDrafts(self.runner.row_costs(max_batched_tokens)) if adaptive else None
+        scheduler.drafting = Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable)
         self._core = EngineCore(scheduler, residency, self.runner)
         self._adapters: dict[str, PreparedAdapter] = {}
         self._last_id = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from slipstream.protocol import SamplingParams
 
@@ -24,7 +25,7 @@ class PlannedSequence:
     slot: int  # adapter slot, -1 = base
     params: SamplingParams
     output_index: int  # index, in the answer, of the first token this step decides (keys the sampling noise)
-    draft_next: int = 0  # drafts wanted for the next step
+    draft_next: int = 0  # streams to run for the next step
     history: tuple[int, ...] = ()  # prompt + answer, only when a penalty needs it
     prompt_len: int = 0
 
@@ -41,6 +42,13 @@ class StepPlan:
         return sum(len(s.tokens) for s in self.sequences)
 
 
+class Pick(NamedTuple):
+    """A token picked from a row of logits, and how far its score (scaled, and with noise, if it is) was ahead of the next."""
+
+    token: int
+    margin: float
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """Of one decided token: natural log-probability, and the best alternatives (id, log-probability)."""
@@ -54,7 +62,7 @@ class SequenceResult:
     """What a step decided for one sampling sequence: accepted drafts, then one corrected or bonus token."""
 
     tokens: tuple[int, ...]  # 1 … num_drafts+1
-    drafts: tuple[int, ...] = ()  # for the next step
+    guesses: tuple[Pick, ...] = ()  # by its streams, for the tokens after these
     logprobs: tuple[Logprob, ...] = ()
     broken: bool = False  # the hidden state is not finite: the adapter's weights overflow; `tokens` is empty
 

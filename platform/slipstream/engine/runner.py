@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,15 @@ from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache, PagedBatch
 from slipstream.engine.batch import StepBatch, build_batch, row_request, verified
 from slipstream.engine.config import FastPath
+from slipstream.engine.costs import (
+    COST_ADAPTERS,
+    COST_RANK,
+    COST_STREAM_RANK,
+    GREEDY,
+    best_times,
+    cost_parts,
+    row_counts,
+)
 from slipstream.engine.flat import FlatDecoder
 from slipstream.engine.goodput import COST_GROUP, RowCosts
 from slipstream.engine.head import Head
@@ -25,23 +32,15 @@ from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes, context_l
 from slipstream.engine.lora import AdapterBank
 from slipstream.engine.parallel.group import all_well
 from slipstream.engine.parallel.vocab import ShardedColumns
-from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.plan import Logprob, Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.quantized import Quantization, weight_maker
 from slipstream.engine.sampling import Columns, RowRequest, Sampler, logprob_of
 from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
-from slipstream.protocol import SamplingParams
 
 if TYPE_CHECKING:
     from slipstream.engine.graphs import GraphedDecoder
-
-COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
-COST_ADAPTERS = 8  # among which its rows are divided …
-COST_RANK = 16  # … and the rank of each, on every linear
-COST_ROWS = 128  # beyond, costs go on as they did
-COST_RUNS = 4
-_NO_PARAMS = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Forward → verify → draft."""
+        """Forward → verify → guess."""
         parts = plan.sequences
         order = self._bank.order([part.slot for part in parts], [len(part.tokens) for part in parts])
         batch = self._batch([parts[i] for i in order])
@@ -186,7 +185,7 @@ class ModelRunner:
         picked, logits = self._pick(batch, sampled)
         broken = (~sampled.isfinite().all(dim=-1)).tolist()  # finite weights may still overflow in the forward
         decided = verified(batch, picked)
-        drafts = self._draft(batch, sampled, decided)
+        guesses = self._guess(batch, sampled, decided)
         results = {}
         for (part, first), tokens in zip(batch.spans, decided, strict=True):
             if any(broken[first : first + part.num_drafts + 1]):
@@ -195,7 +194,7 @@ class ModelRunner:
             logprobs: tuple[Logprob, ...] = ()
             if logits is not None:
                 logprobs = self._logprobs(part, logits[first : first + len(tokens)], tokens)
-            results[part.seq_id] = SequenceResult(tuple(tokens), drafts.get(part.seq_id, ()), logprobs)
+            results[part.seq_id] = SequenceResult(tuple(tokens), guesses.get(part.seq_id, ()), logprobs)
         return StepResult(results)
 
     def _batch(self, parts: list[PlannedSequence]) -> StepBatch:
@@ -223,36 +222,37 @@ class ModelRunner:
         slots = batch.sample_slots
         best = self._best(batch.requests, hidden, slots)
         if best is not None:
-            return best, None
-        return self._pick_from_all(batch.requests, hidden, slots)
+            return [pick.token for pick in best], None
+        picks, logits = self._pick_from_all(batch.requests, hidden, slots)
+        return [pick.token for pick in picks], logits
 
     def _pick_from_all(
         self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]
-    ) -> tuple[list[int], torch.Tensor]:
+    ) -> tuple[list[Pick], torch.Tensor]:
         logits = self._head(hidden, slots)
 
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
 
-        return self._sampler.pick(logits, asked, exact if self._rescore else None), logits
+        return self._sampler.picks(logits, asked, exact if self._rescore else None), logits
 
-    def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[int] | None:
+    def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
         """The best token of each row, where nothing else is asked of any and it does not take all logits. A row that needs
         them gets them alone: its company is none the wiser."""
         best = self._head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
         if best is None:
             return None
-        left = [row for row, token in enumerate(best) if token is None]
+        left = [row for row, pick in enumerate(best) if pick is None]
         if left:
             picked, _ = self._pick_from_all([asked[row] for row in left], hidden[left], [slots[row] for row in left])
-            for row, token in zip(left, picked, strict=True):
-                best[row] = token
-        return [token for token in best if token is not None]
+            for row, pick in zip(left, picked, strict=True):
+                best[row] = pick
+        return [pick for pick in best if pick is not None]
 
-    def _draft(
+    def _guess(
         self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
-    ) -> dict[int, tuple[int, ...]]:
-        """Drafts for the next step, from the last accepted row of each sequence that wants some."""
+    ) -> dict[int, tuple[Pick, ...]]:
+        """What the streams say comes next, from the last accepted row of each sequence for which some are to run."""
         wanting = [
             (part, first + len(tokens) - 1, tokens)
             for (part, first), tokens in zip(batch.spans, decided, strict=True)
@@ -276,13 +276,13 @@ class ModelRunner:
                 for (part, _, _), end in zip(wanting, ends, strict=True)
             }
         logits = self._head.drafts(states, per_row, own)
-        return self._pick_drafts([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
+        return self._pick_guesses([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
 
-    def _pick_drafts(
+    def _pick_guesses(
         self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
-    ) -> dict[int, tuple[int, ...]]:
+    ) -> dict[int, tuple[Pick, ...]]:
         """Each sequence's chain from its rows of the streams' logits; `wanting` says what each has just emitted."""
-        picked: dict[int, tuple[int, ...]] = {}
+        picked: dict[int, tuple[Pick, ...]] = {}
         rows: list[int] = []  # of chains whose drafts do not depend on each other: all in one go
         requests: list[RowRequest] = []
         start = 0
@@ -290,26 +290,27 @@ class ModelRunner:
             chain = range(start, start + part.draft_next)
             start = chain.stop
             if part.params.has_penalties:
-                picked[part.seq_id] = self._draft_one(part, tokens, logits[chain.start : chain.stop])
+                picked[part.seq_id] = self._guess_one(part, tokens, logits[chain.start : chain.stop])
             else:
                 first = part.output_index + len(tokens)
                 requests += [row_request(part, first + k, ()) for k in range(part.draft_next)]
                 rows += chain
         if rows:
-            found = iter(self._sampler.pick(logits if len(rows) == len(logits) else logits[rows], requests, None))
+            found = iter(self._sampler.picks(logits if len(rows) == len(logits) else logits[rows], requests, None))
             for part, _ in wanting:
                 if part.seq_id not in picked:
                     picked[part.seq_id] = tuple(next(found) for _ in range(part.draft_next))
         return picked
 
-    def _draft_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[int, ...]:
-        """One chain; each draft sees the ones before it in its history, as its verification will."""
-        drafts: tuple[int, ...] = ()
+    def _guess_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[Pick, ...]:
+        """One chain; each guess sees the ones before it in its history, as its verification will."""
+        picks: tuple[Pick, ...] = ()
         position = part.output_index + len(emitted)
         for k in range(logits.shape[0]):
-            request: RowRequest = row_request(part, position + k, emitted + drafts)
-            drafts += tuple(self._sampler.pick(logits[k : k + 1], [request], None))
-        return drafts
+            history = emitted + tuple(pick.token for pick in picks)
+            request: RowRequest = row_request(part, position + k, history)
+            picks += tuple(self._sampler.picks(logits[k : k + 1], [request], None))
+        return picks
 
     def _logprobs(self, part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:
         wanted = part.params.logprobs
@@ -322,59 +323,37 @@ class ModelRunner:
 
     @torch.inference_mode()
     def row_costs(self, most: int) -> RowCosts:
-        """Seconds that the decoder and the LM head take for 1, 2, 4, … rows, up to `most`: the best of a few turns each.
-
-        Rows are measured in sequences of four (three drafts each) and of one; contexts are short, a few blank adapters take
-        turns. Uses slots and the cache: for an engine that holds nothing yet.
-        """
-        blank = self._bank.blank(COST_RANK, self._head.name)
+        """What 1, 2, 4, … rows cost, up to `most`, with a few blank adapters in turns and short contexts. Uses slots and the
+        cache: for an engine that holds nothing yet."""
+        lora = self._bank.blank(COST_RANK, self._head.name)
         for slot in range(COST_ADAPTERS):
-            self._bank.load(slot, blank)
-        counts = [1]
-        while counts[-1] < min(most, COST_ROWS) or len(counts) < 2:
-            counts.append(2 * counts[-1])
-        alone, together, head = [], [], []
+            self._bank.load(slot, lora)
+            self._streams.load(slot, self._blank_streams())
+        counts = row_counts(most)
+        works: list[list[Callable[[], object]]] = [[], [], [], []]
         for count in counts:
-            alone.append(partial(self._forward, self._batch(self._cost_parts(count, 1))))
-            batch = self._batch(self._cost_parts(count, COST_GROUP))
-            together.append(partial(self._forward, batch))
-            head.append(partial(self._cost_head, self._forward(batch)[:count], batch.slots[:count]))
-        best = self._best_times([*alone, *together, *head])
-        alone_s, decoder_s, head_s = (tuple(best[i * len(counts) :][: len(counts)]) for i in range(3))
+            alone, together = (cost_parts(count, group, self.cache) for group in (1, COST_GROUP))
+            batch = self._batch(together)
+            hidden = self._forward(batch)[batch.sample_rows]
+            decided = [[PROBE[0]]] * len(together)
+            works[0].append(partial(self._forward_parts, alone))
+            works[1].append(partial(self._forward_parts, together))
+            works[2].append(partial(self._pick, batch, hidden))
+            works[3].append(partial(self._guess, batch, hidden, decided))
+        alone_s, decoder_s, head_s, streams_s = best_times(works, self.device)
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
-        return RowCosts(tuple(counts), decoder_s, head_s, alone_s)
+            self._streams.unload(slot)
+        return RowCosts(counts, decoder_s, head_s, alone_s, streams_s)
 
-    def _cost_parts(self, rows: int, group: int) -> list[PlannedSequence]:
-        """Sequences of `group` rows (or one of fewer), the same adapter's together."""
-        tokens = PROBE[: min(rows, group)]
-        context = max(len(tokens), min(COST_CONTEXT, self.cache.num_blocks * self.cache.block_size))
-        blocks = tuple(range(-(-context // self.cache.block_size)))
-        start, sequences = context - len(tokens), rows // len(tokens)
-        slots = [i * min(COST_ADAPTERS, sequences) // sequences for i in range(sequences)]
-        return [
-            PlannedSequence(i, tokens, start, blocks, True, len(tokens) - 1, slot, _NO_PARAMS, 0)
-            for i, slot in enumerate(slots)
-        ]
+    def _forward_parts(self, parts: list[PlannedSequence]) -> torch.Tensor:
+        return self._forward(self._batch(parts))
 
-    def _cost_head(self, hidden: torch.Tensor, slots: Sequence[int]) -> None:
-        """Of greedy rows. Sampled ones, which take all logits, are thought of as cheap as these."""
-        if self._head.best(hidden, slots) is not None:
-            return
-        logits = self._head(hidden, slots)
-        self._sampler.pick(logits, [RowRequest(_NO_PARAMS, 0)] * len(slots), None)
-
-    def _best_times(self, works: Sequence[Callable[[], object]]) -> list[float]:
-        """Seconds of each, in turns: a busy neighbour then disturbs one turn of many rather than all of one."""
-        best = [math.inf] * len(works)
-        for _ in range(COST_RUNS):
-            for i, work in enumerate(works):
-                began = time.perf_counter()
-                work()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                best[i] = min(best[i], time.perf_counter() - began)
-        return best
+    def _blank_streams(self) -> PreparedStreams:
+        low = torch.zeros(COST_GROUP, COST_STREAM_RANK, self._hidden_size)
+        bias = torch.zeros(COST_GROUP, self._hidden_size)
+        weights = StreamWeights(bias, a=low, b=low.transpose(1, 2).contiguous(), c=low)
+        return prepare_streams(weights, torch.empty(0, dtype=self._embedding_dtype())).to(self.device)
 
     # -- self-check -----------------------------------------------------------------------------------------------
 
@@ -385,7 +364,7 @@ class ModelRunner:
     def _check_against(self, reference: torch.Tensor, name: str, most: float) -> None:
         """A forward of ours must be transformers' own: refuses models whose attention or head do more than we know of."""
         blocks = tuple(range(-(-len(PROBE) // self.cache.block_size)))
-        part = PlannedSequence(0, PROBE, 0, blocks, True, len(PROBE) - 1, -1, _NO_PARAMS, 0, 0)
+        part = PlannedSequence(0, PROBE, 0, blocks, True, len(PROBE) - 1, -1, GREEDY, 0, 0)
         try:
             batch = self._batch([part])
             ours = self._head(self._forward(batch)[batch.sample_rows], batch.sample_slots).float()

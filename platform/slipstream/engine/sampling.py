@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from slipstream.engine.noise import GumbelNoise
-from slipstream.engine.plan import Logprob
+from slipstream.engine.plan import Logprob, Pick
 from slipstream.protocol import SamplingParams
 
 TOP_CANDIDATES = 8  # rows of the head that are scored again in float32
@@ -120,46 +120,52 @@ class Sampler:
 
     def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[int]:
         """One token id a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is."""
+        return [pick.token for pick in self.picks(logits, rows, exact)]
+
+    def picks(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[Pick]:
+        """As `pick`, with margins, which are those of the logits given, whatever `exact` says of close calls."""
         plain = [i for i, row in enumerate(rows) if row.is_plain]
         greedy = [i for i in plain if rows[i].params.temperature == 0.0]
         drawn = [i for i in plain if rows[i].params.temperature > 0.0] if self._draw is not None else []
-        tokens = [-1] * len(rows)
+        picks: dict[int, Pick] = {}
         for mine, pick in ((greedy, self._greedy), (drawn, partial(self._drawn, requests=rows))):
             if mine:
-                for i, token in zip(mine, pick(logits, mine, exact), strict=True):
-                    tokens[i] = token
-        others = [i for i in range(len(rows)) if tokens[i] < 0]
+                picks.update(zip(mine, pick(logits, mine, exact), strict=True))
+        others = [i for i in range(len(rows)) if i not in picks]
         if others:
             whole = self.columns.whole(_rows(logits, others))
             for i, row_logits in zip(others, whole, strict=True):
-                tokens[i] = self._pick_row(row_logits, rows[i], partial(exact, i) if exact else None)
-        return tokens
+                picks[i] = self._pick_row(row_logits, rows[i], partial(exact, i) if exact else None)
+        return [picks[i] for i in range(len(rows))]
 
-    def _greedy(self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[int]:
+    def _greedy(self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[Pick]:
         picked = _rows(logits, rows)
         found = self.columns.best(picked)
         best: list[int] = found.ids.tolist()
+        margins: list[float] = found.gaps.tolist()
         if exact is None:
-            return best
+            return list(map(Pick, best, margins))
         close = close_calls(found.gaps, found.values.abs())
         whole = self.columns.whole(_rows(picked, close)) if close else ()
         for j, row in zip(close, whole, strict=True):
             ordered = row.topk(min(TOP_CANDIDATES, row.shape[-1])).indices.sort().values
             best[j] = int(ordered[exact(rows[j], ordered).argmax()])  # equal scores go to the lowest id, as argmax does
-        return best
+        return list(map(Pick, best, margins))
 
     def _drawn(
         self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None, requests: Sequence[RowRequest]
-    ) -> list[int]:
+    ) -> list[Pick]:
         assert self._draw is not None
         picked = self.columns.whole(_rows(logits, rows))
         asked = [requests[i] for i in rows]
-        found = self._draw(picked, asked, TOP_CANDIDATES if exact is not None else 1)
+        found = self._draw(picked, asked, TOP_CANDIDATES if exact is not None else 2)
         best: list[int] = found.ids[:, 0].clamp_min(0).tolist()  # everything banned, or not a number: as good as any
+        ahead = found.sums[:, 0] - found.sums[:, 1]
+        margins: list[float] = ahead.tolist()
         if exact is None:
-            return best
+            return list(map(Pick, best, margins))
         heat = torch.tensor([row.temperature for row in asked], device=logits.device)
-        gaps = (found.sums[:, 0] - found.sums[:, 1]) * heat
+        gaps = ahead * heat
         logits_of = ((found.sums - found.noise) * heat.unsqueeze(1)).abs().masked_fill_(found.ids < 0, 0.0)
         for j in close_calls(
             gaps, logits_of.amax(dim=1)
@@ -169,11 +175,11 @@ class Sampler:
             ids = own[own >= 0][order]
             final = exact(rows[j], ids) / asked[j].temperature + found.noise[j, : len(ids)][order]
             best[j] = int(ids[final.argmax()])
-        return best
+        return list(map(Pick, best, margins))
 
     def _pick_row(
         self, logits: torch.Tensor, row: RowRequest, exact: Callable[[torch.Tensor], torch.Tensor] | None
-    ) -> int:
+    ) -> Pick:
         p = row.params
         noise = self._noise.row(p.seed, row.position) if p.temperature > 0.0 else None
         temperature = row.temperature
@@ -182,18 +188,17 @@ class Sampler:
         if noise is not None:
             scores = truncate_(scores.div_(temperature), p)
         noisy = scores + noise if noise is not None else scores
-        if exact is None:
-            return int(noisy.argmax())
-        ids = noisy.topk(min(TOP_CANDIDATES, noisy.shape[-1])).indices
-        ids = ids[noisy[ids] > float("-inf")].sort().values
-        if not len(ids):  # everything banned, or not a number: `noisy` has no better answer either
-            return int(noisy.argmax())
+        values, ids = noisy.topk(min(TOP_CANDIDATES, noisy.shape[-1]))
+        margin = float(values[0] - values[min(1, len(values) - 1)])
+        ids = ids[values > float("-inf")].sort().values
+        if exact is None or not len(ids):  # everything banned, or not a number: `noisy` has no better answer either
+            return Pick(int(noisy.argmax()), margin)
         patched = raw.clone()
         patched[ids] = exact(ids)
         final = self._process(patched, row)[ids]
         if noise is not None:
             final = final / temperature + noise[ids]
-        return int(ids[final.argmax()])
+        return Pick(int(ids[final.argmax()]), margin)
 
     def _process(self, logits: torch.Tensor, row: RowRequest) -> torch.Tensor:
         """Mask → penalties → bias, in place on float32 [V]."""

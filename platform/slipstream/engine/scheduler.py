@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.drafting import Drafting
 from slipstream.engine.fairness import FairShare
-from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts
 from slipstream.engine.leases import AdapterLease, AdapterSlots
 from slipstream.engine.pacing import PromptPacer
 from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
@@ -45,7 +45,7 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.prefix_caching = True
-        self.drafts: DraftPolicy = FullDrafts()
+        self.drafting = Drafting()
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
@@ -118,6 +118,7 @@ class Scheduler:
         decodes = [s for s in by_arrival if self._missing(s) == 1]
         self._long_room = self.pacer.rows() if self.pacer is not None and decodes else None
         floor = self._prefill_floor()
+        self.drafting.choose(decodes, self._at_work())
         for left, seq in zip(range(len(decodes), 0, -1), decodes, strict=True):
             if seq.state is SequenceState.RUNNING:  # not preempted for an older one
                 budget -= self._plan_decode(seq, max(1, budget - left + 1 - floor), planned)
@@ -125,7 +126,7 @@ class Scheduler:
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)
-        return StepPlan(tuple(self._with_drafts(list(planned.values()))))
+        return StepPlan(tuple(self._with_streams(list(planned.values()))))
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """What a step took, before it is committed: teaches the pacer."""
@@ -141,27 +142,23 @@ class Scheduler:
                 others += len(part.tokens)
         self.pacer.observe(decodes, paced, others, seconds)
 
-    def _with_drafts(self, parts: list[PlannedSequence]) -> list[PlannedSequence]:
-        """The parts, each with the drafts that it makes for the next step."""
-        wishes = {}
+    def _with_streams(self, parts: list[PlannedSequence]) -> list[PlannedSequence]:
+        """The parts, each with the streams that run at its end for the next step."""
+        able, wanted = [], []
         for i, part in enumerate(parts):
-            adapter, most = self._by_id[part.seq_id].adapter, self._most_drafts(part)
-            if adapter is not None and most:
-                wishes[i] = DraftWish(adapter, most)
-        if not wishes:
+            most = self._most_streams(part)
+            if most:
+                able.append(i)
+                wanted.append((self._by_id[part.seq_id], most))
+        if not wanted:
             return parts
-        # Next step's rows: one for each sequence that samples, and what prompts have left to compute.
-        rows = 0
-        for part in parts:
-            seq = self._by_id[part.seq_id]
-            rows += 1 if part.samples else self._paced_rows(seq, self._missing(seq) - len(part.tokens))
-        lengths = self.drafts.lengths(list(wishes.values()), min(rows, self.max_batched_tokens))
-        for i, length in zip(wishes, lengths, strict=True):
+        lengths = self.drafting.streams(wanted, self._at_work())
+        for i, length in zip(able, lengths, strict=True):
             if length:
                 parts[i] = replace(parts[i], draft_next=length)
         return parts
 
-    def _most_drafts(self, part: PlannedSequence) -> int:
+    def _most_streams(self, part: PlannedSequence) -> int:
         """At least one token is emitted now and one by the next step, which leaves remaining - 2 for drafts."""
         seq, lease = self._by_id[part.seq_id], self._leases[part.seq_id]
         if lease is None or not part.samples:
@@ -192,6 +189,10 @@ class Scheduler:
     def _missing(seq: Sequence) -> int:
         return len(seq.tokens) - seq.num_computed
 
+    def _at_work(self) -> int:
+        """Sequences that decode, or will before long."""
+        return min(len(self._running) + len(self._waiting), self.max_num_seqs)
+
     def _prefill_floor(self) -> int:
         """Tokens that drafts leave for prompts, so that speculation cannot hold up somebody's first token."""
         most = min(CHUNK_ALIGN, self.max_batched_tokens // 4)
@@ -201,13 +202,14 @@ class Scheduler:
 
     def _plan_decode(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
         """One known token and its drafts. Drafts give way before anybody is preempted."""
-        k = max(0, min(len(seq.drafts), budget - 1, seq.remaining - 1))
+        drafts = seq.chain.tokens if seq.chain is not None else []
+        k = max(0, min(len(drafts), budget - 1))
         room = self.pool.num_free + len(seq.blocks)
         while k and self.pool.blocks_for(len(seq.tokens) + k) > room:
             k -= 1
         if budget < 1 or not self._reserve(seq, len(seq.tokens) + k, planned):
             return 0
-        planned[seq.seq_id] = self._part(seq, len(seq.tokens), seq.drafts[:k])
+        planned[seq.seq_id] = self._part(seq, len(seq.tokens), drafts[:k])
         return 1 + k
 
     def _plan_chunk(self, seq: Sequence, budget: int, planned: dict[int, PlannedSequence]) -> int:
@@ -273,7 +275,7 @@ class Scheduler:
         self._release(seq)
         seq.num_computed = 0
         seq.num_published = 0
-        seq.drafts = []
+        seq.guesses, seq.chain = (), None
         seq.preemptions += 1
         seq.state = SequenceState.WAITING
         self.counters.preemptions += 1
@@ -353,10 +355,9 @@ class Scheduler:
         seq.drafted += part.num_drafts
         accepted = min(len(result.tokens) - 1, emitted)
         seq.accepted += accepted
-        seq.drafts = list(result.drafts)
+        seq.guesses = result.guesses
         judged = min(part.num_drafts, emitted)
-        if judged and seq.adapter is not None:
-            self.drafts.observe(seq.adapter, judged, accepted)
+        self.drafting.learn(seq, seq.tokens[before:])
         if reason is not None:
             self._finish(seq, reason)
         return Emission(
@@ -376,7 +377,7 @@ class Scheduler:
             self._waiting.remove(seq)
         seq.state = SequenceState.FINISHED
         seq.finish_reason = reason
-        seq.drafts = []
+        seq.guesses, seq.chain = (), None
         del self._by_id[seq.seq_id]
         self._shares.leave(seq.tenant)
 

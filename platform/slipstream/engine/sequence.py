@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from slipstream.protocol import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from slipstream.engine.chains import Chain
+    from slipstream.engine.copying import CopyIndex
+    from slipstream.engine.plan import Pick
     from slipstream.engine.timeline import Timeline
 
 
@@ -33,7 +36,7 @@ class Sequence:
     max_total: int  # len(tokens) never grows past this
     eos_ids: frozenset[int]
     adapter: str | None = None  # digest
-    draft_cap: int = 0  # most drafts a step, from the request; the adapter's streams cap it further
+    draft_cap: int = 0  # most drafts a step, from the request
     on_token: Callable[[int], bool] | None = None  # told each answer token in order; True = a stop string is complete
     priority: int = 0  # within its tenant, lower ones start first
     weight: float = 1.0  # of its tenant
@@ -47,7 +50,9 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `tokens`
     num_published: int = 0
-    drafts: list[int] = field(default_factory=list)  # guesses for the tokens after tokens[-1]
+    guesses: tuple[Pick, ...] = ()  # its streams', for the tokens after tokens[-1]
+    chain: Chain | None = None  # drafts that the step being run verifies
+    copy_index: CopyIndex | None = None
 
     decode_steps: int = 0
     drafted: int = 0

@@ -27,6 +27,11 @@ def head(weight: torch.Tensor) -> GreedyHead:
     return found
 
 
+def best(weight: torch.Tensor, hidden: torch.Tensor) -> list[int | None]:
+    """Its ids."""
+    return [pick.token if pick is not None else None for pick in head(weight)(hidden)]
+
+
 def expected(weight: torch.Tensor, hidden: torch.Tensor) -> list[int]:
     return (hidden.double() @ weight.double().T).argmax(dim=1).tolist()
 
@@ -42,7 +47,7 @@ def test_it_is_the_best_in_float32(outputs: int, inputs: int, rows: int) -> None
     """Random weights are the hard case: nothing stands out, so that many ids are scored."""
     weight = normal(outputs, inputs, seed=outputs).bfloat16()
     hidden = normal(rows, inputs, seed=rows).bfloat16()
-    assert head(weight)(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -52,7 +57,7 @@ def test_weights_and_rows_of_all_sizes(seed: int) -> None:
     hidden = normal(ROWS, 64, seed=seed + 2)
     hidden[:, seed] *= 300
     hidden = (hidden * 10 ** (3 * normal(ROWS, 1, seed=seed + 3))).bfloat16()
-    assert head(weight)(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 def test_of_equals_the_first_wins() -> None:
@@ -60,14 +65,14 @@ def test_of_equals_the_first_wins() -> None:
     weight[[17, 18, 250]] = weight[200].clone() * 3
     weight[200] = weight[17]
     hidden = weight[17:18] * 2
-    assert head(weight)(hidden) == [17]
+    assert best(weight, hidden) == [17]
 
 
 def test_near_ties_are_told_apart() -> None:
     """By less than 8 bits can tell, and by what bfloat16 logits would round away."""
     weight = normal(1, 64).repeat(64, 1).bfloat16()
     weight[41, 7] *= 1 + 2**-6
-    assert head(weight)(weight[:1]) == [41]
+    assert best(weight, weight[:1]) == [41]
 
 
 def test_a_row_does_not_depend_on_its_company(threads: Callable[[int], None]) -> None:
@@ -84,13 +89,13 @@ def test_a_row_does_not_depend_on_its_company(threads: Callable[[int], None]) ->
 def test_a_row_that_is_not_all_numbers_takes_all_logits(broken: float) -> None:
     weight, hidden = normal(70, 16).bfloat16(), normal(4, 16, seed=1).bfloat16()
     hidden[2, 3] = broken
-    found = head(weight)(hidden)
+    found = best(weight, hidden)
     assert found[2] is None
     assert found[:2] + found[3:] == expected(weight, hidden[[0, 1, 3]])
 
 
 def test_of_a_row_of_zeros_every_id_is_the_best() -> None:
-    assert head(normal(70, 16).bfloat16())(torch.zeros(1, 16).bfloat16()) == [0]
+    assert best(normal(70, 16).bfloat16(), torch.zeros(1, 16).bfloat16()) == [0]
 
 
 @pytest.mark.parametrize("size", [8.0, 30.0, 1000.0])
@@ -98,7 +103,17 @@ def test_a_few_inputs_may_dwarf_the_others(size: float) -> None:
     """In both directions, in one group of four and alone; as final hidden states of large models do."""
     weight, hidden = normal(3000, 256).bfloat16(), normal(9, 256, seed=1)
     hidden[:, [0, 1, 77, 255]] *= torch.tensor([1.0, -1.0, 0.5, -2.0]) * size
-    assert head(weight)(hidden.bfloat16()) == expected(weight, hidden.bfloat16())
+    assert best(weight, hidden.bfloat16()) == expected(weight, hidden.bfloat16())
+
+
+@pytest.mark.parametrize("outputs", [2, 31, 33, 700])
+def test_margins_are_about_how_far_the_best_is_ahead(outputs: int) -> None:
+    weight, hidden = normal(outputs, 64).bfloat16(), normal(20, 64, seed=1).bfloat16()
+    exact = (hidden.double() @ weight.double().T).topk(2).values
+    for pick, (first, second) in zip(head(weight)(hidden), exact.tolist(), strict=True):
+        assert pick is not None
+        assert pick.margin == pytest.approx(first - second, abs=0.3)
+        assert pick.margin >= 0.0
 
 
 def test_other_weights_take_all_logits() -> None:
@@ -114,14 +129,14 @@ def test_rows_near_the_ends_of_the_format(size: float) -> None:
     """Their squares are no numbers a float holds."""
     weight, hidden = normal(200, 64).bfloat16(), (normal(3, 64, seed=1) * size).bfloat16()
     weight[50:60] = 0.0
-    assert head(weight)(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 @pytest.mark.parametrize("size", [1e24, 1e-24])
 def test_weights_near_the_ends_of_the_format(size: float) -> None:
     """Neither are theirs."""
     weight, hidden = (normal(4000, 64) * size).bfloat16(), normal(300, 64, seed=1).bfloat16()
-    assert head(weight)(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 def test_weights_that_hardly_fit_beside_others() -> None:
@@ -130,20 +145,20 @@ def test_weights_that_hardly_fit_beside_others() -> None:
     weight[:32] = 1e38
     hidden[0] = 0.0
     hidden[1] = -hidden[1].abs()
-    assert head(weight)(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 def test_rows_are_taken_so_many_at_a_time_that_memory_stays_small() -> None:
     weight, hidden = normal(60_000, 16).bfloat16(), normal(90, 16, seed=1).bfloat16()
     own = head(weight)
     assert own._rows_at_once < 90
-    assert own(hidden) == expected(weight, hidden)
+    assert best(weight, hidden) == expected(weight, hidden)
 
 
 def test_where_nothing_can_be_left_out_all_logits_are_needed() -> None:
     weight = normal(1, 16).repeat(5000, 1).bfloat16()
     same, other = weight[:1], -weight[:1]
-    assert head(torch.cat([weight, other]))(torch.cat([same, other])) == [None, 5000]
+    assert best(torch.cat([weight, other]), torch.cat([same, other])) == [None, 5000]
 
 
 def test_it_can_be_turned_off() -> None:

@@ -17,8 +17,8 @@ from torch import nn
 
 from slipstream.adapters.load import load_adapter
 from slipstream.adapters.weights import AdapterWeights
-from slipstream.engine.offline import OfflineEngine, Outcome, Row, RowResult
-from slipstream.engine.plan import SequenceResult, StepPlan, StepResult
+from slipstream.engine.offline import STREAMS_ONLY, OfflineEngine, Outcome, Row, RowResult
+from slipstream.engine.plan import Pick, SequenceResult, StepPlan, StepResult
 from slipstream.errors import AdapterUnavailable, ContextOverflow, InvalidRequest
 from slipstream.protocol import FinishReason, SamplingParams
 
@@ -56,7 +56,7 @@ def test_answers_and_counts_are_the_harness(model: Any, tmp_path: Path) -> None:
     params = SamplingParams(temperature=0.7, seed=5, max_tokens=20)
     outcome = engine_of(model, adapters={"a": weights}).run([Row(p, params, "a", 8) for p in PROMPTS])
     jobs = [Job(p, params, adapter="a", draft_cap=8) for p in PROMPTS]
-    assert outcome.answers == Harness(model, {"a": weights}).run(jobs)
+    assert outcome.answers == Harness(model, {"a": weights}, disable=STREAMS_ONLY).run(jobs)
     for result, job in zip(outcome.results, jobs, strict=True):
         seq = job.sequence
         assert seq is not None
@@ -67,13 +67,18 @@ def test_answers_and_counts_are_the_harness(model: Any, tmp_path: Path) -> None:
     assert sum(sum(r.judged) for r in outcome.results) > 0
 
 
+def sure(*tokens: int) -> tuple[Pick, ...]:
+    """Guesses, far ahead of all others."""
+    return tuple(Pick(token, 9.0) for token in tokens)
+
+
 def test_acceptance_by_position_of_a_script(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model, adapters={"a": AdapterWeights({}, random_streams(model.config.hidden_size))})
     script = iter(
         [
-            SequenceResult((10,), (11, 12, 13)),
-            SequenceResult((11, 12, 99), (40, 41, 42)),  # right, right, wrong
-            SequenceResult((50,), (51, EOS, 7)),  # wrong: what came after it says nothing
+            SequenceResult((10,), sure(11, 12, 13)),
+            SequenceResult((11, 12, 99), sure(40, 41, 42)),  # right, right, wrong
+            SequenceResult((50,), sure(51, EOS, 7)),  # wrong: what came after it says nothing
             SequenceResult((51, EOS, 7, 8), ()),  # right, right and the end: draft 3 was never asked for
         ]
     )

@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
     found.slipstream_lora_pairs.argtypes = SIGNATURES["lora"]
     found.slipstream_lora_pairs.restype = None
     found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None
-    found.slipstream_best_ids_bf16.argtypes = [_PTR] * 3 + [_INT, _PTR]
+    found.slipstream_best_ids_bf16.argtypes = [_PTR] * 4 + [_INT, _PTR]
     found.slipstream_best_ids_bf16.restype = None
     found.slipstream_filter_bytes.argtypes, found.slipstream_filter_bytes.restype = [_PTR, _INT], _INT
     return found

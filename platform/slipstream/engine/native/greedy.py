@@ -16,6 +16,7 @@ from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.native.ops import LANES
 from slipstream.engine.native.weights import PANEL
+from slipstream.engine.plan import Pick
 
 _ROUNDED_AT_ONCE = 128 * PANEL  # outputs
 SCRATCH_BYTES = 16 << 20  # of all rows that are computed together; malloc keeps as much
@@ -71,18 +72,21 @@ class GreedyHead:
             1, 2
         )
 
-    def __call__(self, hidden: torch.Tensor) -> list[int | None]:
+    def __call__(self, hidden: torch.Tensor) -> list[Pick | None]:
         """The id of the largest logit of each row of hidden [m, H], the first among equals; None for a row where hardly any
-        id can be left out or that is not all numbers."""
+        id can be left out or that is not all numbers. Margins are as the 8 bits have them."""
         found: list[int] = []
+        margins: list[float] = []
         for first in range(0, hidden.shape[0], self._rows_at_once):
             rows = hidden[first : first + self._rows_at_once].contiguous()
             count = rows.shape[0]
             scratch = torch.empty(count * self._row_bytes, dtype=torch.uint8)
-            ids = torch.empty(count, dtype=torch.int64)
-            self._best_ids(ids.data_ptr(), ctypes.addressof(self._filter), rows.data_ptr(), count, scratch.data_ptr())
+            ids, ahead = torch.empty(count, dtype=torch.int64), torch.empty(count)
+            outputs = ids.data_ptr(), ahead.data_ptr()
+            self._best_ids(*outputs, ctypes.addressof(self._filter), rows.data_ptr(), count, scratch.data_ptr())
             found += ids.tolist()
-        return [token if token >= 0 else None for token in found]
+            margins += ahead.tolist()
+        return [Pick(*pick) if pick[0] >= 0 else None for pick in zip(found, margins, strict=True)]
 
 
 def greedy_head(weight: torch.Tensor) -> GreedyHead | None:

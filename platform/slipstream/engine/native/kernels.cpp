@@ -1139,11 +1139,17 @@ void filter_rows(int count, const Filter& f, const FilterScratch& s, std::int64_
     filter_rows<kCount - 1>(count, f, s, row, panel, panels);
 }
 
+struct Best {
+  std::int64_t id;
+  float margin;  // to the next logit, as the 8 bits have it
+};
+
 // The id with the largest logit in float32, the first among equals; -1 where so many would have to be scored that all logits
 // cost no more, and for a row that is not all numbers.
-std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, const float* upper, const float* panel_best,
-                         std::int32_t* ids, std::int64_t panels) {
-  if (!(row.length < INFINITY)) return -1;
+Best best_of_row(const Filter& f, const FilterRow& row, const bf16* x, const float* upper, const float* panel_best,
+                 std::int32_t* ids, std::int64_t panels) {
+  const Best none{-1, 0.0f};
+  if (!(row.length < INFINITY)) return none;
   auto score = [&](std::int64_t id, std::int64_t next) {
     const bf16 *own = f.exact + id * f.inputs, *ahead = f.exact + next * f.inputs;
     F sums{};
@@ -1163,7 +1169,7 @@ std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, c
   float found = score(id, id);  // hardly any other can be as large
   for (std::int64_t p = 0; p < panels; p++) {
     if (panel_best[2 * p] < found) continue;
-    if (count > kMostScored - kPanel) return -1;
+    if (count > kMostScored - kPanel) return none;
     for (std::int64_t o = p * kPanel; o < std::min((p + 1) * kPanel, f.outputs); o++)
       if (!(upper[o] < found)) ids[count++] = std::int32_t(o);
   }
@@ -1172,11 +1178,16 @@ std::int64_t best_of_row(const Filter& f, const FilterRow& row, const bf16* x, c
     float logit = score(ids[j], ids[std::min(j + 1, count - 1)]);
     if (logit > found) found = logit, id = ids[j];
   }
-  return id;
+  float next = -INFINITY;
+  for (std::int64_t p = 0; p < panels; p++)
+    if (p != id / kPanel) next = std::max(next, panel_best[2 * p + 1]);
+  for (std::int64_t o = id / kPanel * kPanel; o < std::min((id / kPanel + 1) * kPanel, f.outputs); o++)
+    if (o != id) next = std::max(next, guess(o));
+  return {id, std::max(found - next, 0.0f)};
 }
 
-// The best id of each row of x [rows, inputs], or -1.
-void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t rows, const FilterScratch& s) {
+// The best id of each row of x [rows, inputs], or -1, and its margin.
+void best_ids(std::int64_t* ids, float* margins, const Filter& f, const bf16* x, std::int64_t rows, const FilterScratch& s) {
   std::int64_t panels = filter_panels(f);
 #pragma omp for schedule(static)
   for (std::int64_t r = 0; r < rows; r++)
@@ -1189,9 +1200,11 @@ void best_ids(std::int64_t* ids, const Filter& f, const bf16* x, std::int64_t ro
       row += count;
     }
 #pragma omp for schedule(dynamic, 1)
-  for (std::int64_t r = 0; r < rows; r++)
-    ids[r] = best_of_row(f, s.rows[r], x + r * f.inputs, s.upper + r * panels * kPanel, s.best + r * panels * 2,
-                         s.ids + r * kMostScored, panels);
+  for (std::int64_t r = 0; r < rows; r++) {
+    Best best = best_of_row(f, s.rows[r], x + r * f.inputs, s.upper + r * panels * kPanel, s.best + r * panels * 2,
+                            s.ids + r * kMostScored, panels);
+    ids[r] = best.id, margins[r] = best.margin;
+  }
 }
 #endif
 
@@ -1376,10 +1389,11 @@ extern "C" std::int64_t slipstream_filter_bytes(const void* filter, std::int64_t
 }
 
 // scratch: so many bytes.
-extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, const void* filter, const bf16* x, std::int64_t rows, void* scratch) {
+extern "C" void slipstream_best_ids_bf16(std::int64_t* ids, float* margins, const void* filter, const bf16* x, std::int64_t rows,
+                                         void* scratch) {
 #ifdef __AVX512VNNI__
   const Filter& f = *static_cast<const Filter*>(filter);
 #pragma omp parallel
-  best_ids(ids, f, x, rows, filter_scratch(f, rows, scratch));
+  best_ids(ids, margins, f, x, rows, filter_scratch(f, rows, scratch));
 #endif
 }

@@ -1,0 +1,47 @@
+"""What followed before: against a search that looks everywhere."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.engine.copying import LONGEST_MATCH, NOTHING, PLACES, Copied, CopyIndex
+
+
+def search(tokens: list[int], most: int) -> Copied:
+    """The definition, read off."""
+    last = len(tokens) - 1
+    places = [i for i in range(last) if tokens[i] == tokens[last]][-PLACES:]
+    if not places:
+        return NOTHING
+
+    def match(place: int) -> int:
+        length = 0
+        while length < LONGEST_MATCH and length <= place and tokens[place - length] == tokens[last - length]:
+            length += 1
+        return length
+
+    place = max(places, key=lambda place: (match(place), place))
+    return Copied(match(place), tokens[place + 1 : place + 1 + most])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.lists(st.lists(st.integers(0, 3)), max_size=8))
+def test_it_finds_what_followed_the_longest_match(prompt: list[int], steps: list[list[int]]) -> None:
+    """While a sequence grows by none, one or several tokens at a time."""
+    index, tokens = CopyIndex(), list(prompt)
+    for step in [[], *steps]:
+        tokens += step
+        for most in (1, 8):
+            assert index.find(tokens, most) == search(tokens, most)
+
+
+def test_a_name_is_copied_from_the_prompt() -> None:
+    assert CopyIndex().find([5, 6, 7, 8, 9, 1, 6, 7], 2) == (2, [8, 9])
+
+
+def test_what_never_stood_there_is_not_found() -> None:
+    assert CopyIndex().find([1, 2, 3], 8) is NOTHING
+
+
+def test_nothing_follows_the_end_but_what_there_is() -> None:
+    assert CopyIndex().find([4, 4], 8) == (1, [4])

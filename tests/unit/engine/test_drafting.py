@@ -1,0 +1,141 @@
+"""Speculation as the scheduler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import pytest
+
+from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting
+from slipstream.engine.goodput import DraftWish, FullDrafts
+from slipstream.engine.plan import Pick
+from slipstream.engine.sequence import Sequence
+from slipstream.protocol import SamplingParams
+
+PROMPT = [7, 8, 9, 1, 2, 7]
+
+
+def make_seq(seq_id: int = 1, adapter: str | None = "a", cap: int = 8, room: int = 20) -> Sequence:
+    params = SamplingParams(temperature=0.0, max_tokens=room)
+    return Sequence(seq_id, "t", params, list(PROMPT), 6, 6 + room, frozenset(), adapter=adapter, draft_cap=cap)
+
+
+def drafts(seq: Sequence) -> list[int]:
+    return seq.chain.tokens if seq.chain is not None else []
+
+
+class Nothing(FullDrafts):
+    """Verifies nothing."""
+
+    kept = 0.0
+
+    def keep(self, survivals: Rows[Rows[float]], sequences: int) -> list[int]:
+        return [0] * len(survivals)
+
+
+def test_drafts_come_from_streams_and_from_the_prompt() -> None:
+    seq = make_seq()
+    drafting = Drafting()
+    drafting.choose([seq], 1)
+    assert drafts(seq) == [8, 9, 1, 2, 7]
+    seq.guesses = (Pick(5, 9.0), Pick(6, 9.0))
+    drafting.choose([seq], 1)
+    assert drafts(seq) == [5, 6]
+
+
+@pytest.mark.parametrize(("cap", "room", "most"), [(0, 20, 0), (2, 20, 2), (8, 3, 2), (8, 1, 0)])
+def test_never_more_than_the_request_allows_and_the_answer_has_room_for(cap: int, room: int, most: int) -> None:
+    seq = make_seq(cap=cap, room=room)
+    Drafting().choose([seq], 1)
+    assert len(drafts(seq)) == most
+
+
+def test_the_base_model_copies_as_well() -> None:
+    seq = make_seq(adapter=None)
+    Drafting().choose([seq], 1)
+    assert drafts(seq) == [8, 9, 1, 2, 7]
+
+
+def test_copies_can_be_turned_off() -> None:
+    seq = make_seq()
+    drafting = Drafting(copies=False)
+    drafting.choose([seq], 1)
+    assert drafts(seq) == []
+    seq.guesses = (Pick(8, 0.1),)
+    drafting.choose([seq], 1)
+    assert drafts(seq) == [8]
+
+
+def test_what_was_learnt_of_one_adapter_is_not_believed_of_another() -> None:
+    drafting = Drafting(copies=False)
+    one, other = make_seq(1, "a"), make_seq(2, "b")
+
+    def survival(seq: Sequence) -> float:
+        seq.guesses = (Pick(5, 3.5),)
+        drafting.choose([seq], 1)
+        assert seq.chain is not None
+        return seq.chain.survivals[0]
+
+    before = survival(other)
+    for _ in range(50):
+        survival(one)
+        drafting.learn(one, [4])
+    assert survival(one) < 0.2
+    assert survival(other) == before
+
+
+def test_copies_that_nobody_verifies_are_looked_for_seldom_but_still_judged() -> None:
+    drafting = Drafting(Nothing())
+    seqs = [make_seq(i) for i in range(IDLE_TURNS)]
+    looked = []
+    for _ in range(2 * IDLE_TURNS):
+        drafting.choose(seqs, 4)
+        looked.append([seq.seq_id for seq in seqs if seq.chain is not None])
+        for seq in seqs:
+            drafting.learn(seq, [8])
+    assert [len(ids) for ids in looked] == [1] * len(looked)
+    assert {ids[0] for ids in looked} == set(range(IDLE_TURNS))
+    seqs[0].guesses = seqs[1].guesses = (Pick(5, 9.0),)  # streams that ran are looked at in any case
+    drafting.choose(seqs[:2], 4)
+    assert all(seq.chain is not None for seq in seqs[:2])
+
+
+def test_streams_are_asked_for_by_adapter() -> None:
+    asked: list[Rows[DraftWish]] = []
+
+    class Asking(FullDrafts):
+        def streams(self, wishes: Rows[DraftWish], sequences: int) -> list[int]:
+            asked.append(wishes)
+            return super().streams(wishes, sequences)
+
+    drafting = Drafting(Asking())
+    assert drafting.streams([(make_seq(1, "a"), 3), (make_seq(2, "b"), 2), (make_seq(3, "a"), 1)], 3) == [3, 2, 1]
+    ((first, second, third),) = asked
+    assert first.worth is third.worth is not second.worth
+
+
+def test_memory_of_adapters_is_bounded() -> None:
+    drafting = Drafting(copies=False)
+
+    def survival(adapter: str) -> float:
+        seq = make_seq(adapter=adapter)
+        seq.guesses = (Pick(5, 3.5),)
+        drafting.choose([seq], 1)
+        assert seq.chain is not None
+        drafting.learn(seq, [4])
+        return seq.chain.survivals[0] if seq.chain is not None else 0.0
+
+    def believed(adapter: str) -> float:
+        seq = make_seq(adapter=adapter)
+        seq.guesses = (Pick(5, 3.5),)
+        drafting.choose([seq], 1)
+        assert seq.chain is not None
+        return seq.chain.survivals[0]
+
+    fresh = believed("first")
+    survival("first")
+    assert believed("first") < fresh
+    for i in range(ADAPTERS_KEPT):
+        survival(str(i))
+    assert believed("first") == fresh  # forgotten
+    assert believed(str(ADAPTERS_KEPT - 1)) < fresh
