@@ -2,6 +2,7 @@
 
 The adapters, streams and all arithmetic are real; only the drafts' tokens are replaced, right ones with a given chance,
 from the answers that the same adapters give without speculation. So a speculator's quality can be set, at its real cost.
+Nothing is copied, or a useless one would not stand alone; margins are the real streams', and say nothing of forced drafts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.results import Results
 from benchmarks.workload import ROOT, model_path, perturbed, prompt_ids
 from slipstream.adapters.load import load_adapter
 from slipstream.engine.config import FastPath
-from slipstream.engine.offline import OfflineEngine, Row
+from slipstream.engine.offline import STREAMS_ONLY, OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
@@ -36,7 +37,7 @@ def main(
     torch.set_num_threads(threads)
     weights = load_adapter(ROOT / "examples" / "adapters" / "snips")
     adapters = {name: perturbed(weights, i) if i else weights for i, name in enumerate(names_of(8))}
-    disable = (FastPath.ADAPTIVE_DRAFTS,) if fixed else ()
+    disable = STREAMS_ONLY if fixed else (FastPath.COPIED_DRAFTS,)
     engines = {
         name: OfflineEngine(model_path(), "auto", adapters, device="cpu", disable=disable) for name in SPECULATORS
     }

@@ -40,7 +40,7 @@ def test_every_kind_alone_and_mixed_equals_peft(zoo: Zoo) -> None:
         assert_same_tokens(answer, expected, gaps)
         assert_same_tokens(alone.answer(text, greedy(), adapter=kind), expected, gaps)
     drafted = {j.adapter: j.sequence.drafted for j in jobs if j.sequence is not None}
-    assert {k for k, n in drafted.items() if n} == SPECULATING
+    assert {k for k, n in drafted.items() if n} >= SPECULATING  # others copy
 
 
 @pytest.mark.parametrize(

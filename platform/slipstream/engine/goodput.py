@@ -20,7 +20,7 @@ from typing import Protocol
 LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
 LEVELS = 16  # chances are told apart so finely
 COST_GROUP = 4  # rows of a sequence with three drafts, as costs are measured
-PROBE_EVERY = 32  # steps after which an adapter whose streams do not run is tried again with one
+PROBE_EVERY = 32  # steps after which one stream more is tried for an adapter of which not all run
 PRIOR_WEIGHT = 8.0  # chains that an adapter's first ones are added to …
 PRIOR_SURE = 0.5  # … of which so many are sure, and the others hopeless
 MEMORY = 0.98  # what a chain still counts for, one of the same adapter's later
@@ -34,12 +34,12 @@ CHANGE = 0.25  # … and when the sequences have become more or fewer by this sh
 class StreamWorth:
     """What one adapter's streams add to a chain's chances, by position: how often how much, of late."""
 
-    __slots__ = ("_masses", "_weight", "idle_steps", "length")
+    __slots__ = ("_masses", "_weight", "length", "untried_steps")
 
     def __init__(self) -> None:
         self._masses: list[list[float]] = []  # [positions][LEVELS]
         self._weight = 1.0  # of the next chain: grows, so that the others need not shrink
-        self.idle_steps = 0  # since a stream ran
+        self.untried_steps = 0  # in which more streams could have run
         self.length: int | None = None  # streams to run, as decided last
 
     def observe(self, gains: Sequence[float], ran: int) -> None:
@@ -234,18 +234,16 @@ class GoodputDrafts:
         return kept
 
     def _probe(self, wishes: Sequence[DraftWish], lengths: list[int]) -> None:
-        """What was learnt of an adapter long ago may have changed with its prompts: try one stream now and then."""
+        """What was learnt of an adapter long ago may have changed with its prompts: try one stream more now and then."""
         asked: set[int] = set()
         for i, wish in enumerate(wishes):
             worth = wish.worth
-            if lengths[i]:
-                worth.idle_steps = 0
-            elif wish.most and id(worth) not in asked:
+            if lengths[i] < wish.most and id(worth) not in asked:
                 asked.add(id(worth))
-                worth.idle_steps += 1
-                if worth.idle_steps >= PROBE_EVERY:
-                    worth.idle_steps = 0
-                    lengths[i] = 1
+                worth.untried_steps += 1
+                if worth.untried_steps >= PROBE_EVERY:
+                    worth.untried_steps = 0
+                    lengths[i] += 1
 
 
 def _best_length(worth: StreamWorth, most: int, benefits: Sequence[float], stream_s: float) -> tuple[int, float]:
