@@ -15,6 +15,7 @@ from support.zoo import ALL_LINEAR
 
 from slipstream.engine.config import FastPath
 from slipstream.engine.native.build import library
+from slipstream.engine.quantized import Quantization
 from slipstream.protocol import SamplingParams
 
 FIXED = FastPath.ADAPTIVE_DRAFTS
@@ -43,8 +44,13 @@ def two_threads() -> Iterator[None]:
 class Recorded:
     """A harness that keeps the hidden states of each step, and counts the steps that went in one call."""
 
-    def __init__(self, model: Any, adapters: dict[str, Path], *disable: FastPath) -> None:
-        self.harness = Harness(model, adapters, max_batched_tokens=24, eos=frozenset(), disable=(FIXED, *disable))
+    def __init__(
+        self, model: Any, adapters: dict[str, Path], *disable: FastPath, quantize: Quantization | None = None
+    ) -> None:
+        disable = (FIXED, *disable)
+        self.harness = Harness(
+            model, adapters, max_batched_tokens=24, eos=frozenset(), disable=disable, quantize=quantize
+        )
         self.hidden: list[torch.Tensor] = []
         self.whole = 0
         runner: Any = self.harness.runner
@@ -105,6 +111,21 @@ def test_it_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.hidden, each.hidden, strict=True))
     assert one.whole == len(one.hidden)
     assert each.whole == 0
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_so_does_a_base_in_8_bits(tmp_path: Path) -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    folders = write(model, tmp_path, **ADAPTERS)
+    work = (None, "wide", "narrow", None, "wide", "first")
+    one = Recorded(model, folders, quantize=Quantization.INT8)
+    each = Recorded(model, folders, FastPath.WHOLE_DECODER, quantize=Quantization.INT8)
+    assert one.run(jobs(*work)) == each.run(jobs(*work))
+    assert all(torch.equal(a, b) for a, b in zip(one.hidden, each.hidden, strict=True))
+    assert one.whole == len(one.hidden) > 12
+    full = Recorded(model, folders)
+    full.run(jobs(*work))
+    assert not all(torch.equal(a, b) for a, b in zip(one.hidden, full.hidden, strict=False)), "nothing was rounded"
 
 
 def test_adapters_with_dora_go_layer_by_layer(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
-from slipstream.engine.drafting import Drafting
-from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.drafting import drafting_of
 from slipstream.engine.kernels import Kernels
 from slipstream.engine.loader import adopt_model, eos_ids
 from slipstream.engine.plan import Logprob
@@ -79,8 +78,8 @@ class Harness:
         self.residency = ResidencyManager(slots, 1 << 34)
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)
         adaptive = FastPath.ADAPTIVE_DRAFTS not in disable
-        policy = GoodputDrafts(self.runner.row_costs(max_batched_tokens)) if adaptive else None
-        self.scheduler.drafting = Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable)
+        costs = self.runner.row_costs(max_batched_tokens) if adaptive else None
+        self.scheduler.drafting = drafting_of(costs, disable)
         self.core = EngineCore(self.scheduler, self.residency, self.runner)
         self.adapters = dict(adapters or {})
         self.steps = 0

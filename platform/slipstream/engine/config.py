@@ -55,7 +55,7 @@ class EngineConfig:
     adapter_fetch_timeout_s: float = 60.0
     scratch_dir: str | None = None  # where adapters are fetched to; None = the system's temporary folder
     fully_sharded_loras: bool = False  # over several ranks: each has its share of A and B, at a collective more a group
-    max_draft: int = 8  # cap over every adapter's number of streams
+    max_draft: int = 8  # most drafts of a step, whatever an adapter's number of streams
     long_prompt_stretch: float = 2.5  # a step with rows of a prompt over the budget, in steps of decodes alone
     disable: tuple[FastPath, ...] = ()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 PLACES = 8  # occurrences of the last token that are compared, the latest first
 LONGEST_MATCH = 12  # tokens; a longer match says no more
+READ_AT_ONCE = 4096  # tokens: a long prompt is read over several steps
 
 
 class Copied(NamedTuple):
@@ -25,7 +26,7 @@ NOTHING = Copied(0, ())
 
 
 class CopyIndex:
-    """Where in one sequence each token stands. Sequences only grow, so it reads every token once."""
+    """Where in one sequence each token stood last. Sequences only grow, so it reads every token once."""
 
     __slots__ = ("_places", "_read")
 
@@ -37,14 +38,20 @@ class CopyIndex:
         """What followed the longest earlier match of the end of `tokens`, up to `most` tokens; of equal ones the latest."""
         last = len(tokens) - 1
         places = self._places
-        for i in range(self._read, last):
-            places.setdefault(tokens[i], []).append(i)
-        self._read = last
+        end = min(last, self._read + READ_AT_ONCE)
+        for i in range(self._read, end):
+            own = places.setdefault(tokens[i], [])
+            own.append(i)
+            if len(own) > PLACES:
+                del own[0]
+        self._read = end
+        if most < 1:
+            return NOTHING
         found = places.get(tokens[last])
         if found is None:
             return NOTHING
         longest, start = 0, 0
-        for place in found[: -PLACES - 1 : -1]:
+        for place in reversed(found):
             length, bound = 1, min(LONGEST_MATCH, place + 1)
             while length < bound and tokens[place - length] == tokens[last - length]:
                 length += 1

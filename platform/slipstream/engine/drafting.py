@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from slipstream.engine.chains import Beliefs, Chain
+from slipstream.engine.config import FastPath
 from slipstream.engine.copying import NOTHING, CopyIndex
-from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts, StreamWorth
+from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts, GoodputDrafts, RowCosts, StreamWorth
 from slipstream.engine.sequence import Sequence as Request
 
 ADAPTERS_KEPT = 4096
@@ -37,31 +38,29 @@ class Drafting:
     def choose(self, decodes: Sequence[Request], at_work: int) -> None:
         """Give the sequences that decode in this step, of all that are `at_work`, the drafts to verify."""
         self._turn += 1
-        seldom = self._policy.kept < IDLE_KEPT
+        seldom, floor = self._policy.kept < IDLE_KEPT, 0.0
+        if any(seq.draft_cap for seq in decodes):
+            floor = self._policy.floor(at_work)
         drafting = []
         for i, seq in enumerate(decodes, self._turn):
-            looked_at = seq.draft_cap and (seq.guesses or not seldom or i % IDLE_TURNS == 0)
-            seq.chain = self._chain(seq) if looked_at else None
+            copying = self._copies and not (seldom and i % IDLE_TURNS)
+            seq.chain = self._chain(seq, copying, floor) if seq.draft_cap else None
             if seq.chain is not None:
                 drafting.append(seq.chain)
         lengths = self._policy.keep([chain.survivals for chain in drafting], at_work)
         for chain, length in zip(drafting, lengths, strict=True):
             del chain.tokens[length:]
 
-    def _chain(self, seq: Request) -> Chain | None:
+    def _chain(self, seq: Request, copying: bool, floor: float) -> Chain | None:
         """What is proposed for a sequence; None = nothing."""
         most, copy = min(seq.draft_cap, seq.remaining - 1), NOTHING
-        if self._copies:
+        if copying:
             if seq.copy_index is None:
                 seq.copy_index = CopyIndex()
             copy = seq.copy_index.find(seq.tokens, most)
         if not seq.guesses and copy is NOTHING:
             return None
-        known = self._known(seq.adapter)
-        chain = known.beliefs.chain(seq.guesses, copy, most, self._policy.floor)
-        if seq.guesses:
-            known.worth.observe(chain.gains, len(seq.guesses))
-        return chain
+        return self._known(seq.adapter).beliefs.chain(seq.guesses, copy, most, floor)
 
     def streams(self, wanted: Sequence[tuple[Request, int]], at_work: int) -> list[int]:
         """How many streams to run for each of the sequences, of the most it has use for."""
@@ -71,7 +70,10 @@ class Drafting:
     def learn(self, seq: Request, said: Sequence[int]) -> None:
         """A step emitted `said` for a sequence."""
         if seq.chain is not None:
-            self._known(seq.adapter).beliefs.learn(seq.chain, said)
+            known = self._known(seq.adapter)
+            known.beliefs.learn(seq.chain, said)
+            if seq.chain.ran:
+                known.worth.observe(seq.chain.gains, seq.chain.ran)
             seq.chain = None
 
     def _known(self, adapter: str | None) -> _Known:
@@ -82,3 +84,9 @@ class Drafting:
         if len(self._adapters) > ADAPTERS_KEPT:
             self._adapters.popitem(last=False)
         return known
+
+
+def drafting_of(costs: RowCosts | None, disable: Collection[FastPath]) -> Drafting:
+    """As `disable` says; `costs` None: whatever rows cost."""
+    policy = GoodputDrafts(costs) if costs is not None else None
+    return Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable)

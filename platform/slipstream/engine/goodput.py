@@ -17,7 +17,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
-LEAST_GAIN = 0.05  # what drafts must promise over none: the costs are not known better than that
+LEAST_GAIN = 0.05  # what drafts must promise over none if all draft: costs are not known better than that
 LEVELS = 16  # chances are told apart so finely
 COST_GROUP = 4  # rows of a sequence with three drafts, as costs are measured
 PROBE_EVERY = 32  # steps after which one stream more is tried for an adapter of which not all run
@@ -34,11 +34,11 @@ CHANGE = 0.25  # … and when the sequences have become more or fewer by this sh
 class StreamWorth:
     """What one adapter's streams add to a chain's chances, by position: how often how much, of late."""
 
-    __slots__ = ("_masses", "_weight", "length", "untried_steps")
+    __slots__ = ("_masses", "_weights", "length", "untried_steps")
 
     def __init__(self) -> None:
         self._masses: list[list[float]] = []  # [positions][LEVELS]
-        self._weight = 1.0  # of the next chain: grows, so that the others need not shrink
+        self._weights: list[float] = []  # of each position's next chain: they grow, so that masses need not shrink
         self.untried_steps = 0  # in which more streams could have run
         self.length: int | None = None  # streams to run, as decided last
 
@@ -46,12 +46,12 @@ class StreamWorth:
         """A chain for which `ran` streams had run; they added `gains`, and nothing after these."""
         self._reach(ran)
         for position in range(ran):
-            level = int(gains[position] * LEVELS) if position < len(gains) else 0
-            self._masses[position][level] += self._weight
-        self._weight /= MEMORY
-        if self._weight > 1e6:
-            self._masses = [[mass / self._weight for mass in masses] for masses in self._masses]
-            self._weight = 1.0
+            masses, weight = self._masses[position], self._weights[position]
+            masses[int(gains[position] * LEVELS) if position < len(gains) else 0] += weight
+            self._weights[position] = weight / MEMORY
+            if weight > 1e6:
+                masses[:] = [mass / weight for mass in masses]
+                self._weights[position] = 1.0 / MEMORY
 
     def gain(self, position: int, benefits: Sequence[float]) -> float:
         """Mean benefit of running the stream of this position, when a chance of each level is worth so much."""
@@ -62,9 +62,10 @@ class StreamWorth:
     def _reach(self, positions: int) -> None:
         while len(self._masses) < positions:
             masses = [0.0] * LEVELS
-            masses[int(0.95 ** (len(self._masses) + 1) * LEVELS)] += PRIOR_SURE * PRIOR_WEIGHT * self._weight
-            masses[0] += (1 - PRIOR_SURE) * PRIOR_WEIGHT * self._weight
+            masses[int(0.95 ** (len(self._masses) + 1) * LEVELS)] += PRIOR_SURE * PRIOR_WEIGHT
+            masses[0] += (1 - PRIOR_SURE) * PRIOR_WEIGHT
             self._masses.append(masses)
+            self._weights.append(1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,11 @@ class DraftPolicy(Protocol):
     It is not about the rows of one step: a token is worth the time that it would take later, among all the others.
     """
 
-    floor: float  # drafts that are less likely need not be offered; below 1
     kept: float  # drafts of a chain that were verified, of late
+
+    def floor(self, sequences: int) -> float:
+        """Drafts that are less likely need not be offered."""
+        ...
 
     def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
         """Streams to run for each wish, for the next step."""
@@ -96,8 +100,11 @@ class DraftPolicy(Protocol):
 class FullDrafts:
     """Every sequence gets all drafts it may have, whatever they are worth."""
 
-    floor = 0.0
     kept = 1.0
+
+    def floor(self, sequences: int) -> float:
+        """None is too unlikely."""
+        return 0.0
 
     def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
         """The most of each."""
@@ -144,11 +151,10 @@ class RowCosts:
         return self._at(self.guess_s, streams)
 
     def _decoder(self, sequences: int, rows: int) -> float:
-        """Between the two ways that rows were measured, by how many belong to a sequence."""
+        """Sequences cost what they do alone; their drafts what rows cost together."""
         assert self.alone_s is not None
-        together = self._at(self.decoder_s, rows)
-        alone = (sequences / rows - 1 / COST_GROUP) / (1 - 1 / COST_GROUP)
-        return together + max(alone, 0.0) * (self._at(self.alone_s, rows) - together)
+        drafts_s = self._at(self.decoder_s, rows) - self._at(self.decoder_s, sequences)
+        return self._at(self.alone_s, sequences) + drafts_s
 
     def _at(self, costs: tuple[float, ...], rows: int) -> float:
         i = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
@@ -169,7 +175,12 @@ class GoodputDrafts:
         self.kept = 1.0
         self._decided_for = 0  # wishes, when it was last decided how many streams run
         self._age = 0  # steps since then
-        self.floor = LEAST_SURVIVAL
+
+    def floor(self, sequences: int) -> float:
+        """Somewhat below the chance at which the first draft pays."""
+        none_s = self._costs.step_s(sequences, 0)
+        row_s = self._costs.step_s(sequences, 1) - none_s
+        return max(LEAST_SURVIVAL, FLOOR_SHARE * min(row_s * sequences / none_s, 1.0))
 
     def streams(self, wishes: Sequence[DraftWish], sequences: int) -> list[int]:
         """As many of an adapter's streams as are worth more than they cost, if all together are.
@@ -193,7 +204,6 @@ class GoodputDrafts:
         drafts = max(1, round(self.kept * count))
         row_s = (self._costs.step_s(sequences, drafts) - none_s) / drafts
         token_s = none_s / sequences
-        self.floor = max(LEAST_SURVIVAL, min(row_s / token_s, 1.0) * FLOOR_SHARE)
         benefits = [0.0, *(max(0.0, (level + 0.5) / LEVELS * token_s - row_s) for level in range(1, LEVELS))]
         first_s = self._costs.streams_s(count)
         stream_s = (self._costs.streams_s(2 * count) - first_s) / count
@@ -202,14 +212,17 @@ class GoodputDrafts:
             adapters.setdefault(id(wish.worth), (wish.worth, []))[1].append(wish.most)
         gained = 0.0
         for worth, mosts in adapters.values():
-            worth.length, gain = _best_length(worth, max(mosts), benefits, stream_s)
-            gained += gain * len(mosts)
-        if gained < first_s - stream_s * count + LEAST_GAIN * none_s:
+            gains = [0.0, *accumulate(worth.gain(i, benefits) - stream_s for i in range(max(mosts)))]
+            worth.length = max(range(len(gains)), key=gains.__getitem__)
+            gained += sum(gains[min(worth.length, most)] for most in mosts)
+        if gained < first_s - stream_s * count + LEAST_GAIN * none_s * count / sequences:
             for worth, _ in adapters.values():
                 worth.length = 0
 
     def keep(self, survivals: Sequence[Sequence[float]], sequences: int) -> list[int]:
         """Of all drafts those with the highest chances, as many as give the best goodput."""
+        if not survivals:
+            return []
         if not any(survivals):
             self.kept *= 1 - KEPT_SHARE
             return [0] * len(survivals)
@@ -220,7 +233,7 @@ class GoodputDrafts:
                 counts[level] += 1
                 sums[level] += chance
         least, gained, drafts = LEVELS, 0.0, 0
-        best = sequences / self._costs.step_s(sequences, 0) * (1 + LEAST_GAIN)
+        best = sequences / self._costs.step_s(sequences, 0) * (1 + LEAST_GAIN * len(survivals) / sequences)
         for level in range(LEVELS - 1, -1, -1):
             if counts[level]:
                 drafts += counts[level]
@@ -244,13 +257,3 @@ class GoodputDrafts:
                 if worth.untried_steps >= PROBE_EVERY:
                     worth.untried_steps = 0
                     lengths[i] += 1
-
-
-def _best_length(worth: StreamWorth, most: int, benefits: Sequence[float], stream_s: float) -> tuple[int, float]:
-    """How many of an adapter's streams to run, and what that gains a sequence in seconds."""
-    best, length, gain = 0.0, 0, 0.0
-    for position in range(most):
-        gain += worth.gain(position, benefits) - stream_s
-        if gain > best:
-            best, length = gain, position + 1
-    return length, best

@@ -61,11 +61,15 @@ class Head:
         return self._shape(self._member(hidden))
 
     def best(self, hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick | None] | None:
-        """The best token of each row of [m, H], the first among equals; None, for a row or all, if that takes all logits."""
+        """The best token of each row of [m, H], the first among equals; None, for a row or all, if that takes all logits.
+        Margins are those before a soft cap."""
         # Scaling and soft cap leave the order as it is.
         if self._greedy is None or any(self._bank.targets(s, self.name) for s in {*slots}):
             return None
-        return self._greedy(hidden)
+        found = self._greedy(hidden)
+        if self._scale == 1.0:
+            return found
+        return [pick and Pick(pick.token, pick.margin * self._scale) for pick in found]
 
     def drafts(self, states: torch.Tensor, slots: Sequence[int], own: Sequence[OwnHead]) -> torch.Tensor:
         """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.

@@ -16,6 +16,7 @@ from slipstream.engine.flat import TorchOps
 from slipstream.engine.head import Greedy, all_logits
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
+from slipstream.engine.quantized import torch_int8
 from slipstream.engine.sampling import Best, Draw, torch_best
 from slipstream.engine.streams import StreamStates, torch_stream_states
 
@@ -31,6 +32,7 @@ class Kernels:
     attention: LayOut
     ops: TorchOps = field(default_factory=TorchOps)  # what lies between the linears of decoders that are walked
     weights: MakeWeight = as_packed  # how base weights at full precision are kept
+    int8: MakeWeight = torch_int8  # and how in 8 bits
     best: Callable[[torch.Tensor], Best] = torch_best  # of each row of logits
     streams: StreamStates = torch_stream_states
     greedy: Callable[[torch.Tensor], Greedy | None] = all_logits  # of an LM head's weight [V, H]; None = there is none
@@ -76,7 +78,7 @@ def native_kernels(
     """C++ kernels for processors where they can be built, for as much of the model as they serve."""
     from slipstream.engine.native import ops  # noqa: PLC0415
     from slipstream.engine.native.greedy import greedy_head  # noqa: PLC0415
-    from slipstream.engine.native.weights import native_weight  # noqa: PLC0415
+    from slipstream.engine.native.weights import native_int8, native_weight  # noqa: PLC0415
 
     if not ops.is_available(dtype, torch.device("cpu")):
         return Kernels(lora, segments)
@@ -85,6 +87,7 @@ def native_kernels(
         attention=ops.paged if ops.attends(shapes, block_size) else segments,
         ops=ops.NativeOps(),
         weights=native_weight,
+        int8=native_int8,
         best=ops.best,
         streams=ops.stream_states,
         greedy=greedy_head,

@@ -15,8 +15,7 @@ from slipstream.engine.admission import check_params
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.config import FastPath
 from slipstream.engine.core import EngineCore
-from slipstream.engine.drafting import Drafting
-from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.drafting import drafting_of
 from slipstream.engine.loader import LoadedModel, adopt_model, cache_shapes, context_length, eos_ids, load_model
 from slipstream.engine.plan import Emission
 from slipstream.engine.quantized import Quantization
@@ -170,8 +169,7 @@ class OfflineEngine:
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)
         scheduler.prefix_caching = prefix_caching
         adaptive = FastPath.ADAPTIVE_DRAFTS not in disable
-        policy = GoodputDrafts(self.runner.row_costs(max_batched_tokens)) if adaptive else None
-        scheduler.drafting = Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable)
+        scheduler.drafting = drafting_of(self.runner.row_costs(max_batched_tokens) if adaptive else None, disable)
         self._core = EngineCore(scheduler, residency, self.runner)
         self._adapters: dict[str, PreparedAdapter] = {}
         self._last_id = 0

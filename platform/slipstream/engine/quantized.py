@@ -1,4 +1,5 @@
 """Base weights in int8 or int4, by torch's own weight-only kernels: fewer bytes a step, and a little of the model's accuracy.
+(On processors with AVX512-BF16 int8 has a kernel of ours: `native/weights.py`.)
 
 Activations are rounded to bfloat16 for the kernels, each by itself, so that a row does not depend on its company. Adapters,
 streams, embeddings and the LM head stay as they are: adapters are added to the quantised base's output, as in QLoRA
@@ -63,15 +64,22 @@ class Int4Weight:
         return y if self.bias is None or not with_bias else y.add_(self.bias)
 
 
-def weight_maker(full: MakeWeight, quantize: Quantization | None, keep: str) -> MakeWeight:
+def torch_int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
+    """A `MakeWeight`: in int8, by torch's kernel."""
+    return Int8Weight(weight, bias)
+
+
+def weight_maker(
+    full: MakeWeight, quantize: Quantization | None, keep: str, int8: MakeWeight = torch_int8
+) -> MakeWeight:
     """How base weights are kept: by `full` at full precision, as is the one group that is never quantised, `keep` (the LM
-    head)."""
+    head); `int8` is how in 8 bits."""
 
     def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
         if quantize is None or name == keep:
             return full(name, weight, bias)
         if quantize is Quantization.INT8:
-            return Int8Weight(weight, bias)
+            return int8(name, weight, bias)
         if weight.device.type != "cpu" or weight.shape[1] % INT4_GROUP or weight.shape[0] % INT4_OUTPUTS:
             raise ModelUnsupported(
                 f"{name} cannot be int4: the kernel runs on CPUs and wants inputs in multiples of {INT4_GROUP} and outputs "

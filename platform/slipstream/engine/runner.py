@@ -33,7 +33,7 @@ from slipstream.engine.lora import AdapterBank
 from slipstream.engine.parallel.group import all_well
 from slipstream.engine.parallel.vocab import ShardedColumns
 from slipstream.engine.plan import Logprob, Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
-from slipstream.engine.quantized import Quantization, weight_maker
+from slipstream.engine.quantized import Quantization, torch_int8, weight_maker
 from slipstream.engine.sampling import Columns, RowRequest, Sampler, logprob_of
 from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
@@ -91,7 +91,8 @@ class ModelRunner:
         shapes = cache_shapes(loaded)
         kernels = kernels or pick_kernels(self.device, disable, loaded.dtype, shapes, block_size)
         full = as_is if FastPath.PACKED_WEIGHTS in disable else kernels.weights
-        make = weight_maker(full, quantize, keep=head_name)
+        int8 = torch_int8 if FastPath.PACKED_WEIGHTS in disable else kernels.int8
+        make = weight_maker(full, quantize, head_name, int8)
         self._shards = loaded.shards
         first = as_is if quantize is not None else make
         groups = swap_linears(loaded.model, self._rows, first, self._shards, fully_sharded_loras)
@@ -112,14 +113,15 @@ class ModelRunner:
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
-        self._flat = None
-        if FastPath.FLAT_DECODER not in disable:
-            self._flat = FlatDecoder.of(self._decoder, kernels.ops, FastPath.WHOLE_DECODER not in disable)
+        walks = FastPath.FLAT_DECODER not in disable
+        walk = partial(FlatDecoder.of, self._decoder, kernels.ops, FastPath.WHOLE_DECODER not in disable)
+        self._flat = walk() if walks else None
         self._graphs: GraphedDecoder | None = None  # recordings hold on to weights: none before these are final
         self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
             for group in groups.values():
                 group.remake(make)
+            self._flat = walk() if walks else None
         if self._flat is not None:  # transformers' own forwards may look at values on the way, which a recording cannot
             self._graphs = kernels.graphs(self._flat, self._rows, self.cache, blocks)
 
@@ -185,7 +187,7 @@ class ModelRunner:
         picked, logits = self._pick(batch, sampled)
         broken = (~sampled.isfinite().all(dim=-1)).tolist()  # finite weights may still overflow in the forward
         decided = verified(batch, picked)
-        guesses = self._guess(batch, sampled, decided)
+        guesses = self._guess(batch, sampled, decided, broken)
         results = {}
         for (part, first), tokens in zip(batch.spans, decided, strict=True):
             if any(broken[first : first + part.num_drafts + 1]):
@@ -250,13 +252,14 @@ class ModelRunner:
         return [pick for pick in best if pick is not None]
 
     def _guess(
-        self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]]
+        self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]], broken: Sequence[bool]
     ) -> dict[int, tuple[Pick, ...]]:
-        """What the streams say comes next, from the last accepted row of each sequence for which some are to run."""
+        """What the streams say comes next, from the last accepted row of each sequence for which some are to run. Rows that
+        are `broken` have nothing to say."""
         wanting = [
             (part, first + len(tokens) - 1, tokens)
             for (part, first), tokens in zip(batch.spans, decided, strict=True)
-            if part.draft_next > 0
+            if part.draft_next > 0 and not broken[first + len(tokens) - 1]
         ]
         if not wanting:
             return {}
@@ -267,7 +270,11 @@ class ModelRunner:
         states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
         per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
         own = self._streams.own_heads(slots, counts)
-        asked = [row_request(part, part.output_index + len(tokens), ()) for part, _, tokens in wanting]
+        asked = [
+            row_request(part, part.output_index + len(tokens) + k, ())
+            for part, _, tokens in wanting
+            for k in range(part.draft_next)
+        ]
         best = None if own else self._best(asked, states, per_row)
         if best is not None:
             ends = accumulate(counts)
@@ -339,7 +346,7 @@ class ModelRunner:
             works[0].append(partial(self._forward_parts, alone))
             works[1].append(partial(self._forward_parts, together))
             works[2].append(partial(self._pick, batch, hidden))
-            works[3].append(partial(self._guess, batch, hidden, decided))
+            works[3].append(partial(self._guess, batch, hidden, decided, [False] * len(batch.requests)))
         alone_s, decoder_s, head_s, streams_s = best_times(works, self.device)
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)

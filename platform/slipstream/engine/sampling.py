@@ -1,6 +1,6 @@
 """From logits to one token a row: penalties, temperature, truncation and keyed noise, in the order of methods.md 2.5.
 
-`pick` is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
+Picking is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
 the history that row would have had without speculation; drafting calls it on the streams' logits for the positions ahead,
 with the *same* noise, so that a draft is right whenever the two distributions agree well enough, at any temperature.
 """

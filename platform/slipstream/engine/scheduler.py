@@ -47,6 +47,7 @@ class Scheduler:
         self.prefix_caching = True
         self.drafting = Drafting()
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
+        self._soon = 0  # waiting sequences that lacked nothing in the last step but rows
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
         self.started: list[Sequence] = []  # by the step planned last, for the first time
@@ -191,7 +192,7 @@ class Scheduler:
 
     def _at_work(self) -> int:
         """Sequences that decode, or will before long."""
-        return min(len(self._running) + len(self._waiting), self.max_num_seqs)
+        return min(len(self._running) + self._soon, self.max_num_seqs)
 
     def _prefill_floor(self) -> int:
         """Tokens that drafts leave for prompts, so that speculation cannot hold up somebody's first token."""
@@ -284,10 +285,12 @@ class Scheduler:
     def _admit(self, budget: int, planned: dict[int, PlannedSequence]) -> None:
         """Start waiting sequences in order. One whose adapter is not here is passed over; one that lacks blocks is not,
         or long prompts would never start."""
+        self._soon = 0
         if len(self._running) >= self.max_num_seqs:
             return
         for seq in self._shares.order(self._waiting):
             if budget < 1 or len(self._running) >= self.max_num_seqs:
+                self._soon = len(self._waiting)
                 return
             lease = None
             if seq.adapter is not None:
@@ -356,7 +359,8 @@ class Scheduler:
         accepted = min(len(result.tokens) - 1, emitted)
         seq.accepted += accepted
         seq.guesses = result.guesses
-        judged = min(part.num_drafts, emitted)
+        ran = seq.chain.ran if seq.chain is not None else 0
+        judged = min(part.num_drafts, emitted, ran)
         self.drafting.learn(seq, seq.tokens[before:])
         if reason is not None:
             self._finish(seq, reason)
@@ -366,7 +370,7 @@ class Scheduler:
             result.logprobs[:emitted],
             reason is not None,
             judged=judged,
-            accepted=accepted,
+            accepted=min(accepted, judged),
         )
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
@@ -377,7 +381,7 @@ class Scheduler:
             self._waiting.remove(seq)
         seq.state = SequenceState.FINISHED
         seq.finish_reason = reason
-        seq.guesses, seq.chain = (), None
+        seq.guesses, seq.chain, seq.copy_index = (), None, None
         del self._by_id[seq.seq_id]
         self._shares.leave(seq.tenant)
 

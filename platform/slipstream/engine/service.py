@@ -22,10 +22,9 @@ from slipstream.engine.admission import Admission, Admitted
 from slipstream.engine.blocks import BlockPool
 from slipstream.engine.build import build
 from slipstream.engine.calls import Call, Choice, put_all
-from slipstream.engine.config import EngineConfig, FastPath
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore, Runner, StepOutcome
-from slipstream.engine.drafting import Drafting
-from slipstream.engine.goodput import GoodputDrafts
+from slipstream.engine.drafting import drafting_of
 from slipstream.engine.loader import pick_device
 from slipstream.engine.observer import EngineObserver, FetchOutcome, Unobserved
 from slipstream.engine.pacing import PromptPacer
@@ -136,8 +135,7 @@ class EngineService:
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
         scheduler.prefix_caching = config.prefix_caching
         scheduler.pacer = PromptPacer(config.long_prompt_stretch)
-        policy = GoodputDrafts(built.costs) if built.costs is not None else None
-        scheduler.drafting = Drafting(policy, copies=FastPath.COPIED_DRAFTS not in config.disable)
+        scheduler.drafting = drafting_of(built.costs, config.disable)
         self._runner = runner
         self._core = EngineCore(scheduler, residency, runner, self._clock, self._observer)
         self._core.timelines.on_end = self._timeline_ended if self._on_timeline is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.engine.copying import LONGEST_MATCH, NOTHING, PLACES, Copied, CopyIndex
+from slipstream.engine.copying import LONGEST_MATCH, NOTHING, PLACES, READ_AT_ONCE, Copied, CopyIndex
 
 
 def search(tokens: list[int], most: int) -> Copied:
@@ -41,6 +41,17 @@ def test_a_name_is_copied_from_the_prompt() -> None:
 
 def test_what_never_stood_there_is_not_found() -> None:
     assert CopyIndex().find([1, 2, 3], 8) is NOTHING
+
+
+def test_a_long_prompt_is_read_over_several_steps() -> None:
+    tokens = [*range(10, 10 + 2 * READ_AT_ONCE), 10 + READ_AT_ONCE + 5]
+    index = CopyIndex()
+    assert index.find(tokens, 1) is NOTHING
+    assert index.find(tokens, 1) == (1, [10 + READ_AT_ONCE + 6])
+
+
+def test_where_nothing_may_be_drafted_nothing_is_found() -> None:
+    assert CopyIndex().find([4, 4, 4], 0) is NOTHING
 
 
 def test_nothing_follows_the_end_but_what_there_is() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 import pytest
 
 from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting
-from slipstream.engine.goodput import DraftWish, FullDrafts
+from slipstream.engine.goodput import DraftWish, FullDrafts, StreamWorth
 from slipstream.engine.plan import Pick
 from slipstream.engine.sequence import Sequence
 from slipstream.protocol import SamplingParams
@@ -100,6 +100,23 @@ def test_copies_that_nobody_verifies_are_looked_for_seldom_but_still_judged() ->
     assert all(seq.chain is not None for seq in seqs[:2])
 
 
+def test_what_streams_add_is_learnt_once_a_step() -> None:
+    drafting, seq = Drafting(copies=False), make_seq(room=3)
+    asked: list[float] = []
+
+    class Watched(StreamWorth):
+        def observe(self, gains: Rows[float], ran: int) -> None:
+            asked.append(ran)
+
+    drafting._known("a").worth = Watched()
+    seq.guesses = tuple(Pick(token, 9.0) for token in (5, 6, 7, 8))
+    drafting.choose([seq], 1)
+    drafting.choose([seq], 1)  # as when the step had no room for it
+    drafting.learn(seq, [5])
+    drafting.learn(seq, [5])
+    assert asked == [2], "the answer has room for two drafts; of the other streams nothing is known"
+
+
 def test_streams_are_asked_for_by_adapter() -> None:
     asked: list[Rows[DraftWish]] = []
 
@@ -117,14 +134,6 @@ def test_streams_are_asked_for_by_adapter() -> None:
 def test_memory_of_adapters_is_bounded() -> None:
     drafting = Drafting(copies=False)
 
-    def survival(adapter: str) -> float:
-        seq = make_seq(adapter=adapter)
-        seq.guesses = (Pick(5, 3.5),)
-        drafting.choose([seq], 1)
-        assert seq.chain is not None
-        drafting.learn(seq, [4])
-        return seq.chain.survivals[0] if seq.chain is not None else 0.0
-
     def believed(adapter: str) -> float:
         seq = make_seq(adapter=adapter)
         seq.guesses = (Pick(5, 3.5),)
@@ -132,10 +141,16 @@ def test_memory_of_adapters_is_bounded() -> None:
         assert seq.chain is not None
         return seq.chain.survivals[0]
 
+    def disappoint(adapter: str) -> None:
+        seq = make_seq(adapter=adapter)
+        seq.guesses = (Pick(5, 3.5),)
+        drafting.choose([seq], 1)
+        drafting.learn(seq, [4])
+
     fresh = believed("first")
-    survival("first")
+    disappoint("first")
     assert believed("first") < fresh
     for i in range(ADAPTERS_KEPT):
-        survival(str(i))
+        disappoint(str(i))
     assert believed("first") == fresh  # forgotten
     assert believed(str(ADAPTERS_KEPT - 1)) < fresh

@@ -24,9 +24,8 @@ from slipstream.engine.kernels import native_kernels, pick_kernels
 from slipstream.engine.linear import RowContext, swap_linears
 from slipstream.engine.lora import AdapterBank, LoraKernels
 from slipstream.engine.native import build, ops
-from slipstream.engine.native.weights import NativeWeight, Panels, native_weight
+from slipstream.engine.native.weights import Panels
 from slipstream.engine.noise import GumbelNoise
-from slipstream.engine.packed import PackedWeight
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import RowRequest, Sampler, torch_best
 from slipstream.engine.stacks import PreparedLora, PreparedModule
@@ -325,42 +324,6 @@ def test_the_kernels_noise_is_the_samplers() -> None:
     noise = torch.empty(5000)
     noise[found.ids[0]] = found.noise[0]
     torch.testing.assert_close(noise, GumbelNoise(5000, CPU).row(-5, 9), rtol=1e-6, atol=1e-6)
-
-
-AVX512_BF16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no AVX512-BF16")
-
-
-def product(weight: torch.Tensor, bias: torch.Tensor | None) -> NativeWeight:
-    made = native_weight("linear", weight, bias)
-    assert isinstance(made, NativeWeight)
-    return made
-
-
-@AVX512_BF16
-@pytest.mark.parametrize("outputs", [8, 32, 50, 96])
-@pytest.mark.parametrize("rows", [1, 3, 12, 13, 100])
-def test_base_products(outputs: int, rows: int) -> None:
-    weight, bias = normal(outputs, 70, dtype=torch.bfloat16), normal(outputs, dtype=torch.bfloat16, seed=1)
-    x = normal(rows, 140, dtype=torch.bfloat16, seed=2)[:, :70]
-    made = product(weight, bias)
-    exact = x.double() @ weight.double().t()
-    torch.testing.assert_close(made(x, with_bias=False).double(), exact, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(made(x).double(), exact + bias.double(), rtol=1e-2, atol=1e-2)
-
-
-@AVX512_BF16
-def test_a_base_products_row_does_not_depend_on_its_company(threads: Callable[[int], None]) -> None:
-    made, x = product(normal(100, 576, dtype=torch.bfloat16), None), normal(200, 576, dtype=torch.bfloat16, seed=1)
-    threads(2)
-    whole = made(x)
-    threads(1)
-    for first, last in ((0, 1), (3, 7), (0, 13), (90, 110), (199, 200)):
-        assert torch.equal(made(x[first:last]), whole[first:last])
-
-
-def test_other_weights_are_packed_as_before() -> None:
-    for weight in (normal(8, 16, dtype=torch.float32), normal(8, 15, dtype=torch.bfloat16)):
-        assert isinstance(native_weight("linear", weight, None), PackedWeight)
 
 
 def test_what_they_do_not_serve_goes_the_way_of_torch() -> None:

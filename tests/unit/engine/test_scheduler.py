@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from support.scripted import ScriptedRunner, next_token
 
 from slipstream.engine.blocks import BlockPool
+from slipstream.engine.drafting import Drafting
+from slipstream.engine.goodput import GoodputDrafts, RowCosts
 from slipstream.engine.leases import AdapterLease
 from slipstream.engine.pacing import CHUNK_STEP, FIRST_CHUNK, PromptPacer
 from slipstream.engine.residency import ResidencyManager
@@ -298,6 +300,56 @@ def test_any_traffic_gives_everyone_their_own_text_and_every_block_back(
         assert seq.state is SequenceState.FINISHED
         assert answer == expected[: len(answer)]
         assert seq.finish_reason is FinishReason.ABORTED or answer == expected
+
+
+def test_draft_lengths_by_goodput_under_load_that_comes_and_goes() -> None:
+    """Some thousand steps of waves, preemptions and aborts: the text is everybody's own, and all of it is given back."""
+    costs = RowCosts((1, 4, 8, 16), (10.0, 10.5, 14.0, 26.0), (1.0, 1.1, 1.5, 2.5), guess_s=(0.3, 0.6, 1.0, 2.0))
+    scheduler = make_scheduler(num_blocks=40, budget=32, seqs=8)
+    scheduler.drafting = Drafting(GoodputDrafts(costs))
+    runner, random, made = ScriptedRunner(BLOCK, accept=0.7), Random(0), list[Sequence]()
+    for step in range(4000):
+        wave = 1 if step // 300 % 2 else 7
+        if step < 3500 and scheduler.num_waiting + scheduler.num_running < wave:
+            adapter = random.choice([None, "a", "b"])
+            prompt = [random.randint(1, 6) for _ in range(random.randint(1, 24))]
+            made.append(make_seq(step, prompt, random.randint(1, 30), adapter=adapter, draft_cap=random.randint(0, 8)))
+            scheduler.add(made[-1])
+        if made and random.random() < 0.01:
+            scheduler.abort(random.choice(made).seq_id)
+        plan = scheduler.schedule()
+        scheduler.commit(plan, runner.run(plan))
+        scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == 40
+    assert sum(seq.accepted for seq in made) > 500
+    assert any(seq.preemptions for seq in made)
+    for seq in made:
+        expected = expected_answer(seq.tokens[: seq.prompt_len], seq.max_total - seq.prompt_len)
+        answer = seq.tokens[seq.prompt_len :]
+        assert answer == expected[: len(answer)]
+        assert seq.finish_reason is FinishReason.ABORTED or answer == expected
+        assert seq.copy_index is None
+
+
+def test_sequences_that_wait_for_blocks_do_not_count_as_load() -> None:
+    scheduler, runner = make_scheduler(num_blocks=4, budget=32), ScriptedRunner(BLOCK)
+    for i in range(6):
+        scheduler.add(make_seq(i, [1 + i] * 10, max_tokens=4))
+    asked: list[int] = []
+    scheduler.drafting.choose = lambda decodes, at_work: asked.append(at_work)  # type: ignore[method-assign]
+    for _ in range(3):
+        plan = scheduler.schedule()
+        scheduler.commit(plan, runner.run(plan))
+    assert asked == [0, 1, 1]
+    scheduler = make_scheduler(num_blocks=40, budget=10)
+    for i in range(6):
+        scheduler.add(make_seq(i, [1 + i] * 10, max_tokens=4))
+    scheduler.drafting.choose = lambda decodes, at_work: asked.append(at_work)  # type: ignore[method-assign]
+    for _ in range(2):
+        plan = scheduler.schedule()
+        scheduler.commit(plan, runner.run(plan))
+    assert asked[-1] == 6, "these wait for rows only"
 
 
 def test_the_prompt_of_an_answer_of_one_token_is_reused_as_well() -> None:

@@ -57,6 +57,8 @@ def library() -> ctypes.CDLL | None:
             function.argtypes, function.restype = arguments, None
     found.slipstream_product_bf16.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 2 + [_INT] * 3
     found.slipstream_product_bf16.restype = None
+    found.slipstream_product_bytes.argtypes = [_PTR] * 2 + [_INT] + [_PTR] * 3 + [_INT] * 3
+    found.slipstream_product_bytes.restype = None
     found.slipstream_lora_pairs.argtypes = SIGNATURES["lora"]
     found.slipstream_lora_pairs.restype = None
     found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None

@@ -30,7 +30,7 @@ class _Struct(ctypes.Structure):
 
 
 class _Projection(_Struct):
-    _fields_ = (("weight", _PTR), ("bias", _PTR), ("inputs", _INT), ("outputs", _INT))
+    _fields_ = (*((name, _PTR) for name in ("weight", "scale", "bias")), ("inputs", _INT), ("outputs", _INT))
 
 
 class _Layer(_Struct):
@@ -194,5 +194,5 @@ def _layer(layer: Layer, cache: KVCache, index: int) -> _Layer:
 def _projection(group: LinearGroup) -> _Projection:
     weight = group.base
     assert isinstance(weight, NativeWeight)
-    bias = weight.bias.data_ptr() if weight.bias is not None else None
-    return _Projection(weight.panels.data_ptr(), bias, group.in_features, weight.outputs)
+    scale, bias = (t.data_ptr() if t is not None else None for t in (weight.scale, weight.bias))
+    return _Projection(weight.panels.data_ptr(), scale, bias, group.in_features, weight.outputs)

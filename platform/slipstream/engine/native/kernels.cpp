@@ -21,6 +21,7 @@
 #include <limits>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -921,20 +922,29 @@ constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the we
 constexpr int kAhead = 8192;          // bytes of weights: computing on few rows leaves time to ask for them so early
 
 #ifdef __AVX512BF16__
-template <int kCount>
-void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const bf16* panel, std::int64_t inputs,
-                  const bf16* bias, int lanes) {
+inline __m512bh half_pair(const bf16* p) { return read<__m512bh>(p); }
+
+inline __m512bh half_pair(const std::int8_t* p) {  // whole numbers below 256 are bfloat16 numbers
+  auto wide = [](const std::int8_t* q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(q))); };
+  return _mm512_cvtne2ps_pbh(wide(p + kLanes), wide(p));
+}
+
+// Of weights in 8 bits `scale` has each output's step; else it is null.
+template <int kCount, class W>
+void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel, std::int64_t inputs,
+                  const float* scale, const bf16* bias, int lanes) {
   __m512 acc[kCount][2];
+  F from[2];
   for (int h = 0; h < 2; h++) {
     int left = lanes - h * kLanes;
-    F from = bias && left > 0 ? load(bias + h * kLanes, left < kLanes ? left : kLanes) : F{};
-    for (int r = 0; r < kCount; r++) acc[r][h] = cast_bits<__m512>(from);
+    from[h] = bias && left > 0 ? load(bias + h * kLanes, left < kLanes ? left : kLanes) : F{};
+    for (int r = 0; r < kCount; r++) acc[r][h] = cast_bits<__m512>(scale ? F{} : from[h]);
   }
   for (std::int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
-    __m512bh w0 = read<__m512bh>(panel), w1 = read<__m512bh>(panel + kPanel);
+    __m512bh w0 = half_pair(panel), w1 = half_pair(panel + kPanel);
     if constexpr (kCount > 3) {  // with fewer the processor's own prefetching is as quick as memory
       prefetch(panel, kAhead);
-      prefetch(panel + kPanel, kAhead);
+      if constexpr (sizeof(W) > 1) prefetch(panel + kPanel, kAhead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; r++) {
@@ -946,21 +956,35 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
   for (int r = 0; r < kCount; r++)
     for (int h = 0; h < 2 && h * kLanes < lanes; h++) {
       int left = lanes - h * kLanes;
-      store(y + r * y_row + h * kLanes, cast_bits<F>(acc[r][h]), left < kLanes ? left : kLanes);
+      F sum = cast_bits<F>(acc[r][h]);
+      if (scale) sum = sum * load(scale + h * kLanes) + from[h];
+      store(y + r * y_row + h * kLanes, sum, left < kLanes ? left : kLanes);
     }
 }
 
-template <int kCount>
-void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const bf16* panel,
-                  std::int64_t inputs, const bf16* bias, int lanes) {
+template <int kCount, class W>
+void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
+                  std::int64_t inputs, const float* scale, const bf16* bias, int lanes) {
   if (count == kCount)
-    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, bias, lanes);
+    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes);
   else if constexpr (kCount > 1)
-    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, bias, lanes);
+    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes);
 }
 
-void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, const bf16* bias, std::int64_t rows,
-             std::int64_t inputs, std::int64_t outputs) {
+// A panel of bytes that several tiles of rows read is widened once.
+const bf16* widened(const std::int8_t* panel, std::int64_t inputs) {
+  static thread_local std::vector<bf16> wide;
+  if (std::int64_t(wide.size()) < inputs * kPanel) wide.resize(inputs * kPanel);
+  for (std::int64_t i = 0; i < inputs * kPanel; i += kPanel) {
+    __m512bh half = half_pair(panel + i);
+    std::memcpy(wide.data() + i, &half, sizeof half);
+  }
+  return wide.data();
+}
+
+template <class W>
+void product(bf16* y, const bf16* x, std::int64_t x_row, const W* weight, const float* scale, const bf16* bias,
+             std::int64_t rows, std::int64_t inputs, std::int64_t outputs) {
   // Blocks of rows and tiles of a block are as even as can be: threads get as much each, and no tile is left with one row.
   auto cut = [](std::int64_t count, std::int64_t most) { return (count + most - 1) / most; };
   std::int64_t panels = cut(outputs, kPanel), blocks = cut(rows, kBlock), block_rows = cut(rows, blocks);
@@ -970,12 +994,22 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const bf16* weight, con
       std::int64_t column = p * kPanel, row = block * block_rows;
       std::int64_t end = row + block_rows < rows ? row + block_rows : rows;
       int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
-      for (std::int64_t tiles = cut(end - row, kTile); tiles > 0; tiles--) {
-        int count = int(cut(end - row, tiles));
-        product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, weight + column * inputs,
-                            inputs, bias ? bias + column : nullptr, lanes);
-        row += count;
+      const float* steps = scale ? scale + column : nullptr;
+      auto rows_of = [&](const auto* panel) {
+        for (std::int64_t tiles = cut(end - row, kTile); tiles > 0; tiles--) {
+          int count = int(cut(end - row, tiles));
+          product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel, inputs, steps,
+                              bias ? bias + column : nullptr, lanes);
+          row += count;
+        }
+      };
+      if constexpr (sizeof(W) == 1) {
+        if (end - row > kTile) {
+          rows_of(widened(weight + column * inputs, inputs));
+          continue;
+        }
       }
+      rows_of(weight + column * inputs);
     }
 }
 #endif
@@ -1211,8 +1245,10 @@ void best_ids(std::int64_t* ids, float* margins, const Filter& f, const bf16* x,
 #ifdef __AVX512BF16__
 // ---- a whole decoder ------------------------------------------------------------------------------------------------------
 
-struct Projection {  // siblings that read the same input
-  const bf16 *weight, *bias;
+struct Projection {  // siblings that read the same input; scale null: weights are bfloat16, else 8 bits
+  const void* weight;
+  const float* scale;
+  const bf16* bias;
   std::int64_t inputs, outputs;
 };
 
@@ -1263,7 +1299,8 @@ void decode(const Decoder& d, const Step& s) {
   bf16 *x = s.scratch, *delta = x + s.rows * d.hidden, *qkv = delta + s.rows * d.hidden, *mixed = qkv + s.rows * qkv_width;
   bf16 *gate_up = mixed + s.rows * mixed_width, *gated = gate_up + s.rows * 2 * d.width;
   auto project = [&](bf16* y, const bf16* from, const Projection& p, std::int64_t index) {
-    product(y, from, p.inputs, p.weight, p.bias, s.rows, p.inputs, p.outputs);
+    auto weight = [&](const auto* w) { product(y, from, p.inputs, w, p.scale, p.bias, s.rows, p.inputs, p.outputs); };
+    p.scale ? weight(static_cast<const std::int8_t*>(p.weight)) : weight(static_cast<const bf16*>(p.weight));
     for (std::int64_t i = 0; i < s.num_stacks; i++) {
       const Stack& stack = s.stacks[i];
       const Lora& l = stack.loras[index];
@@ -1356,7 +1393,16 @@ extern "C" void slipstream_product_bf16(bf16* y, const bf16* x, std::int64_t x_r
                                         std::int64_t rows, std::int64_t inputs, std::int64_t outputs) {
 #ifdef __AVX512BF16__
 #pragma omp parallel
-  product(y, x, x_row, weight, bias, rows, inputs, outputs);
+  product(y, x, x_row, weight, nullptr, bias, rows, inputs, outputs);
+#endif
+}
+
+extern "C" void slipstream_product_bytes(bf16* y, const bf16* x, std::int64_t x_row, const std::int8_t* weight,
+                                         const float* scale, const bf16* bias, std::int64_t rows, std::int64_t inputs,
+                                         std::int64_t outputs) {
+#ifdef __AVX512BF16__
+#pragma omp parallel
+  product(y, x, x_row, weight, scale, bias, rows, inputs, outputs);
 #endif
 }
 

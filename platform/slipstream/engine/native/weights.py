@@ -14,6 +14,7 @@ from slipstream.engine.linear import as_packed
 from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.packed import BaseWeight
+from slipstream.engine.quantized import torch_int8
 
 PANEL = 32  # kPanel
 _PAGES = HugePages()
@@ -21,35 +22,71 @@ _PAGES = HugePages()
 
 def native_weight(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
     """A `MakeWeight`: by the C++ GEMM where there is one for it, else as `as_packed`."""
+    return NativeWeight(weight, bias) if _served(weight) else as_packed(name, weight, bias)
+
+
+def native_int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseWeight:
+    """A `MakeWeight`: in 8 bits by the C++ GEMM where there is one for it, else by torch's kernel."""
+    return NativeInt8Weight(weight, bias) if _served(weight) else torch_int8(name, weight, bias)
+
+
+def _served(weight: torch.Tensor) -> bool:
     found = library()
-    if found is None or not found.slipstream_has_product() or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
-        return as_packed(name, weight, bias)
-    return NativeWeight(weight, bias)
+    if found is None or not found.slipstream_has_product():
+        return False
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+
+
+def _panels(weight: torch.Tensor) -> torch.Tensor:
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+    return _PAGES.keep(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2))
 
 
 class NativeWeight:
     """A base weight [out, in] in panels of 32 outputs, [panels, in / 2, 32, 2]; outputs are padded with zeros."""
 
+    scale: torch.Tensor | None = None  # of the outputs' steps, float32 [panels * 32], where weights are int8
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        found = library()
-        assert found is not None
-        outputs, inputs = weight.shape
         self.bias = bias
         self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
-        self.outputs = outputs
-        padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
-        self.panels = _PAGES.keep(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2))
-        self._product = found.slipstream_product_bf16
+        self.outputs = weight.shape[0]
+        self.panels = _panels(weight)
 
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """x: [n, in] → [n, out]."""
-        rows, inputs = x.shape
         if x.stride(1) != 1:
             x = x.contiguous()
-        y = x.new_empty(rows, self.outputs)
-        bias = self.bias.data_ptr() if with_bias and self.bias is not None else None
-        self._product(y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr(), bias, rows, inputs, self.outputs)
+        y = x.new_empty(x.shape[0], self.outputs)
+        self._product(y, x, self.bias.data_ptr() if with_bias and self.bias is not None else None)
         return y
+
+    def _product(self, y: torch.Tensor, x: torch.Tensor, bias: int | None) -> None:
+        found = library()
+        assert found is not None
+        where = y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr()
+        found.slipstream_product_bf16(*where, bias, *x.shape, self.outputs)
+
+
+class NativeInt8Weight(NativeWeight):
+    """The same in 8 bits, with a step for each output. Products are those of bfloat16 numbers, which whole numbers below 256
+    are: activations are not rounded."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        wide = weight.float()
+        scale = wide.abs().amax(dim=1).div(127).clamp_min(1e-30)
+        rounded = (wide / scale.unsqueeze(1)).round()
+        super().__init__(rounded.to(torch.int8), bias)
+        self.row_norms_sq = rounded.square().sum(dim=1) * scale.square()
+        self.scale = F.pad(scale, (0, -self.outputs % PANEL))
+
+    def _product(self, y: torch.Tensor, x: torch.Tensor, bias: int | None) -> None:
+        found = library()
+        assert found is not None
+        assert self.scale is not None
+        where = y.data_ptr(), x.data_ptr(), x.stride(0), self.panels.data_ptr()
+        found.slipstream_product_bytes(*where, self.scale.data_ptr(), bias, *x.shape, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
