@@ -249,6 +249,7 @@ def test_an_adapter_that_overflows_hurts_nobody_else(zoo: Zoo, dtype: torch.dtyp
         assert answers[2:] == [[], []]
         assert all(j.sequence is not None and j.sequence.finish_reason is FinishReason.ABORTED for j in jobs[2:])
         assert [harness.answer(texts[0], greedy(12)), harness.answer(texts[1], sampled, adapter="plain")] == alone
+        assert harness.answer(texts[2], greedy(12), adapter="evil", draft_cap=draft_cap) == []  # nobody beside it
 
 
 def test_weights_that_overflow_in_the_engines_dtype_are_refused(

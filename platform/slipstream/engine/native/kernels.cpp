@@ -929,10 +929,11 @@ inline __m512bh half_pair(const std::int8_t* p) {  // whole numbers below 256 ar
   return _mm512_cvtne2ps_pbh(wide(p + kLanes), wide(p));
 }
 
-// Of weights in 8 bits `scale` has each output's step; else it is null.
+// Of weights in 8 bits `scale` has each output's step; else it is null. `wide`: where the panel is kept as bfloat16 for other
+// tiles; null = it is not.
 template <int kCount, class W>
 void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel, std::int64_t inputs,
-                  const float* scale, const bf16* bias, int lanes) {
+                  const float* scale, const bf16* bias, int lanes, bf16* wide) {
   __m512 acc[kCount][2];
   F from[2];
   for (int h = 0; h < 2; h++) {
@@ -945,6 +946,11 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
     if constexpr (kCount > 3) {  // with fewer the processor's own prefetching is as quick as memory
       prefetch(panel, kAhead);
       if constexpr (sizeof(W) > 1) prefetch(panel + kPanel, kAhead);
+    }
+    if (sizeof(W) == 1 && wide) {
+      std::memcpy(wide, &w0, sizeof w0);
+      std::memcpy(wide + kPanel, &w1, sizeof w1);
+      wide += 2 * kPanel;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; r++) {
@@ -964,22 +970,17 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
 
 template <int kCount, class W>
 void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
-                  std::int64_t inputs, const float* scale, const bf16* bias, int lanes) {
+                  std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide) {
   if (count == kCount)
-    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes);
+    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
   else if constexpr (kCount > 1)
-    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes);
+    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
 }
 
-// A panel of bytes that several tiles of rows read is widened once.
-const bf16* widened(const std::int8_t* panel, std::int64_t inputs) {
-  static thread_local std::vector<bf16> wide;
-  if (std::int64_t(wide.size()) < inputs * kPanel) wide.resize(inputs * kPanel);
-  for (std::int64_t i = 0; i < inputs * kPanel; i += kPanel) {
-    __m512bh half = half_pair(panel + i);
-    std::memcpy(wide.data() + i, &half, sizeof half);
-  }
-  return wide.data();
+bf16* widened(std::int64_t size) {  // room for a panel that several tiles of rows read, of each thread
+  static thread_local std::vector<bf16> room;
+  if (std::int64_t(room.size()) < size) room.resize(size);
+  return room.data();
 }
 
 template <class W>
@@ -995,21 +996,19 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const W* weight, const 
       std::int64_t end = row + block_rows < rows ? row + block_rows : rows;
       int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
       const float* steps = scale ? scale + column : nullptr;
-      auto rows_of = [&](const auto* panel) {
-        for (std::int64_t tiles = cut(end - row, kTile); tiles > 0; tiles--) {
-          int count = int(cut(end - row, tiles));
-          product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel, inputs, steps,
-                              bias ? bias + column : nullptr, lanes);
-          row += count;
-        }
+      std::int64_t tiles = cut(end - row, kTile);
+      auto tile = [&](const auto* panel, bf16* wide) {
+        int count = int(cut(end - row, tiles--));
+        product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel, inputs, steps,
+                            bias ? bias + column : nullptr, lanes, wide);
+        row += count;
       };
-      if constexpr (sizeof(W) == 1) {
-        if (end - row > kTile) {
-          rows_of(widened(weight + column * inputs, inputs));
-          continue;
-        }
+      if (sizeof(W) == 1 && tiles > 1) {  // the first tile widens the panel for the others
+        bf16* wide = widened(inputs * kPanel);
+        tile(weight + column * inputs, wide);
+        while (tiles > 0) tile(wide, nullptr);
       }
-      rows_of(weight + column * inputs);
+      while (tiles > 0) tile(weight + column * inputs, nullptr);
     }
 }
 #endif
