@@ -167,6 +167,7 @@ def progress_after(events: list[GenerateEvent], index: int) -> ChoiceProgress:
 async def test_another_engine_goes_on_where_one_stopped(engine_client: EngineClient, cut: int) -> None:
     """Neither a token nor a character is repeated or lost, stop strings, choices and counts included."""
     request = asked(n=2, temperature=1.0, seed=7, max_tokens=12, logprobs=1, stop=("zzz", "yy"))
+    request = replace(request, speculation=False)  # drafts follow what was learnt before: their counts may differ
     whole = await run(engine_client, request)
     head = whole[:cut]
     progress = tuple(progress_after(head, index) for index in range(2))
