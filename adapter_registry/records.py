@@ -191,8 +191,8 @@ class Outcome(Frozen):
 
     requests: Annotated[int, Field(ge=0)] = 0
     errors: Annotated[int, Field(ge=0)] = 0  # of the server's or the version's making
-    drafted_tokens: Annotated[int, Field(ge=0)] = 0
-    accepted_tokens: Annotated[int, Field(ge=0)] = 0
+    drafted_tokens: Annotated[int, Field(ge=0)] = 0  # that the version's own streams proposed and the model decided …
+    accepted_tokens: Annotated[int, Field(ge=0)] = 0  # … the same way
     compared: Annotated[int, Field(ge=0)] = 0  # shadows whose answer could be compared with what the caller got …
     same: Annotated[int, Field(ge=0)] = 0  # … and was the same text
 

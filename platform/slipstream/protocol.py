@@ -134,6 +134,8 @@ class Usage:
     drafted_tokens: int
     accepted_tokens: int
     cached_prompt_tokens: int = 0
+    judged_tokens: int = 0  # what the adapter's own streams proposed and the model then decided, drafted or not …
+    right_tokens: int = 0  # … and said, too
 
 
 PROMPT_WEIGHT = 0.2  # work of a prompt token in answer tokens: they are computed many at a time (benchmarks/README.md)

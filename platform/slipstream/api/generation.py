@@ -36,6 +36,8 @@ class Ending:
     begun: bool = False  # a stream whose first tokens were on their way
     decode_steps: int = 0  # of choices that are known to have finished
     reasons: tuple[FinishReason, ...] = ()  # of the same
+    judged_tokens: int = 0  # of the same, like the next (`Usage`)
+    right_tokens: int = 0
 
 
 class Generation:
@@ -117,10 +119,16 @@ class Generation:
         finally:
             if not self._ended.is_set():
                 self._ended.set()
-                steps = sum(usage.decode_steps for usage in self.usages.values())
+                usages = self.usages.values()
                 self._settle(
-                    Ending(self._used(), self._error, not self._open, self._begun, steps, tuple(self._reasons))
-                )
+                    Ending(
+                        self._used(), self._error, not self._open, self._begun,
+                        decode_steps=sum(usage.decode_steps for usage in usages),
+                        reasons=tuple(self._reasons),
+                        judged_tokens=sum(usage.judged_tokens for usage in usages),
+                        right_tokens=sum(usage.right_tokens for usage in usages),
+                    )
+                )  # fmt: skip
 
     async def collect(self) -> list[Choice]:
         """Run to the end and return the choices in order."""

@@ -56,8 +56,8 @@ class Outcomes:
         outcome = Outcome(
             requests=1,
             errors=int(ending.error is not None),
-            drafted_tokens=ending.counts.drafted_tokens,
-            accepted_tokens=ending.counts.accepted_tokens,
+            drafted_tokens=ending.judged_tokens,
+            accepted_tokens=ending.right_tokens,
         )
         self._add(target.watch, target.version.version, outcome)
 

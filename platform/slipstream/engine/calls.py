@@ -38,8 +38,9 @@ class Choice:
         seq, usage, logprobs = self.seq, None, None
         if emission.finished or seq.num_answer == len(emission.tokens):
             usage = Usage(
-                seq.prompt_len, seq.num_answer, seq.decode_steps, seq.drafted, seq.accepted, seq.cached_prompt
-            )
+                seq.prompt_len, seq.num_answer, seq.decode_steps, seq.drafted, seq.accepted, seq.cached_prompt,
+                seq.judged, seq.right,
+            )  # fmt: skip
         if seq.params.logprobs is not None:
             pairs = zip(emission.tokens, emission.logprobs, strict=True)
             logprobs = tuple(_token_logprob(tokenizer, token, lp) for token, lp in pairs)

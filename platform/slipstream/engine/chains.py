@@ -122,10 +122,10 @@ class Beliefs:
 
     def chain(self, guesses: Sequence[Pick], copy: Copied = NOTHING, most: int = 1 << 30, floor: float = 0.0) -> Chain:
         """At each position the likelier of what streams and copy propose, as long as the chain so far is theirs; up to `most`
-        drafts, and as long as one survives with a chance of `floor`."""
+        drafts, and as long as one survives with a chance of `floor`. What streams gained is found for all of them."""
         chain = Chain(ran=min(len(guesses), most))
         on_stream, on_copy = len(guesses), len(copy.tokens)  # positions where they still propose
-        survival = 1.0
+        survival, offered = 1.0, True
         for position in range(min(most, max(on_stream, on_copy))):
             guess = guesses[position] if position < on_stream else None
             token = copy.tokens[position] if position < on_copy else None
@@ -133,18 +133,21 @@ class Beliefs:
             claims = _claims(position, guess, token, length)
             if not claims:
                 break
-            chain.claims.append(claims)
+            if offered:
+                chain.claims.append(claims)
             chance, best = self._best(claims, one=guess is None or token is None or token == guess.token)
             without = survival * self.chance(matched(length)) if token is not None else 0.0
             survival *= chance
-            if survival < floor:
-                break
-            chain.tokens.append(best)
-            chain.survivals.append(survival)
+            offered = offered and survival >= floor
             if guess is not None:
                 chain.gains.append(max(survival - without, 0.0))
                 if guess.token != best:
                     on_stream = 0
+            elif not offered:
+                break
+            if offered:
+                chain.tokens.append(best)
+                chain.survivals.append(survival)
             if token != best:
                 on_copy = 0
         return chain

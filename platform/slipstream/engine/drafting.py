@@ -10,6 +10,7 @@ from slipstream.engine.chains import Beliefs, Chain
 from slipstream.engine.config import FastPath
 from slipstream.engine.copying import NOTHING, CopyIndex
 from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts, GoodputDrafts, RowCosts, StreamWorth
+from slipstream.engine.plan import Pick
 from slipstream.engine.sequence import Sequence as Request
 
 ADAPTERS_KEPT = 4096
@@ -43,7 +44,7 @@ class Drafting:
             floor = self._policy.floor(at_work)
         drafting = []
         for i, seq in enumerate(decodes, self._turn):
-            copying = self._copies and not (seldom and i % IDLE_TURNS)
+            copying = self._copies and (bool(seq.guesses) or not (seldom and i % IDLE_TURNS))
             seq.chain = self._chain(seq, copying, floor) if seq.draft_cap else None
             if seq.chain is not None:
                 drafting.append(seq.chain)
@@ -84,6 +85,17 @@ class Drafting:
         if len(self._adapters) > ADAPTERS_KEPT:
             self._adapters.popitem(last=False)
         return known
+
+
+def judge(guesses: Sequence[Pick], said: Sequence[int]) -> tuple[int, int]:
+    """Of what streams proposed, how many tokens the model decided as well, up to the first that it decided otherwise, and how
+    many it said, too. It is about the streams alone: whether those were drafts, or verified, makes no difference."""
+    right = 0
+    for guess, token in zip(guesses, said, strict=False):
+        if guess.token != token:
+            return right + 1, right
+        right += 1
+    return right, right
 
 
 def drafting_of(costs: RowCosts | None, disable: Collection[FastPath]) -> Drafting:

@@ -175,6 +175,7 @@ class GoodputDrafts:
         self.kept = 1.0
         self._decided_for = 0  # wishes, when it was last decided how many streams run
         self._age = 0  # steps since then
+        self._chains = 0  # in the last step
 
     def floor(self, sequences: int) -> float:
         """Somewhat below the chance at which the first draft pays."""
@@ -201,8 +202,9 @@ class GoodputDrafts:
 
     def _decide(self, wishes: Sequence[DraftWish], sequences: int) -> None:
         none_s, count = self._costs.step_s(sequences, 0), len(wishes)
-        drafts = max(1, round(self.kept * count))
-        row_s = (self._costs.step_s(sequences, drafts) - none_s) / drafts
+        others, drafts = round(self.kept * max(self._chains - count, 0)), max(1, round(self.kept * count))
+        beside_s = self._costs.step_s(sequences, others)
+        row_s = (self._costs.step_s(sequences, others + drafts) - beside_s) / drafts
         token_s = none_s / sequences
         benefits = [0.0, *(max(0.0, (level + 0.5) / LEVELS * token_s - row_s) for level in range(1, LEVELS))]
         first_s = self._costs.streams_s(count)
@@ -223,6 +225,7 @@ class GoodputDrafts:
         """Of all drafts those with the highest chances, as many as give the best goodput."""
         if not survivals:
             return []
+        self._chains = len(survivals)
         if not any(survivals):
             self.kept *= 1 - KEPT_SHARE
             return [0] * len(survivals)

@@ -83,5 +83,7 @@ class Emission:
     logprobs: tuple[Logprob, ...]
     finished: bool
     broken: bool = False  # finished because nothing sensible came out
-    judged: int = 0  # leading drafts for which a stream ran and that a token of this emission speaks for or against
+    judged: int = (
+        0  # leading guesses of the streams that a token of this emission speaks for or against, drafted or not
+    )
     accepted: int = 0  # of these, how many were right: all before the first wrong one

@@ -27,15 +27,24 @@ class Quantization(StrEnum):
     INT4 = "int4"  # asymmetric, a scale and a zero point for each 32 inputs of an output; CPU
 
 
+def in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [out, in] as int8 and a bfloat16 scale for each output, whoever multiplies by them."""
+    scale = weight.float().abs().amax(dim=1).div(127).clamp_min(1e-12).bfloat16()
+    return (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def norms_sq(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Squared lengths of the rows of what `in_int8` left, float32 [out]."""
+    return weight.float().square().sum(dim=1) * scale.float().square()
+
+
 class Int8Weight:
     """A base weight [out, in] as int8 with a bfloat16 scale for each output."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.bias = bias
-        scale = weight.float().abs().amax(dim=1).div(127).clamp_min(1e-12).bfloat16()
-        self._scale = scale
-        self._weight = (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-        self.row_norms_sq = (self._weight.float() * scale.float().unsqueeze(1)).square().sum(dim=1)  # [out], for DoRA
+        self._weight, self._scale = in_int8(weight)
+        self.row_norms_sq = norms_sq(self._weight, self._scale)  # [out], for DoRA
 
     def __call__(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """x: [n, in] → [n, out]."""

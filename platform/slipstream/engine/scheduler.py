@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from slipstream.engine.blocks import BlockPool
-from slipstream.engine.drafting import Drafting
+from slipstream.engine.drafting import Drafting, judge
 from slipstream.engine.fairness import FairShare
 from slipstream.engine.leases import AdapterLease, AdapterSlots
 from slipstream.engine.pacing import PromptPacer
@@ -47,7 +47,7 @@ class Scheduler:
         self.prefix_caching = True
         self.drafting = Drafting()
         self.pacer: PromptPacer | None = None  # None = prompts take the whole budget
-        self._soon = 0  # waiting sequences that lacked nothing in the last step but rows
+        self._soon = 0  # waiting sequences for which the last step had no rows; their turn comes
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
         self.started: list[Sequence] = []  # by the step planned last, for the first time
@@ -285,17 +285,18 @@ class Scheduler:
     def _admit(self, budget: int, planned: dict[int, PlannedSequence]) -> None:
         """Start waiting sequences in order. One whose adapter is not here is passed over; one that lacks blocks is not,
         or long prompts would never start."""
-        self._soon = 0
+        self._soon = passed = 0
         if len(self._running) >= self.max_num_seqs:
             return
         for seq in self._shares.order(self._waiting):
             if budget < 1 or len(self._running) >= self.max_num_seqs:
-                self._soon = len(self._waiting)
+                self._soon = len(self._waiting) - passed
                 return
             lease = None
             if seq.adapter is not None:
                 lease = self.adapters.try_pin(seq.adapter)
                 if lease is None:
+                    passed += 1
                     continue
             taken = self._start(seq, lease, budget, planned)
             if not taken and seq.adapter is not None:
@@ -303,6 +304,7 @@ class Scheduler:
             if taken is None:
                 return
             budget -= taken
+            passed += not taken
 
     def _start(
         self, seq: Sequence, lease: AdapterLease | None, budget: int, planned: dict[int, PlannedSequence]
@@ -358,9 +360,10 @@ class Scheduler:
         seq.drafted += part.num_drafts
         accepted = min(len(result.tokens) - 1, emitted)
         seq.accepted += accepted
+        judged, right = judge(seq.guesses, seq.tokens[before:])
+        seq.judged += judged
+        seq.right += right
         seq.guesses = result.guesses
-        ran = seq.chain.ran if seq.chain is not None else 0
-        judged = min(part.num_drafts, emitted, ran)
         self.drafting.learn(seq, seq.tokens[before:])
         if reason is not None:
             self._finish(seq, reason)
@@ -370,7 +373,7 @@ class Scheduler:
             result.logprobs[:emitted],
             reason is not None,
             judged=judged,
-            accepted=min(accepted, judged),
+            accepted=right,
         )
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:

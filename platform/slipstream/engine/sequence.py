@@ -57,6 +57,8 @@ class Sequence:
     decode_steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    judged: int = 0  # guesses of its streams that the model then decided on, all before them being right …
+    right: int = 0  # … the same way
     cached_prompt: int = 0
     preemptions: int = 0
     paced: bool = (

@@ -199,6 +199,8 @@ class _Choice:
             decode_steps=usage.decode_steps + 1,
             drafted_tokens=usage.drafted_tokens + drafts,
             accepted_tokens=usage.accepted_tokens + accepted,
+            judged_tokens=usage.judged_tokens + drafts,
+            right_tokens=usage.right_tokens + accepted,
         )
         self.done = finish_reason is not None
         logprobs = None if self._params.logprobs is None else tuple(map(self._logprob, tokens))

@@ -92,6 +92,7 @@ def test_what_is_hopeless_is_not_offered_but_judged() -> None:
     beliefs = Beliefs()
     chain = beliefs.chain([Pick(5, UNSURE), Pick(6, SURE)], floor=0.9)
     assert chain.tokens == []
+    assert chain.gains == beliefs.chain([Pick(5, UNSURE), Pick(6, SURE)]).gains
     before = beliefs.chance(streamed(0, UNSURE))
     beliefs.learn(chain, [5])
     assert beliefs.chance(streamed(0, UNSURE)) > before
@@ -159,8 +160,10 @@ def test_any_chain(
     assert len(chain.tokens) == len(chain.survivals) <= min(most, max(len(guesses), len(copy.tokens)))
     assert all(a >= b for a, b in pairwise([1.0, *chain.survivals]))
     assert all(survival >= floor for survival in chain.survivals)
-    assert len(chain.gains) <= min(len(chain.tokens), chain.ran) <= len(guesses)
+    assert len(chain.gains) <= chain.ran <= len(guesses)
     assert all(0.0 <= gain <= survival for gain, survival in zip(chain.gains, chain.survivals, strict=False))
+    assert len(chain.claims) <= len(chain.tokens) + 1
+    assert beliefs.chain(guesses, copy, most).gains == chain.gains, "whatever is offered"
     for position, token in enumerate(chain.tokens):
         proposed = [own[position] for own in ([g.token for g in guesses], copy.tokens) if position < len(own)]
         assert token in proposed

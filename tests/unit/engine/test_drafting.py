@@ -6,7 +6,7 @@ from collections.abc import Sequence as Rows
 
 import pytest
 
-from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting
+from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting, judge
 from slipstream.engine.goodput import DraftWish, FullDrafts, StreamWorth
 from slipstream.engine.plan import Pick
 from slipstream.engine.sequence import Sequence
@@ -98,6 +98,21 @@ def test_copies_that_nobody_verifies_are_looked_for_seldom_but_still_judged() ->
     seqs[0].guesses = seqs[1].guesses = (Pick(5, 9.0),)  # streams that ran are looked at in any case
     drafting.choose(seqs[:2], 4)
     assert all(seq.chain is not None for seq in seqs[:2])
+
+
+@pytest.mark.parametrize(
+    ("guesses", "said", "counts"),
+    [
+        ([], [5], (0, 0)),
+        ([5], [5], (1, 1)),
+        ([6], [5], (1, 0)),
+        ([5, 6, 7], [5, 9, 7], (2, 1)),
+        ([5, 6, 7], [5, 6], (2, 2)),
+        ([5], [5, 6], (1, 1)),
+    ],
+)
+def test_streams_are_judged_by_what_they_said(guesses: list[int], said: list[int], counts: tuple[int, int]) -> None:
+    assert judge([Pick(token, 1.0) for token in guesses], said) == counts
 
 
 def test_what_streams_add_is_learnt_once_a_step() -> None:

@@ -135,6 +135,20 @@ def test_no_other_threshold_promises_more(offered: list[list[float]], times: lis
     assert not sum(kept) or best > none * hurdle * (1 - 1e-9)
 
 
+def test_streams_pay_for_rows_beside_those_of_copies() -> None:
+    """What others copy takes the rows that are nearly free."""
+    costs = RowCosts((1, 8, 24, 32), (10.0, 10.1, 12.0, 40.0), (0.01, 0.01, 0.01, 0.01))
+
+    def lengths(copying: int) -> list[int]:
+        policy, wishes = GoodputDrafts(costs), [DraftWish(worth((0.5,)), 1)] * 2
+        for _ in range(40):
+            policy.keep([[0.99, 0.98, 0.97]] * copying + [[]] * 2, copying + 2)
+        return policy.streams(wishes, copying + 2)
+
+    assert lengths(copying=4) == [1, 1]
+    assert lengths(copying=7) == [0, 0]
+
+
 def test_what_an_adapter_found_lately_counts() -> None:
     known = worth(USELESS)
     benefits = [(level + 0.5) / LEVELS for level in range(LEVELS)]

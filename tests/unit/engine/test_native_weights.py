@@ -11,7 +11,7 @@ import torch
 from slipstream.engine.linear import MakeWeight
 from slipstream.engine.native.weights import NativeWeight, native_int8, native_weight
 from slipstream.engine.packed import PackedWeight
-from slipstream.engine.quantized import Int8Weight
+from slipstream.engine.quantized import Int8Weight, in_int8
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
 AVX512_BF16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no AVX512-BF16")
@@ -29,8 +29,8 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, make: MakeWeight = 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
     """What 8 bits leave of it."""
-    step = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
-    return (weight.float() / step).round() * step
+    whole, step = in_int8(weight)
+    return whole.float() * step.float().unsqueeze(1)
 
 
 @AVX512_BF16
@@ -65,6 +65,16 @@ def test_other_weights_are_packed_as_before() -> None:
     for weight in (normal(8, 16, dtype=torch.float32), normal(8, 15, dtype=torch.bfloat16)):
         assert isinstance(native_weight("linear", weight, None), PackedWeight)
         assert isinstance(native_int8("linear", weight, None), Int8Weight)
+
+
+@AVX512_BF16
+def test_8_bits_are_the_same_numbers_as_in_torchs_kernel() -> None:
+    weight, x = normal(40, 64, dtype=torch.bfloat16), normal(3, 64, dtype=torch.bfloat16, seed=1)
+    mine, torchs = product(weight, None, native_int8), Int8Weight(weight, None)
+    torch.testing.assert_close(mine(x), torchs(x), rtol=2e-2, atol=2e-2)
+    assert torch.equal(mine.row_norms_sq, torchs.row_norms_sq)
+    assert mine.scale is not None
+    assert torch.equal(mine.scale[:40], torchs._scale.float())
 
 
 @AVX512_BF16

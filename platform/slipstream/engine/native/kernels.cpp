@@ -916,7 +916,8 @@ void draw(std::int64_t* ids, float* noise, float* sums, const T* logits, std::in
 // ---- base GEMMs --------------------------------------------------------------------------------------------------------
 
 // y = x W^T + bias in bfloat16, summed in float32, on processors with AVX512-BF16. W lies in panels as an adapter's does, in
-// pairs: [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs.
+// pairs: [panels, inputs / 2, kPanel, 2]. Each output is one chain of products in the order of the inputs. W may be bytes,
+// which are widened on their way: then sums are multiplied by each output's step before the bias.
 constexpr int kTile = 12;             // most rows whose sums stay in registers
 constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the weights
 constexpr int kAhead = 8192;          // bytes of weights: computing on few rows leaves time to ask for them so early
@@ -977,7 +978,7 @@ void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::in
     product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
 }
 
-bf16* widened(std::int64_t size) {  // room for a panel that several tiles of rows read, of each thread
+bf16* panel_room(std::int64_t size) {  // of each thread, for a panel that several tiles of rows read
   static thread_local std::vector<bf16> room;
   if (std::int64_t(room.size()) < size) room.resize(size);
   return room.data();
@@ -1004,7 +1005,7 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const W* weight, const 
         row += count;
       };
       if (sizeof(W) == 1 && tiles > 1) {  // the first tile widens the panel for the others
-        bf16* wide = widened(inputs * kPanel);
+        bf16* wide = panel_room(inputs * kPanel);
         tile(weight + column * inputs, wide);
         while (tiles > 0) tile(wide, nullptr);
       }

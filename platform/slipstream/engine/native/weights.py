@@ -1,4 +1,4 @@
-"""Weights laid out for the C++ kernels: base weights in bfloat16 for the GEMM, and adapters' in stacks.
+"""Weights laid out for the C++ kernels: base weights in bfloat16 or int8 for the GEMM, and adapters' in stacks.
 
 On processors with AVX512-BF16 one instruction takes two inputs, whose weights lie side by side.
 """
@@ -14,7 +14,7 @@ from slipstream.engine.linear import as_packed
 from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.packed import BaseWeight
-from slipstream.engine.quantized import torch_int8
+from slipstream.engine.quantized import in_int8, norms_sq, torch_int8
 
 PANEL = 32  # kPanel
 _PAGES = HugePages()
@@ -48,9 +48,11 @@ class NativeWeight:
 
     scale: torch.Tensor | None = None  # of the outputs' steps, float32 [panels * 32], where weights are int8
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, row_norms_sq: torch.Tensor | None = None
+    ) -> None:
         self.bias = bias
-        self.row_norms_sq = weight.float().square().sum(dim=1)  # [out], for DoRA
+        self.row_norms_sq = weight.float().square().sum(dim=1) if row_norms_sq is None else row_norms_sq  # for DoRA
         self.outputs = weight.shape[0]
         self.panels = _panels(weight)
 
@@ -74,12 +76,9 @@ class NativeInt8Weight(NativeWeight):
     are: activations are not rounded."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        wide = weight.float()
-        scale = wide.abs().amax(dim=1).div(127).clamp_min(1e-30)
-        rounded = (wide / scale.unsqueeze(1)).round()
-        super().__init__(rounded.to(torch.int8), bias)
-        self.row_norms_sq = rounded.square().sum(dim=1) * scale.square()
-        self.scale = F.pad(scale, (0, -self.outputs % PANEL))
+        whole, scale = in_int8(weight)
+        super().__init__(whole, bias, norms_sq(whole, scale))
+        self.scale = F.pad(scale.float(), (0, -self.outputs % PANEL))
 
     def _product(self, y: torch.Tensor, x: torch.Tensor, bias: int | None) -> None:
         found = library()
