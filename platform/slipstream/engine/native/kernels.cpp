@@ -20,6 +20,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -930,17 +931,28 @@ inline __m512bh half_pair(const std::int8_t* p) {  // whole numbers below 256 ar
   return _mm512_cvtne2ps_pbh(wide(p + kLanes), wide(p));
 }
 
-// Of weights in 8 bits `scale` has each output's step; else it is null. `wide`: where the panel is kept as bfloat16 for other
-// tiles; null = it is not.
-template <int kCount, class W>
-void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel, std::int64_t inputs,
-                  const float* scale, const bf16* bias, int lanes, bf16* wide) {
+enum class Panel {
+  kWhole,    // of bfloat16 weights
+  kBytes,    // of weights in 8 bits, with a step (`scale`) for each output, …
+  kKept,     // … which is kept in `wide`, as bfloat16, for other tiles
+  kWidened,  // such a one
+};
+
+template <Panel kind>
+using Kind = std::integral_constant<Panel, kind>;
+
+// A function of its own with every loop over sums unrolled, or GCC keeps them in memory.
+template <int kCount, Panel kind, class W>
+[[gnu::noinline]] void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
+                                    std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide) {
   __m512 acc[kCount][2];
-  F from[2];
+  int low = lanes < kLanes ? lanes : kLanes, high = lanes - low;
+  auto shift = [&](int h) { return bias && (h ? high : low) ? load(bias + h * kLanes, h ? high : low) : F{}; };
+#pragma GCC unroll 2
   for (int h = 0; h < 2; h++) {
-    int left = lanes - h * kLanes;
-    from[h] = bias && left > 0 ? load(bias + h * kLanes, left < kLanes ? left : kLanes) : F{};
-    for (int r = 0; r < kCount; r++) acc[r][h] = cast_bits<__m512>(scale ? F{} : from[h]);
+    F from = kind == Panel::kWhole ? shift(h) : F{};
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) acc[r][h] = cast_bits<__m512>(from);
   }
   for (std::int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
     __m512bh w0 = half_pair(panel), w1 = half_pair(panel + kPanel);
@@ -948,7 +960,7 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
       prefetch(panel, kAhead);
       if constexpr (sizeof(W) > 1) prefetch(panel + kPanel, kAhead);
     }
-    if (sizeof(W) == 1 && wide) {
+    if constexpr (kind == Panel::kKept) {
       std::memcpy(wide, &w0, sizeof w0);
       std::memcpy(wide + kPanel, &w1, sizeof w1);
       wide += 2 * kPanel;
@@ -960,22 +972,27 @@ void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row
       acc[r][1] = _mm512_dpbf16_ps(acc[r][1], w1, pair);
     }
   }
-  for (int r = 0; r < kCount; r++)
-    for (int h = 0; h < 2 && h * kLanes < lanes; h++) {
-      int left = lanes - h * kLanes;
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    int own = h ? high : low;
+    if (!own) break;
+    F step = splat(1.0f), after{};
+    if constexpr (kind != Panel::kWhole) step = load(scale + h * kLanes), after = shift(h);
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) {
       F sum = cast_bits<F>(acc[r][h]);
-      if (scale) sum = sum * load(scale + h * kLanes) + from[h];
-      store(y + r * y_row + h * kLanes, sum, left < kLanes ? left : kLanes);
+      store(y + r * y_row + h * kLanes, kind == Panel::kWhole ? sum : sum * step + after, own);
     }
+  }
 }
 
-template <int kCount, class W>
+template <int kCount, Panel kind, class W>
 void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
                   std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide) {
   if (count == kCount)
-    product_tile<kCount>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
+    product_tile<kCount, kind>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
   else if constexpr (kCount > 1)
-    product_rows<kCount - 1>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
+    product_rows<kCount - 1, kind>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
 }
 
 bf16* panel_room(std::int64_t size) {  // of each thread, for a panel that several tiles of rows read
@@ -998,18 +1015,22 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const W* weight, const 
       int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
       const float* steps = scale ? scale + column : nullptr;
       std::int64_t tiles = cut(end - row, kTile);
-      auto tile = [&](const auto* panel, bf16* wide) {
+      auto tile = [&](auto kind, const auto* panel, bf16* wide) {
         int count = int(cut(end - row, tiles--));
-        product_rows<kTile>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel, inputs, steps,
-                            bias ? bias + column : nullptr, lanes, wide);
+        product_rows<kTile, decltype(kind)::value>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel,
+                                                   inputs, steps, bias ? bias + column : nullptr, lanes, wide);
         row += count;
       };
-      if (sizeof(W) == 1 && tiles > 1) {  // the first tile widens the panel for the others
+      const W* panel = weight + column * inputs;
+      if constexpr (sizeof(W) > 1) {
+        while (tiles > 0) tile(Kind<Panel::kWhole>{}, panel, nullptr);
+      } else if (tiles == 1) {
+        tile(Kind<Panel::kBytes>{}, panel, nullptr);
+      } else {
         bf16* wide = panel_room(inputs * kPanel);
-        tile(weight + column * inputs, wide);
-        while (tiles > 0) tile(wide, nullptr);
+        tile(Kind<Panel::kKept>{}, panel, wide);
+        while (tiles > 0) tile(Kind<Panel::kWidened>{}, static_cast<const bf16*>(wide), nullptr);
       }
-      while (tiles > 0) tile(weight + column * inputs, nullptr);
     }
 }
 #endif
