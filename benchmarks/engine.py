@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -39,12 +40,20 @@ PAIRS = [
 ]
 
 
-def names_of(count: int) -> list[str]:
+def names_of(count: int, task: str = "snips") -> list[str]:
     """The adapter of each request: eight in turn."""
-    return [f"snips-{i % NUM_ADAPTERS}" for i in range(count)]
+    return [f"{task}-{i % NUM_ADAPTERS}" for i in range(count)]
 
 
-def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool, drafts: int) -> Run:
+def slipstream(
+    engine: OfflineEngine,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    lora: bool,
+    drafts: int,
+    task: str = "snips",
+) -> Run:
     """Our engine on answers of a fixed length, `count` at a time all along, or (`tokens` 0) on `count` to their end.
 
     The peers' answers of a fixed length all end together, so that one wave of them runs at `count` all along, too. One at a
@@ -54,7 +63,7 @@ def slipstream(engine: OfflineEngine, prompts: Sequence[Sequence[int]], tokens: 
     def run(count: int) -> tuple[float, float]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
         total = REQUESTS[count] if tokens or count == 1 else count
-        names = names_of(total) if lora else [None] * total
+        names = names_of(total, task) if lora else [None] * total
         rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)]
         outcome = engine.run(rows, concurrency=count)
         return outcome.tokens_per_s, outcome.tokens_per_step
@@ -93,22 +102,27 @@ def main(
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32, for all sides.")] = "auto",
     peers: Annotated[bool, typer.Option(help="Run the peers (make bench-peers) beside us.")] = True,
+    task: Annotated[str, typer.Option(help="Adapters and prompts: snips, or (without peers) wikisql.")] = "snips",
 ) -> None:
     """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT, vLLM and llama.cpp."""
     torch.set_num_threads(threads)
     path, kind = model_path(), pick_dtype(dtype, torch.device("cpu"))
     dtype = str(kind).removeprefix("torch.")
-    prompts = prompt_ids("snips", max(REQUESTS.values()))
-    adapters = eight_adapters()
+    if peers and task != "snips":
+        raise typer.BadParameter("the peers run on snips; add --no-peers", param_hint="task")
+    prompts = prompt_ids(task, max(REQUESTS.values()))
+    adapters = eight_adapters(task)
     engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
-    runs = {
-        "Slipstream base": slipstream(engine, prompts, tokens, lora=False, drafts=0),
-        "Slipstream 8 LoRAs": slipstream(engine, prompts, tokens, lora=True, drafts=0),
-        "Slipstream 8 Turbo LoRAs": slipstream(engine, prompts, tokens, lora=True, drafts=8),
-        "Slipstream 8 LoRAs, to end": slipstream(engine, prompts, 0, lora=True, drafts=0),
-        "Slipstream 8 Turbo LoRAs, to end": slipstream(engine, prompts, 0, lora=True, drafts=8),
+    ours = partial(slipstream, engine, prompts, task=task)
+    runs: dict[str, Run] = {
+        "Slipstream base": ours(tokens, lora=False, drafts=0),
+        "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
+        "Slipstream 8 Turbo LoRAs": ours(tokens, lora=True, drafts=8),
+        "Slipstream 8 LoRAs, to end": ours(0, lora=True, drafts=0),
+        "Slipstream 8 Turbo LoRAs, to end": ours(0, lora=True, drafts=8),
     }
-    results = Results("engine", f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
+    name = "engine" if task == "snips" else f"engine-{task}"
+    results = Results(name, f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
     with ExitStack() as stack:
         if peers:
             folders = write_peft(adapters)
@@ -134,5 +148,6 @@ def main(
                         bar.update(1)
                         if round_:  # the first round warms up
                             results.add(name, n, *measured)
-    command = f"python -m benchmarks engine --rounds {rounds} --tokens {tokens} --threads {threads} --dtype {dtype}"
+    options = {"rounds": rounds, "tokens": tokens, "threads": threads, "dtype": dtype, "task": task}
+    command = " ".join(["python -m benchmarks engine", *(f"--{name} {value}" for name, value in options.items())])
     print("\n" + results.write(PAIRS, {"command": command}))
