@@ -251,8 +251,8 @@ def _try_demo(started: Started, shown: PublishedDemo) -> Sequence[str]:
     return (
         f"Try a Turbo LoRA, {shown.ref} ({demo.description}):",
         *_curl(started, "/v1/completions", body),
-        "Its tokens per step: usage.completion_tokens / usage.decode_steps of the answer. A model without its own",
-        'speculator has 1; so has this one with "speculation": false, and the same text.',
+        "Its tokens per step: usage.completion_tokens / usage.decode_steps of the answer. With",
+        '"speculation": false it is 1, and the text is the same.',
         *others,
     )
 

@@ -15,15 +15,14 @@ import torch
 
 from slipstream.engine.attention import KVCache, PagedBatch
 from slipstream.engine.batch import StepBatch
+from slipstream.engine.costs import GREEDY
 from slipstream.engine.linear import RowContext
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.triton_attention import PagedTables
 from slipstream.engine.triton_lora import RowTiles, TritonRows
-from slipstream.protocol import SamplingParams
 
 ROW_BUCKETS = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16))
 GRAPHS_KEPT = 128  # captures; the one unused for longest gives way
-_NO_PARAMS = SamplingParams(temperature=0.0)
 
 Decode = Callable[[torch.Tensor, torch.Tensor, PagedBatch], torch.Tensor]
 """(input ids [n], positions [n], attention) → final hidden states [n, H]."""
@@ -99,7 +98,7 @@ class GraphedDecoder:
         """Sequences of one row that fill a step of `rows` rows up to the next bucket; none when it is too long for one."""
         bucket = bucket_of(rows)
         spare = (self._cache.num_blocks,)
-        blank = PlannedSequence(-1, (0,), 0, spare, False, 0, -1, _NO_PARAMS, 0)
+        blank = PlannedSequence(-1, (0,), 0, spare, False, 0, -1, GREEDY, 0)
         return [blank] * (bucket - rows) if bucket is not None else []
 
     def __call__(self, batch: StepBatch) -> torch.Tensor | None:

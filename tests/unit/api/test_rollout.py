@@ -221,6 +221,19 @@ async def test_a_client_that_leaves_counts_for_nothing(
     assert (await outcomes(http))[1]["errors"] == 1
 
 
+async def test_a_version_is_judged_by_its_own_streams_not_by_what_was_copied(
+    world: ApiWorld, http: httpx.AsyncClient, engine: Choosy
+) -> None:
+    await published(world)
+    await put(http, version=1, split={"version": 2, "weight": 0.0001})
+    target = await runtime(world).catalog.resolve(Caller("demo", "key", is_admin=False), "sql", split=True)
+    verified = UsageCounts(requests=1, drafted_tokens=100, accepted_tokens=90)
+    runtime(world).outcomes.note(target, Ending(verified, None, whole=True, judged_tokens=10, right_tokens=3))
+    await settle(world)
+    found = (await outcomes(http))[1]
+    assert (found["drafted_tokens"], found["accepted_tokens"]) == (10, 3)
+
+
 async def test_a_shadow_has_its_own_policy_and_is_nobody_else_s_bill(
     world: ApiWorld, http: httpx.AsyncClient, engine: Choosy
 ) -> None:
