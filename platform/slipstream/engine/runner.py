@@ -236,7 +236,7 @@ class ModelRunner:
         def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
             return self._head.exact(hidden[row], slots[row], ids)
 
-        return self._sampler.picks(logits, asked, exact if self._rescore else None), logits
+        return self._sampler.pick(logits, asked, exact if self._rescore else None), logits
 
     def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
         """The best token of each row, where nothing else is asked of any and it does not take all logits. A row that needs
@@ -303,7 +303,7 @@ class ModelRunner:
                 requests += [row_request(part, first + k, ()) for k in range(part.draft_next)]
                 rows += chain
         if rows:
-            found = iter(self._sampler.picks(logits if len(rows) == len(logits) else logits[rows], requests, None))
+            found = iter(self._sampler.pick(logits if len(rows) == len(logits) else logits[rows], requests, None))
             for part, _ in wanting:
                 if part.seq_id not in picked:
                     picked[part.seq_id] = tuple(next(found) for _ in range(part.draft_next))
@@ -316,7 +316,7 @@ class ModelRunner:
         for k in range(logits.shape[0]):
             history = emitted + tuple(pick.token for pick in picks)
             request: RowRequest = row_request(part, position + k, history)
-            picks += tuple(self._sampler.picks(logits[k : k + 1], [request], None))
+            picks += tuple(self._sampler.pick(logits[k : k + 1], [request], None))
         return picks
 
     def _logprobs(self, part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:

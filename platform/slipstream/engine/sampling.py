@@ -1,6 +1,6 @@
 """From logits to one token a row: penalties, temperature, truncation and keyed noise, in the order of methods.md 2.5.
 
-Picking is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
+`pick` is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
 the history that row would have had without speculation; drafting calls it on the streams' logits for the positions ahead,
 with the *same* noise, so that a draft is right whenever the two distributions agree well enough, at any temperature.
 """
@@ -118,12 +118,9 @@ class Sampler:
         self.eos_ids = eos_ids
         self._noise = GumbelNoise(vocab_size, device)
 
-    def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[int]:
-        """One token id a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is."""
-        return [pick.token for pick in self.picks(logits, rows, exact)]
-
-    def picks(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[Pick]:
-        """As `pick`, with margins, which are those of the logits given, whatever `exact` says of close calls."""
+    def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[Pick]:
+        """One token a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is. Margins
+        are those of the logits given, whatever `exact` says of close calls."""
         plain = [i for i, row in enumerate(rows) if row.is_plain]
         greedy = [i for i in plain if rows[i].params.temperature == 0.0]
         drawn = [i for i in plain if rows[i].params.temperature > 0.0] if self._draw is not None else []

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.adapters import random_streams
+from support.samplers import IdSampler
 from torch import nn
 
 from slipstream.engine.attention import AttentionRules, KVCache
@@ -27,7 +28,7 @@ from slipstream.engine.native import build, ops
 from slipstream.engine.native.weights import Panels
 from slipstream.engine.noise import GumbelNoise
 from slipstream.engine.plan import PlannedSequence
-from slipstream.engine.sampling import RowRequest, Sampler, torch_best
+from slipstream.engine.sampling import RowRequest, torch_best
 from slipstream.engine.stacks import PreparedLora, PreparedModule
 from slipstream.engine.streams import prepare_streams, torch_stream_states
 from slipstream.protocol import SamplingParams
@@ -298,16 +299,16 @@ def test_sampled_rows(dtype: torch.dtype, rows: list[dict[str, Any]], width: int
     full = normal(len(rows), width, dtype=torch.float32, seed=width, size=spread)
     logits = full.to(dtype)
     requests = [RowRequest(SamplingParams(**row), position) for position, row in enumerate(rows)]
-    kernel, torchs = (Sampler(width, frozenset(), CPU, draw=draw) for draw in (ops.draw, None))
-    assert kernel.pick(logits, requests, None) == torchs.pick(logits, requests, None)
+    kernel, torchs = (IdSampler(width, frozenset(), CPU, draw=draw) for draw in (ops.draw, None))
+    assert kernel.ids(logits, requests, None) == torchs.ids(logits, requests, None)
 
     def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
         return full[row, ids]
 
-    together = kernel.pick(logits, requests, exact)
-    assert together == torchs.pick(logits, requests, exact)
+    together = kernel.ids(logits, requests, exact)
+    assert together == torchs.ids(logits, requests, exact)
     for i, request in enumerate(requests):
-        assert kernel.pick(logits[i : i + 1], [request], lambda _, ids, i=i: exact(i, ids)) == together[i : i + 1]  # type: ignore[misc]
+        assert kernel.ids(logits[i : i + 1], [request], lambda _, ids, i=i: exact(i, ids)) == together[i : i + 1]  # type: ignore[misc]
 
 
 def test_rows_that_are_not_numbers_are_drawn_all_the_same() -> None:
@@ -315,7 +316,7 @@ def test_rows_that_are_not_numbers_are_drawn_all_the_same() -> None:
     logits[1] = float("-inf")
     logits[2, 7] = 1.0
     requests = [RowRequest(SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1), 0)] * 3
-    assert Sampler(100, frozenset(), CPU, draw=ops.draw).pick(logits, requests, None) == [0, 0, 7]
+    assert IdSampler(100, frozenset(), CPU, draw=ops.draw).ids(logits, requests, None) == [0, 0, 7]
 
 
 def test_the_kernels_noise_is_the_samplers() -> None:

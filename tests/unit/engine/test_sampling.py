@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.samplers import IdSampler
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -19,7 +20,7 @@ from transformers.generation.logits_process import (
 
 from slipstream.engine.native import ops
 from slipstream.engine.noise import GumbelNoise
-from slipstream.engine.sampling import TOP_P_SHORTLIST, Draw, RowRequest, Sampler, logprob_of, truncate_
+from slipstream.engine.sampling import TOP_P_SHORTLIST, Draw, RowRequest, logprob_of, truncate_
 from slipstream.protocol import SamplingParams
 
 CPU = torch.device("cpu")
@@ -37,8 +38,8 @@ WAYS = pytest.mark.parametrize(
 )
 
 
-def sampler(vocab: int, eos: Sequence[int] = (0,), draw: Draw | None = None) -> Sampler:
-    return Sampler(vocab, frozenset(eos), CPU, draw=draw)
+def sampler(vocab: int, eos: Sequence[int] = (0,), draw: Draw | None = None) -> IdSampler:
+    return IdSampler(vocab, frozenset(eos), CPU, draw=draw)
 
 
 def random_logits(vocab: int, seed: int, spread: float = 3.0, rows: int | None = None) -> torch.Tensor:
@@ -147,9 +148,9 @@ def test_logit_bias_is_added_after_the_penalties() -> None:
     logits = torch.tensor([4.0, 3.0, -2.0, 0.0])
     p = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias={0: -1.5, 2: 100.0})
     assert warped(logits, p, [0, 2]).tolist() == [0.5, 3.0, 96.0, 0.0]
-    assert sampler(4).pick(logits[None], [RowRequest(p, 0, [0, 2])], None) == [2]
+    assert sampler(4).ids(logits[None], [RowRequest(p, 0, [0, 2])], None) == [2]
     banned = SamplingParams(temperature=0.0, logit_bias={0: -100.0})
-    assert sampler(4).pick(logits[None], [RowRequest(banned, 0)], None) == [1]
+    assert sampler(4).ids(logits[None], [RowRequest(banned, 0)], None) == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -163,7 +164,7 @@ def test_min_tokens_bans_every_end_until_then(temperature: float, rescore: bool)
         return logits[row, ids]
 
     for position in range(5):
-        (token,) = chooser.pick(logits, [RowRequest(p, position)], exact if rescore else None)
+        (token,) = chooser.ids(logits, [RowRequest(p, position)], exact if rescore else None)
         assert (token in (0, 1, 2)) == (position >= 3)
 
 
@@ -171,7 +172,7 @@ def test_the_logits_are_left_as_they_are() -> None:
     logits = random_logits(30, 5, rows=3)
     before = logits.clone()
     p = SamplingParams(temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0, logit_bias={1: 5.0}, min_tokens=9)
-    sampler(30).pick(logits, [RowRequest(p, i, [1, 2]) for i in range(3)], None)
+    sampler(30).ids(logits, [RowRequest(p, i, [1, 2]) for i in range(3)], None)
     assert torch.equal(logits, before)
 
 
@@ -190,8 +191,8 @@ def test_greedy_ties_go_to_the_lowest_id(dtype: torch.dtype, processed: bool) ->
     def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
         return logits[row, ids].float()
 
-    assert sampler(600).pick(logits, rows, None) == [5, 300, 0]
-    assert sampler(600).pick(logits, rows, exact) == [5, 300, 0]
+    assert sampler(600).ids(logits, rows, None) == [5, 300, 0]
+    assert sampler(600).ids(logits, rows, exact) == [5, 300, 0]
 
 
 def bf16_head(vocab: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,9 +222,9 @@ def test_rescoring_decides_ties_of_bf16_as_float32_would(p: SamplingParams) -> N
         return full[row, ids]
 
     chooser = sampler(300)
-    expected = chooser.pick(full, rows, None)
-    assert chooser.pick(coarse, rows, exact) == expected
-    assert chooser.pick(coarse, rows, None) != expected, "these logits have no ties: the test shows nothing"
+    expected = chooser.ids(full, rows, None)
+    assert chooser.ids(coarse, rows, exact) == expected
+    assert chooser.ids(coarse, rows, None) != expected, "these logits have no ties: the test shows nothing"
     assert {n for _, n in seen} <= set(range(1, 9)), "rescoring is for a few candidates"
 
 
@@ -235,7 +236,7 @@ def test_rescoring_meets_the_right_row_in_a_mixed_batch(draw: Draw | None) -> No
     def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
         return full[row, ids]
 
-    assert sampler(300, draw=draw).pick(coarse, rows, exact) == sampler(300).pick(full, rows, None)
+    assert sampler(300, draw=draw).ids(coarse, rows, exact) == sampler(300).ids(full, rows, None)
 
 
 @WAYS
@@ -255,7 +256,7 @@ def test_a_runner_up_with_much_the_larger_logit_is_scored_again(draw: Draw | Non
         rows = [RowRequest(SamplingParams(temperature=2.0, seed=3), position)]
         best = int((full / 2.0 + noise.row(3, position)).argmax())
         turned += best != int((coarse[0].float() / 2.0 + noise.row(3, position)).argmax())
-        assert sampler(2, draw=draw).pick(coarse, rows, lambda _, ids, full=full: full[ids]) == [best]  # type: ignore[misc]
+        assert sampler(2, draw=draw).ids(coarse, rows, lambda _, ids, full=full: full[ids]) == [best]  # type: ignore[misc]
     assert turned > 3
 
 
@@ -268,7 +269,7 @@ def test_rescoring_cannot_bring_back_what_was_cut(draw: Draw | None) -> None:
 
     for position in range(40):
         rows = [RowRequest(SamplingParams(top_k=2, seed=1), position)]
-        assert sampler(4, draw=draw).pick(coarse, rows, exact)[0] in (0, 1)
+        assert sampler(4, draw=draw).ids(coarse, rows, exact)[0] in (0, 1)
 
 
 @WAYS
@@ -282,8 +283,8 @@ def test_very_cold_sampling_is_greedy(temperature: float, extra: dict[str, Any],
         return logits[row, ids]
 
     best = logits.argmax(-1).tolist()
-    assert sampler(100, draw=draw).pick(logits, rows, None) == best
-    assert sampler(100, draw=draw).pick(logits, rows, exact) == best
+    assert sampler(100, draw=draw).ids(logits, rows, None) == best
+    assert sampler(100, draw=draw).ids(logits, rows, exact) == best
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def test_frequencies_follow_the_warped_distribution(p: SamplingParams, rescore: 
 
     n = 1500
     rows = [RowRequest(p, i, history, 1) for i in range(n)]
-    picks = sampler(8).pick(logits.expand(n, -1), rows, exact if rescore else None)
+    picks = sampler(8).ids(logits.expand(n, -1), rows, exact if rescore else None)
     counts = torch.bincount(torch.tensor(picks), minlength=8).double()
     alive = probs > 0
     assert float(counts[~alive].sum()) == 0
@@ -345,21 +346,21 @@ def test_rows_with_drafts_in_their_history_are_the_single_picks_of_plain_decodin
     prompt, answer = [1, 2, 3], [4, 4]
     history, one_by_one = prompt + answer, []
     for j in range(k + 1):
-        (token,) = sampler(vocab).pick(logits[j : j + 1], [RowRequest(p, 2 + j, list(history), 3)], None)
+        (token,) = sampler(vocab).ids(logits[j : j + 1], [RowRequest(p, 2 + j, list(history), 3)], None)
         one_by_one.append(token)
         history.append(token)
     drafts = one_by_one[:k]
     rows = [RowRequest(p, 2 + j, prompt + answer + drafts[:j], 3) for j in range(k + 1)]
-    assert sampler(vocab).pick(logits, rows, None) == one_by_one
+    assert sampler(vocab).ids(logits, rows, None) == one_by_one
 
 
 def test_a_batch_of_everybody_is_everybody_alone() -> None:
     logits = random_logits(64, 14, 2.0, 40)
     rows = [RowRequest(MIXED[i % 5], i // 5, [i % 64, 3, 3], 1) for i in range(40)]
-    together = sampler(64).pick(logits, rows, None)
-    assert together == [sampler(64).pick(logits[i : i + 1], [row], None)[0] for i, row in enumerate(rows)]
+    together = sampler(64).ids(logits, rows, None)
+    assert together == [sampler(64).ids(logits[i : i + 1], [row], None)[0] for i, row in enumerate(rows)]
     order = list(reversed(range(40)))
-    shuffled = sampler(64).pick(logits[order], [rows[i] for i in order], None)
+    shuffled = sampler(64).ids(logits[order], [rows[i] for i in order], None)
     assert shuffled == [together[i] for i in order]
 
 
@@ -367,7 +368,7 @@ def test_drafting_with_the_same_noise_agrees_where_the_distributions_agree() -> 
     logits = random_logits(200, 15, 1.0, 200)
     near = logits + 0.02 * random_logits(200, 16, 1.0, 200)
     rows = [RowRequest(SamplingParams(temperature=1.5, seed=8), i) for i in range(200)]
-    a, b = sampler(200).pick(logits, rows, None), sampler(200).pick(near, rows, None)
+    a, b = sampler(200).ids(logits, rows, None), sampler(200).ids(near, rows, None)
     assert sum(x == y for x, y in zip(a, b, strict=True)) > 180
 
 
@@ -385,3 +386,26 @@ def test_logprobs_are_the_models_own(dtype: torch.dtype) -> None:
     assert [lp for _, lp in five.top] == pytest.approx(values, abs=1e-5)
     assert [float(logs[i]) for i, _ in five.top] == pytest.approx(values, abs=1e-9)
     assert len({i for i, _ in five.top}) == 5
+
+
+@WAYS
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("bias", [{}, {3: 2.0}])
+def test_margins_are_how_far_the_best_score_is_ahead(
+    temperature: float, bias: dict[int, float], draw: Draw | None
+) -> None:
+    """Of scaled logits with their noise, where there is some; however the row is picked."""
+    logits = random_logits(200, 7, rows=6)
+    params = SamplingParams(temperature=temperature, seed=5, logit_bias=bias)
+    rows = [RowRequest(params, i) for i in range(6)]
+    scores = logits.clone()
+    for token, more in bias.items():
+        scores[:, token] += more
+    if temperature:
+        noise = GumbelNoise(200, CPU)
+        scores = scores / temperature + torch.stack([noise.row(5, i) for i in range(6)])
+    first, second = scores.topk(2).values.unbind(1)
+    for exact in (None, lambda row, ids: logits[row, ids]):
+        picked = sampler(200, draw=draw).pick(logits, rows, exact)
+        assert [pick.token for pick in picked] == scores.argmax(1).tolist()
+        torch.testing.assert_close(torch.tensor([pick.margin for pick in picked]), first - second, rtol=1e-3, atol=1e-3)
