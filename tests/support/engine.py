@@ -79,7 +79,9 @@ class Harness:
         self.scheduler = Scheduler(self.pool, self.residency, max_batched_tokens, max_num_seqs)
         adaptive = FastPath.ADAPTIVE_DRAFTS not in disable
         costs = self.runner.row_costs(max_batched_tokens) if adaptive else None
-        self.scheduler.drafting = drafting_of(costs, disable)
+        self.scheduler.drafting = drafting_of(
+            costs, disable, cuts=isinstance(runner, ModelRunner) and runner.cuts_vocabulary
+        )
         self.core = EngineCore(self.scheduler, self.residency, self.runner)
         self.adapters = dict(adapters or {})
         self.steps = 0

@@ -30,6 +30,9 @@ class FastPath(StrEnum):
     )
     ADAPTIVE_DRAFTS = "adaptive-drafts"  # as many drafts as pay; off: all that there are
     COPIED_DRAFTS = "copied-drafts"  # drafts from prompt and answer as well; off: by an adapter's streams only
+    DRAFT_VOCABULARY = (
+        "draft-vocabulary"  # processors: streams pick among tokens that the adapter's requests hold; off: among all
+    )
 
 
 @dataclass(frozen=True, slots=True)

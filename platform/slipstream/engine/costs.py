@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ COST_CONTEXT = 128  # tokens that a row looks at while costs are measured
 COST_ADAPTERS = 8  # among which its rows are divided …
 COST_RANK = 16  # … and the rank of each, on every linear
 COST_STREAM_RANK = 128  # of their streams
+COST_IDS = 1024  # of a draft vocabulary
 COST_ROWS = 128  # beyond, costs go on as they did
 COST_RUNS = 4
 GREEDY = SamplingParams(temperature=0.0)
@@ -43,6 +45,11 @@ def cost_parts(rows: int, group: int, cache: KVCache) -> list[PlannedSequence]:
         drafts = len(tokens) - 1
         parts.append(PlannedSequence(i, tokens, start, blocks, True, drafts, slot, GREEDY, 0, draft_next=len(tokens)))
     return parts
+
+
+def cost_vocabulary(slot: int, vocab_size: int) -> array[int]:
+    """An adapter's draft vocabulary: ids from all over."""
+    return array("i", range(slot % vocab_size, vocab_size, max(1, vocab_size // COST_IDS)))
 
 
 def best_times(works: Sequence[Sequence[Callable[[], object]]], device: torch.device) -> list[tuple[float, ...]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from slipstream.engine.chains import Beliefs, Chain
 from slipstream.engine.config import FastPath
@@ -12,10 +14,18 @@ from slipstream.engine.copying import NOTHING, CopyIndex
 from slipstream.engine.goodput import DraftPolicy, DraftWish, FullDrafts, GoodputDrafts, RowCosts, StreamWorth
 from slipstream.engine.plan import Pick
 from slipstream.engine.sequence import Sequence as Request
+from slipstream.engine.vocabulary import DraftVocabulary
 
 ADAPTERS_KEPT = 4096
 IDLE_KEPT = 0.02  # with fewer drafts of a chain verified, copies are looked for …
 IDLE_TURNS = 4  # … every so many steps only
+
+
+class StreamsToRun(NamedTuple):
+    """For one sequence's next step."""
+
+    streams: int
+    among: array[int] | None  # ids among which they pick, int32; None = all
 
 
 @dataclass(slots=True)
@@ -24,15 +34,18 @@ class _Known:
 
     beliefs: Beliefs = field(default_factory=Beliefs)
     worth: StreamWorth = field(default_factory=StreamWorth)
+    vocabulary: DraftVocabulary | None = None  # of an adapter with streams
 
 
 class Drafting:
     """Owner of what is known of adapters' drafts; the base model's are known by None."""
 
-    def __init__(self, policy: DraftPolicy | None = None, *, copies: bool = True) -> None:
-        """`policy` None: all drafts always. `copies`: whether drafts may be copied from prompt and answer."""
+    def __init__(self, policy: DraftPolicy | None = None, *, copies: bool = True, cut: bool = False) -> None:
+        """`policy` None: all drafts always. `copies`: whether drafts may be copied from prompt and answer. `cut`: whether
+        streams may pick from a draft vocabulary."""
         self._policy = policy or FullDrafts()
         self._copies = copies
+        self._cut = cut
         self._adapters: OrderedDict[str | None, _Known] = OrderedDict()
         self._turn = 0
 
@@ -63,15 +76,27 @@ class Drafting:
             return None
         return self._known(seq.adapter).beliefs.chain(seq.guesses, copy, most, floor)
 
-    def streams(self, wanted: Sequence[tuple[Request, int]], at_work: int) -> list[int]:
-        """How many streams to run for each of the sequences, of the most it has use for."""
-        wishes = [DraftWish(self._known(seq.adapter).worth, most) for seq, most in wanted]
-        return self._policy.streams(wishes, at_work)
+    def streams(self, wanted: Sequence[tuple[Request, int]], at_work: int) -> list[StreamsToRun]:
+        """Which streams to run for each of the sequences, of the most it has use for."""
+        wishes, among = [], []
+        for seq, most in wanted:
+            known = self._known(seq.adapter)
+            if self._cut:
+                if known.vocabulary is None:
+                    known.vocabulary = DraftVocabulary()
+                if seq.decode_steps == 0:
+                    known.vocabulary.read(seq.tokens)
+            vocabulary = known.vocabulary
+            among.append(vocabulary.ids if vocabulary is not None and vocabulary.serves else None)
+            wishes.append(DraftWish(known.worth, most, among[-1] is not None))
+        return list(map(StreamsToRun, self._policy.streams(wishes, at_work), among))
 
     def learn(self, seq: Request, said: Sequence[int]) -> None:
         """A step emitted `said` for a sequence."""
+        known = self._known(seq.adapter)
+        if known.vocabulary is not None:
+            known.vocabulary.learn(said)
         if seq.chain is not None:
-            known = self._known(seq.adapter)
             known.beliefs.learn(seq.chain, said)
             if seq.chain.ran:
                 known.worth.observe(seq.chain.gains, seq.chain.ran)
@@ -98,7 +123,8 @@ def judge(guesses: Sequence[Pick], said: Sequence[int]) -> tuple[int, int]:
     return right, right
 
 
-def drafting_of(costs: RowCosts | None, disable: Collection[FastPath]) -> Drafting:
-    """As `disable` says; `costs` None: whatever rows cost."""
+def drafting_of(costs: RowCosts | None, disable: Collection[FastPath], *, cuts: bool) -> Drafting:
+    """As `disable` says; `costs` None: whatever rows cost. `cuts`: whether streams can pick from a vocabulary."""
     policy = GoodputDrafts(costs) if costs is not None else None
-    return Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable)
+    cut = cuts and FastPath.DRAFT_VOCABULARY not in disable
+    return Drafting(policy, copies=FastPath.COPIED_DRAFTS not in disable, cut=cut)

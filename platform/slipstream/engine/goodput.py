@@ -74,6 +74,7 @@ class DraftWish:
 
     worth: StreamWorth  # its adapter's
     most: int  # its streams, its request's cap and what is left of its answer
+    cut: bool = False  # whether they pick from a draft vocabulary
 
 
 class DraftPolicy(Protocol):
@@ -122,7 +123,7 @@ class RowCosts:
 
     A row that is a sequence of its own brings an adapter and a context along, a draft's row does not: `decoder_s` is for
     sequences of `COST_GROUP` rows each, `alone_s` (None: the same) for sequences of one. Streams are as dear as their head's
-    rows where `guess_s` is None.
+    rows where `guess_s` is None, and those that pick from a draft vocabulary as dear as others where `cut_s` is.
     """
 
     rows: tuple[int, ...]
@@ -130,6 +131,7 @@ class RowCosts:
     head_s: tuple[float, ...]
     alone_s: tuple[float, ...] | None = None
     guess_s: tuple[float, ...] | None = None
+    cut_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Costs never fall with more rows: where a measurement says so it was disturbed."""
@@ -139,16 +141,18 @@ class RowCosts:
         object.__setattr__(self, "alone_s", _rising(self.alone_s) if self.alone_s is not None else self.decoder_s)
         object.__setattr__(self, "head_s", _rising(self.head_s))
         object.__setattr__(self, "guess_s", _rising(self.guess_s) if self.guess_s is not None else self.head_s)
+        object.__setattr__(self, "cut_s", _rising(self.cut_s) if self.cut_s is not None else self.guess_s)
 
     def step_s(self, sequences: int, drafts: int) -> float:
         """Seconds of a step that decodes for so many sequences and verifies so many drafts, streams not included."""
         rows = sequences + drafts
         return self._decoder(sequences, rows) + self._at(self.head_s, rows)
 
-    def streams_s(self, streams: int) -> float:
-        """Seconds that so many streams take, of all sequences together."""
-        assert self.guess_s is not None
-        return self._at(self.guess_s, streams)
+    def streams_s(self, streams: int, cut: bool = False) -> float:
+        """Seconds that so many streams take, of all sequences together; `cut`: with draft vocabularies."""
+        costs = self.cut_s if cut else self.guess_s
+        assert costs is not None
+        return self._at(costs, streams)
 
     def _decoder(self, sequences: int, rows: int) -> float:
         """Sequences cost what they do alone; their drafts what rows cost together."""
@@ -207,8 +211,9 @@ class GoodputDrafts:
         row_s = (self._costs.step_s(sequences, others + drafts) - beside_s) / drafts
         token_s = none_s / sequences
         benefits = [0.0, *(max(0.0, (level + 0.5) / LEVELS * token_s - row_s) for level in range(1, LEVELS))]
-        first_s = self._costs.streams_s(count)
-        stream_s = (self._costs.streams_s(2 * count) - first_s) / count
+        cut = all(wish.cut for wish in wishes)  # before long they all are
+        first_s = self._costs.streams_s(count, cut)
+        stream_s = (self._costs.streams_s(2 * count, cut) - first_s) / count
         adapters: dict[int, tuple[StreamWorth, list[int]]] = {}
         for wish in wishes:
             adapters.setdefault(id(wish.worth), (wish.worth, []))[1].append(wish.most)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from slipstream.engine.lora import AdapterBank
 from slipstream.engine.packed import packed_linear
 from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.plan import Pick
+from slipstream.engine.sampling import Best, torch_best
 from slipstream.engine.streams import OwnHead
 
 Greedy = Callable[[torch.Tensor], list[Pick | None]]
@@ -22,6 +25,29 @@ ahead; None = not for this row."""
 def all_logits(_head: torch.Tensor) -> Greedy | None:
     """No kernel: the best token is found in all logits."""
     return None
+
+
+class Candidates(NamedTuple):
+    """Ids, int32, that some consecutive rows pick from."""
+
+    ids: array[int]
+    rows: range
+
+
+Scores = Callable[[torch.Tensor, torch.Tensor, Sequence[Candidates]], torch.Tensor]
+"""(weight [V, H], states [m, H], whose rows are all some candidates') → float32 [m, most ids]: each row's logits of its own
+ids, in their order, -inf after the last."""
+
+
+def torch_scores(weight: torch.Tensor, states: torch.Tensor, candidates: Sequence[Candidates]) -> torch.Tensor:
+    """`Scores` by torch's operations."""
+    scores = states.new_full(
+        (states.shape[0], max(len(each.ids) for each in candidates)), -torch.inf, dtype=torch.float32
+    )
+    for ids, rows in candidates:
+        picked = weight[torch.frombuffer(ids, dtype=torch.int32)]
+        scores[rows.start : rows.stop, : len(ids)] = states[rows.start : rows.stop] @ picked.T
+    return scores
 
 
 class Head:
@@ -39,8 +65,10 @@ class Head:
         bank: AdapterBank,
         shards: Shards | None = None,
         greedy: Callable[[torch.Tensor], Greedy | None] = all_logits,
+        scores: Scores = torch_scores,
+        best: Callable[[torch.Tensor], Best] = torch_best,
     ) -> None:
-        """`greedy`: of a head's weight, how the best token of rows is found without their logits, or None."""
+        """`greedy`: of a head's weight, how the best token of rows is found without logits, or None. `best`: of logits."""
         self._member = member
         self._shards = shards if shards is not None and shards.group.size > 1 else None
         self.name = name
@@ -52,8 +80,14 @@ class Head:
             getattr(config, "logits_scaling", None) or 1.0
         )
 
-        served = self._shards is None and self._bias is None and self._scale > 0
-        self._greedy = greedy(weight) if served else None
+        self._scores, self._best = scores, best
+        self._is_plain = self._shards is None and self._bias is None and self._scale > 0
+        self._greedy = greedy(weight) if self._is_plain else None
+
+    @property
+    def picks_among(self) -> bool:
+        """Whether `best_among` works. On GPUs ids would have to be copied there, and all logits are cheap."""
+        return self._is_plain and self._weight.device.type == "cpu"
 
     def __call__(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """hidden: [m, H]; slots: adapter slot of each row → logits [m, V] in the model's dtype."""
@@ -70,6 +104,20 @@ class Head:
         if self._scale == 1.0:
             return found
         return [pick and Pick(pick.token, pick.margin * self._scale) for pick in found]
+
+    def best_among(self, states: torch.Tensor, slots: Sequence[int], among: Sequence[array[int]]) -> list[Pick] | None:
+        """The best of some ids for each row of [m, H], in the weights' dtype; None where an adapter is on the head."""
+        if any(self._bank.targets(s, self.name) for s in {*slots}):
+            return None
+        candidates, first = [], 0
+        for _, run in groupby(among, key=id):
+            own = list(run)
+            candidates.append(Candidates(own[0], range(first, first + len(own))))
+            first += len(own)
+        found = self._best(self._scores(self._weight, states, candidates))
+        places, gaps = found.ids.tolist(), (found.gaps * self._scale).tolist()
+        # Rows that are no numbers have their best wherever it is.
+        return [Pick(ids[min(place, len(ids) - 1)], gap) for ids, place, gap in zip(among, places, gaps, strict=True)]
 
     def drafts(self, states: torch.Tensor, slots: Sequence[int], own: Sequence[OwnHead]) -> torch.Tensor:
         """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.

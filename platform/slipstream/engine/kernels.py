@@ -13,7 +13,7 @@ from slipstream.engine.attention import KVCache
 from slipstream.engine.batch import LayOut, segments
 from slipstream.engine.config import FastPath
 from slipstream.engine.flat import TorchOps
-from slipstream.engine.head import Greedy, all_logits
+from slipstream.engine.head import Greedy, Scores, all_logits, torch_scores
 from slipstream.engine.linear import MakeWeight, RowContext, as_packed
 from slipstream.engine.lora import LoraKernels
 from slipstream.engine.quantized import torch_int8
@@ -37,6 +37,7 @@ class Kernels:
     streams: StreamStates = torch_stream_states
     greedy: Callable[[torch.Tensor], Greedy | None] = all_logits  # of an LM head's weight [V, H]; None = there is none
     draw: Draw | None = None  # the same of rows that are sampled; None = torch's operations
+    scores: Scores = torch_scores  # an LM head's, of a few ids
     capture: Capture | None = None  # how small steps are recorded; None = they are not
 
     def graphs(self, decode: Decode, rows: RowContext, cache: KVCache, max_blocks: int) -> GraphedDecoder | None:
@@ -92,6 +93,7 @@ def native_kernels(
         streams=ops.stream_states,
         greedy=greedy_head,
         draw=ops.draw,
+        scores=ops.scores,
     )
 
 

@@ -28,7 +28,8 @@ from slipstream.protocol import FinishReason, SamplingParams
 
 BLOCK_SIZE = 16  # tokens
 ADAPTER_SLOTS = 8
-STREAMS_ONLY = (FastPath.ADAPTIVE_DRAFTS, FastPath.COPIED_DRAFTS)  # off: to see what a speculator is worth by itself
+# Off: to see what a speculator is worth by itself.
+STREAMS_ONLY = (FastPath.ADAPTIVE_DRAFTS, FastPath.COPIED_DRAFTS, FastPath.DRAFT_VOCABULARY)
 _HOST_BYTES = 1 << 40  # the caller holds the adapters: no budget of ours
 
 
@@ -169,7 +170,8 @@ class OfflineEngine:
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), residency, max_batched_tokens, max_num_seqs)
         scheduler.prefix_caching = prefix_caching
         adaptive = FastPath.ADAPTIVE_DRAFTS not in disable
-        scheduler.drafting = drafting_of(self.runner.row_costs(max_batched_tokens) if adaptive else None, disable)
+        costs = self.runner.row_costs(max_batched_tokens) if adaptive else None
+        scheduler.drafting = drafting_of(costs, disable, cuts=self.runner.cuts_vocabulary)
         self._core = EngineCore(scheduler, residency, self.runner)
         self._adapters: dict[str, PreparedAdapter] = {}
         self._last_id = 0

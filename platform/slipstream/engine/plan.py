@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ class PlannedSequence:
     slot: int  # adapter slot, -1 = base
     params: SamplingParams
     output_index: int  # index, in the answer, of the first token this step decides (keys the sampling noise)
-    draft_next: int = 0  # streams to run for the next step
+    draft_next: int = 0  # streams to run for the next step …
+    draft_among: array[int] | None = None  # … and the ids among which they pick, int32; None = all
     history: tuple[int, ...] = ()  # prompt + answer, only when a penalty needs it
     prompt_len: int = 0
 

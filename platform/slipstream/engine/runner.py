@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from slipstream.engine.costs import (
     GREEDY,
     best_times,
     cost_parts,
+    cost_vocabulary,
     row_counts,
 )
 from slipstream.engine.flat import FlatDecoder
@@ -100,7 +102,11 @@ class ModelRunner:
         self._bank = AdapterBank(groups, self._rows, like, kernels.lora)
         self._streams = StreamBank(kernels.streams)
         member = loaded.model.get_submodule(head_name)
-        self._head = Head(member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy)
+        self._head = Head(
+            member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy, kernels.scores,
+            kernels.best,
+        )  # fmt: skip
+        self.cuts_vocabulary = self._head.picks_among  # whether streams can pick from a draft vocabulary
         self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         columns = Columns(kernels.best)
@@ -275,7 +281,8 @@ class ModelRunner:
             for part, _, tokens in wanting
             for k in range(part.draft_next)
         ]
-        best = None if own else self._best(asked, states, per_row)
+        among = [part.draft_among for part, _, _ in wanting for _ in range(part.draft_next)]
+        best = None if own else self._best_among(asked, states, per_row, among)
         if best is not None:
             ends = accumulate(counts)
             return {
@@ -284,6 +291,29 @@ class ModelRunner:
             }
         logits = self._head.drafts(states, per_row, own)
         return self._pick_guesses([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
+
+    def _best_among(
+        self,
+        asked: Sequence[RowRequest],
+        states: torch.Tensor,
+        slots: Sequence[int],
+        among: Sequence[array[int] | None],
+    ) -> list[Pick] | None:
+        """As `_best`, but of rows that have a draft vocabulary the best in it."""
+        cut = {i: ids for i, ids in enumerate(among) if ids is not None}
+        if not cut or not all(row.is_greedy for row in asked):
+            return self._best(asked, states, slots)
+        rest = [i for i in range(len(asked)) if i not in cut]
+        found = self._head.best_among(
+            states[list(cut)] if rest else states, [slots[i] for i in cut], list(cut.values())
+        )
+        if found is None or not rest:
+            return found or self._best(asked, states, slots)
+        others = self._best([asked[i] for i in rest], states[rest], [slots[i] for i in rest])
+        if others is None:
+            return None
+        picks = dict(zip([*cut, *rest], [*found, *others], strict=True))
+        return [picks[i] for i in range(len(asked))]
 
     def _pick_guesses(
         self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
@@ -336,22 +366,28 @@ class ModelRunner:
         for slot in range(COST_ADAPTERS):
             self._bank.load(slot, lora)
             self._streams.load(slot, self._blank_streams())
+        ids = [cost_vocabulary(slot, self._sampler.vocab_size) for slot in range(COST_ADAPTERS)]
         counts = row_counts(most)
-        works: list[list[Callable[[], object]]] = [[], [], [], []]
+        works: list[list[Callable[[], object]]] = [[], [], [], [], []]
         for count in counts:
             alone, together = (cost_parts(count, group, self.cache) for group in (1, COST_GROUP))
             batch = self._batch(together)
             hidden = self._forward(batch)[batch.sample_rows]
-            decided = [[PROBE[0]]] * len(together)
+            guess = partial(
+                self._guess, sampled=hidden, decided=[[PROBE[0]]] * len(together), broken=[False] * len(hidden)
+            )
+            spans = [(replace(part, draft_among=ids[part.slot]), first) for part, first in batch.spans]
+            cut = replace(batch, spans=tuple(spans))
             works[0].append(partial(self._forward_parts, alone))
             works[1].append(partial(self._forward_parts, together))
             works[2].append(partial(self._pick, batch, hidden))
-            works[3].append(partial(self._guess, batch, hidden, decided, [False] * len(batch.requests)))
-        alone_s, decoder_s, head_s, streams_s = best_times(works, self.device)
+            works[3].append(partial(guess, batch))
+            works[4].append(partial(guess, cut))
+        alone_s, decoder_s, head_s, streams_s, cut_s = best_times(works, self.device)
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
             self._streams.unload(slot)
-        return RowCosts(counts, decoder_s, head_s, alone_s, streams_s)
+        return RowCosts(counts, decoder_s, head_s, alone_s, streams_s, cut_s)
 
     def _forward_parts(self, parts: list[PlannedSequence]) -> torch.Tensor:
         return self._forward(self._batch(parts))

@@ -153,10 +153,9 @@ class Scheduler:
                 wanted.append((self._by_id[part.seq_id], most))
         if not wanted:
             return parts
-        lengths = self.drafting.streams(wanted, self._at_work())
-        for i, length in zip(able, lengths, strict=True):
-            if length:
-                parts[i] = replace(parts[i], draft_next=length)
+        for i, run in zip(able, self.drafting.streams(wanted, self._at_work()), strict=True):
+            if run.streams:
+                parts[i] = replace(parts[i], draft_next=run.streams, draft_among=run.among)
         return parts
 
     def _most_streams(self, part: PlannedSequence) -> int:

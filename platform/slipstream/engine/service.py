@@ -135,7 +135,7 @@ class EngineService:
         scheduler = Scheduler(pool, residency, config.max_batched_tokens, config.max_num_seqs)
         scheduler.prefix_caching = config.prefix_caching
         scheduler.pacer = PromptPacer(config.long_prompt_stretch)
-        scheduler.drafting = drafting_of(built.costs, config.disable)
+        scheduler.drafting = drafting_of(built.costs, config.disable, cuts=built.runner.cuts_vocabulary)
         self._runner = runner
         self._core = EngineCore(scheduler, residency, runner, self._clock, self._observer)
         self._core.timelines.on_end = self._timeline_ended if self._on_timeline is not None else None

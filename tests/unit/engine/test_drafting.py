@@ -6,7 +6,8 @@ from collections.abc import Sequence as Rows
 
 import pytest
 
-from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting, judge
+from slipstream.engine.config import FastPath
+from slipstream.engine.drafting import ADAPTERS_KEPT, IDLE_TURNS, Drafting, drafting_of, judge
 from slipstream.engine.goodput import DraftWish, FullDrafts, StreamWorth
 from slipstream.engine.plan import Pick
 from slipstream.engine.sequence import Sequence
@@ -141,9 +142,52 @@ def test_streams_are_asked_for_by_adapter() -> None:
             return super().streams(wishes, sequences)
 
     drafting = Drafting(Asking())
-    assert drafting.streams([(make_seq(1, "a"), 3), (make_seq(2, "b"), 2), (make_seq(3, "a"), 1)], 3) == [3, 2, 1]
+    runs = drafting.streams([(make_seq(1, "a"), 3), (make_seq(2, "b"), 2), (make_seq(3, "a"), 1)], 3)
+    assert runs == [(3, None), (2, None), (1, None)]
     ((first, second, third),) = asked
     assert first.worth is third.worth is not second.worth
+
+
+def test_streams_pick_among_what_their_adapter_read_and_said() -> None:
+    asked: list[list[bool]] = []
+
+    class Asking(FullDrafts):
+        def streams(self, wishes: Rows[DraftWish], sequences: int) -> list[int]:
+            asked.append([wish.cut for wish in wishes])
+            return super().streams(wishes, sequences)
+
+    drafting = Drafting(Asking(), cut=True)
+    first, other = make_seq(1, "a"), make_seq(2, "b")
+    assert drafting.streams([(first, 3), (other, 3)], 2) == [(3, None), (3, None)]
+    for _ in range(200):
+        drafting.learn(first, [30, 31])
+        drafting.learn(make_seq(3, None), [32])
+    own, others = drafting.streams([(first, 3), (other, 3)], 2)
+    assert own.among is not None
+    assert list(own.among) == [1, 2, 7, 8, 9, 30, 31]
+    assert others.among is None
+    assert asked == [[False, False], [True, False]]
+
+
+def test_a_prompt_is_read_once() -> None:
+    drafting, seq = Drafting(cut=True), make_seq()
+    drafting.streams([(seq, 3)], 1)
+    seq.decode_steps += 1
+    seq.tokens.append(77)
+    drafting.streams([(seq, 3)], 1)
+    drafting.learn(seq, [30] * 200)
+    (run,) = drafting.streams([(seq, 3)], 1)
+    assert run.among is not None
+    assert list(run.among) == [1, 2, 7, 8, 9, 30]
+
+
+def test_draft_vocabularies_only_where_the_runner_picks_from_them_and_nobody_turned_them_off() -> None:
+    off = (FastPath.DRAFT_VOCABULARY,)
+    for drafting in (drafting_of(None, (), cuts=False), drafting_of(None, off, cuts=True)):
+        seq = make_seq()
+        drafting.streams([(seq, 3)], 1)
+        drafting.learn(seq, [30] * 200)
+        assert drafting.streams([(seq, 3)], 1) == [(3, None)]
 
 
 def test_memory_of_adapters_is_bounded() -> None:

@@ -111,6 +111,14 @@ def test_what_streams_cost_is_counted() -> None:
     assert GoodputDrafts(dear).streams(wishes, 8) == [0] * 8
 
 
+def test_streams_that_pick_from_a_draft_vocabulary_cost_less() -> None:
+    rows, decoder, head = (1, 8, 64), (10.0, 10.0, 10.0), (0.1, 0.1, 0.1)
+    costs = RowCosts(rows, decoder, head, guess_s=(2.0, 16.0, 128.0), cut_s=head)
+    wishes = [DraftWish(worth(MIDDLING), 3, cut=True)] * 8
+    assert GoodputDrafts(costs).streams(wishes, 8) == [3] * 8
+    assert GoodputDrafts(costs).streams([*wishes, DraftWish(worth(MIDDLING), 3)], 9) == [0] * 9
+
+
 CHANCE = st.floats(0.0, 0.999)
 COSTS = st.lists(st.floats(0.01, 100.0), min_size=10, max_size=10)
 
@@ -235,7 +243,8 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert costs.step_s(1, 1) == 13.0
     assert costs.step_s(4, 4) == 30.0 + 2.0
     assert costs.step_s(12, 0) == 44.0 + 3.0
-    assert costs.streams_s(6) == 1.5
+    assert costs.streams_s(6) == costs.streams_s(6, cut=True) == 1.5
+    assert RowCosts((1, 4), (10.0, 16.0), (1.0, 1.0), cut_s=(0.2, 0.8)).streams_s(2, cut=True) == pytest.approx(0.4)
 
 
 TIME = st.floats(0.001, 10.0)

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "rotate_store": [_PTR] * 5 + [_REAL] + [_PTR] * 3 + [_INT] * 5,
     "attend": [_PTR] * 7 + [_INT] * 11 + [_REAL] * 2,
     "best": [_PTR] * 4 + [_INT] * 3,
+    "scores": [_PTR, _INT, _PTR, _INT, _PTR, _PTR, _INT],
     "draw": [_PTR] * 4 + [_INT] * 3 + [_PTR, _INT],
     "streams": [_PTR, _INT, _INT, _PTR, _INT],
     "lora": [_PTR, _INT, _PTR, _INT, _INT, _PTR, _INT, _INT, _PTR, _INT, _PTR, _INT, _PTR],

@@ -724,6 +724,73 @@ void stream_states(const Stream<T>* streams, std::int64_t count, std::int64_t hi
   }
 }
 
+// ---- a few logits --------------------------------------------------------------------------------------------------------
+
+struct Candidates {  // int64 each: where the ids of some rows are, how many, and which rows
+  const std::int32_t* ids;
+  std::int64_t count, row, rows;
+};
+
+constexpr int kIds = 4;  // whose weights share a pass over rows of x
+constexpr int kIdRows = 4;
+
+// out[r, j] = x[r] W[ids[j]] for kCount rows and kIds ids; `ahead` are the ids after these. x and W have the same width.
+template <int kCount, class T>
+[[gnu::noinline]] void score_tile(float* out, std::int64_t out_row, const T* weight, const std::int32_t* ids,
+                                  const std::int32_t* ahead, const T* x, std::int64_t width) {
+  F acc[kIds][kCount] = {};
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    F rows[kCount];
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) rows[r] = load(x + r * width + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < kIds; j++) {
+      __builtin_prefetch(weight + ahead[j] * width + i);
+      F w = load(weight + ids[j] * width + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < kCount; r++) acc[j][r] += w * rows[r];
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kIds; j++)
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; r++) out[r * out_row + j] = sum(acc[j][r]);
+}
+
+template <int kCount, class T>
+void score_rows(std::int64_t count, float* out, std::int64_t out_row, const T* weight, const std::int32_t* ids,
+                const std::int32_t* ahead, const T* x, std::int64_t width) {
+  if (count == kCount)
+    score_tile<kCount>(out, out_row, weight, ids, ahead, x, width);
+  else if constexpr (kCount > 1)
+    score_rows<kCount - 1>(count, out, out_row, weight, ids, ahead, x, width);
+}
+
+// out: [rows, most], each row's logits of its own candidates, -inf after the last.
+template <class T>
+void scores(float* out, std::int64_t most, const T* weight, std::int64_t width, const T* x, const Candidates* candidates,
+            std::int64_t count) {
+  for (const Candidates* own = candidates; own < candidates + count; own++) {
+    std::int64_t tiles = (own->count + kIds - 1) / kIds;
+#pragma omp for schedule(static) nowait
+    for (std::int64_t t = 0; t < tiles; t++) {
+      std::int32_t ids[2 * kIds];
+      for (int j = 0; j < 2 * kIds; j++) ids[j] = own->ids[std::min(t * kIds + j, own->count - 1)];
+      for (std::int64_t r = 0; r < own->rows; r += kIdRows) {
+        float found[kIdRows * kIds];
+        std::int64_t rows = std::min<std::int64_t>(kIdRows, own->rows - r);
+        score_rows<kIdRows>(rows, found, kIds, weight, ids, ids + kIds, x + (own->row + r) * width, width);
+        for (std::int64_t i = 0; i < rows; i++)
+          for (std::int64_t j = t * kIds; j < std::min((t + 1) * kIds, own->count); j++)
+            out[(own->row + r + i) * most + j] = found[i * kIds + j - t * kIds];
+      }
+    }
+#pragma omp for schedule(static) nowait
+    for (std::int64_t r = own->row; r < own->row + own->rows; r++)
+      for (std::int64_t j = own->count; j < most; j++) out[r * most + j] = -INFINITY;
+  }
+}
+
 // ---- picking tokens ------------------------------------------------------------------------------------------------------
 
 // Of each row of `width` logits: the place of the largest (the first, among equals), its value, and how far the next is.
@@ -1388,6 +1455,10 @@ void decode(const Decoder& d, const Step& s) {
       stream_inner(streams, count, hidden, scratch, most);                                                                 \
       stream_states(streams, count, hidden, scratch, most);                                                                \
     }                                                                                                                      \
+  }                                                                                                                        \
+  extern "C" void slipstream_scores_##suffix(float* out, std::int64_t most, const T* weight, std::int64_t width, const T* x, \
+                                             const Candidates* candidates, std::int64_t count) {                           \
+    _Pragma("omp parallel") scores(out, most, weight, width, x, candidates, count);                                        \
   }                                                                                                                        \
   extern "C" void slipstream_best_##suffix(std::int64_t* places, float* values, float* gaps, const T* logits,              \
                                            std::int64_t row, std::int64_t rows, std::int64_t width) {                      \

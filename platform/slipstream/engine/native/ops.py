@@ -13,6 +13,7 @@ from torch import nn
 
 from slipstream.engine.attention import AttentionRules, KVCache
 from slipstream.engine.flat import Layer, Norm, TorchOps, Whole
+from slipstream.engine.head import Candidates, torch_scores
 from slipstream.engine.linear import LinearGroup
 from slipstream.engine.native.build import library
 from slipstream.engine.native.weights import Panels
@@ -226,6 +227,27 @@ def best(logits: torch.Tensor) -> Best:
         ids.data_ptr(), values.data_ptr(), gaps.data_ptr(), logits.data_ptr(), logits.stride(0), rows, width
     )
     return Best(ids, values, gaps)
+
+
+class _Candidates(ctypes.Structure):
+    _fields_ = (("ids", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "row", "rows")))
+
+
+def scores(weight: torch.Tensor, states: torch.Tensor, candidates: Sequence[Candidates]) -> torch.Tensor:
+    """See `Scores`."""
+    rows, width = states.shape
+    if width % LANES or not weight.is_contiguous():
+        return torch_scores(weight, states, candidates)
+    states = states.contiguous()
+    most = max(len(each.ids) for each in candidates)
+    out = torch.empty(rows, most)
+    table = (_Candidates * len(candidates))(
+        *(_Candidates(ids.buffer_info()[0], len(ids), own.start, len(own)) for ids, own in candidates)
+    )
+    _kernel("scores", states.dtype)(
+        out.data_ptr(), most, weight.data_ptr(), width, states.data_ptr(), ctypes.addressof(table), len(candidates)
+    )
+    return out
 
 
 class _Draw(ctypes.Structure):
