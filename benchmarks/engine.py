@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from typing import Annotated
 
 import torch
@@ -21,9 +23,28 @@ from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
-REQUESTS = {1: 4, 8: 32, 32: 64}  # of our fixed-length rows, so many at a time: drafts make answers end apart
+REQUESTS = {1: 8, 8: 32, 32: 64}  # of our fixed-length rows, so many at a time: drafts make answers end apart
 END_TOKENS = 96  # cap of the answers that run to their end
-Run = Callable[[int], tuple[float, float]]  # requests at once → (output tokens/s, tokens per step)
+WARM_UP = 30  # requests that each adapter has answered before the first round, as one in service long has
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of all systems: requests at once, and prompts that nobody has seen yet, for answers of a fixed length and for
+    those that run to their end."""
+
+    count: int
+    fixed: Sequence[list[int]]
+    ended: Sequence[list[int]]
+
+    @staticmethod
+    def of(count: int, prompts: Iterator[list[int]]) -> Turn:
+        """The next prompts. One at a time, everybody answers a few one after the other."""
+        most = REQUESTS[count]
+        return Turn(count, list(islice(prompts, most)), list(islice(prompts, most if count == 1 else count)))
+
+
+Run = Callable[[Turn], tuple[float, float]]  # → (output tokens/s, tokens per step)
 PAIRS = [
     ("Slipstream base", "transformers base"),
     ("Slipstream base", "vLLM base"),
@@ -47,34 +68,33 @@ def names_of(count: int, task: str = "snips") -> list[str]:
 
 def slipstream(
     engine: OfflineEngine,
-    prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
     lora: bool,
     drafts: int,
     task: str = "snips",
 ) -> Run:
-    """Our engine on answers of a fixed length, `count` at a time all along, or (`tokens` 0) on `count` to their end.
+    """Our engine on answers of a fixed length, as many at a time all along, or (`tokens` 0) on so many to their end.
 
-    The peers' answers of a fixed length all end together, so that one wave of them runs at `count` all along, too. One at a
-    time, everybody answers the same few prompts one after the other.
+    The peers' answers of a fixed length all end together, so that one wave of them runs at that many all along, too.
     """
 
-    def run(count: int) -> tuple[float, float]:
+    def run(turn: Turn) -> tuple[float, float]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
-        total = REQUESTS[count] if tokens or count == 1 else count
-        names = names_of(total, task) if lora else [None] * total
-        rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=False)]
-        outcome = engine.run(rows, concurrency=count)
+        prompts = turn.fixed if tokens else turn.ended
+        names = names_of(len(prompts), task) if lora else [None] * len(prompts)
+        rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=True)]
+        outcome = engine.run(rows, concurrency=turn.count)
         return outcome.tokens_per_s, outcome.tokens_per_step
 
     return run
 
 
-def beside(peer: Peer, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
+def beside(peer: Peer, tokens: int, *, lora: bool) -> Run:
     """A peer in a process of its own on the same."""
 
-    def run(count: int) -> tuple[float, float]:
+    def run(turn: Turn) -> tuple[float, float]:
+        count, prompts = turn.count, turn.fixed if tokens else turn.ended
         waves = REQUESTS[1] if count == 1 else 1
         names: Sequence[str | None] = names_of(waves * count) if lora else [None] * (waves * count)
         done = [
@@ -86,12 +106,12 @@ def beside(peer: Peer, prompts: Sequence[Sequence[int]], tokens: int, *, lora: b
     return run
 
 
-def transformers(model: object, prompts: Sequence[Sequence[int]], tokens: int, *, lora: bool) -> Run:
+def transformers(model: object, tokens: int, *, lora: bool) -> Run:
     """transformers' or PEFT's `generate`."""
 
-    def run(count: int) -> tuple[float, float]:
-        seconds = generate(model, prompts[:count], tokens, names_of(count) if lora else None)
-        return count * tokens / seconds, 1.0
+    def run(turn: Turn) -> tuple[float, float]:
+        seconds = generate(model, turn.fixed[: turn.count], tokens, names_of(turn.count) if lora else None)
+        return turn.count * tokens / seconds, 1.0
 
     return run
 
@@ -110,10 +130,9 @@ def main(
     dtype = str(kind).removeprefix("torch.")
     if peers and task != "snips":
         raise typer.BadParameter("the peers run on snips; add --no-peers", param_hint="task")
-    prompts = prompt_ids(task, max(REQUESTS.values()))
     adapters = eight_adapters(task)
     engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
-    ours = partial(slipstream, engine, prompts, task=task)
+    ours = partial(slipstream, engine, task=task)
     runs: dict[str, Run] = {
         "Slipstream base": ours(tokens, lora=False, drafts=0),
         "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
@@ -132,19 +151,23 @@ def main(
             small = stack.enter_context(llama(threads))
             plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
             runs |= {
-                "transformers base": transformers(plain, prompts, tokens, lora=False),
-                "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), prompts, tokens, lora=True),
-                "vLLM base": beside(base, prompts, tokens, lora=False),
-                "vLLM 8 LoRAs": beside(mixed, prompts, tokens, lora=True),
-                "vLLM 8 LoRAs, to end": beside(mixed, prompts, 0, lora=True),
-                "vLLM 8 LoRAs, n-gram, to end": beside(ngram, prompts, 0, lora=True),
-                "llama.cpp base, 4 bits": beside(small, prompts, tokens, lora=False),
+                "transformers base": transformers(plain, tokens, lora=False),
+                "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), tokens, lora=True),
+                "vLLM base": beside(base, tokens, lora=False),
+                "vLLM 8 LoRAs": beside(mixed, tokens, lora=True),
+                "vLLM 8 LoRAs, to end": beside(mixed, 0, lora=True),
+                "vLLM 8 LoRAs, n-gram, to end": beside(ngram, 0, lora=True),
+                "llama.cpp base, 4 bits": beside(small, tokens, lora=False),
             }
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
+            warm_up = prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid")
+            ours(0, lora=True, drafts=8)(Turn(max(CONCURRENCY), (), warm_up))
+            prompts = cycle(prompt_ids(task))
             for round_ in range(rounds + 1):
                 for n in CONCURRENCY:
+                    turn = Turn.of(n, prompts)
                     for name, run in runs.items():
-                        measured = run(n)
+                        measured = run(turn)
                         bar.update(1)
                         if round_:  # the first round warms up
                             results.add(name, n, *measured)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks.engine import CONCURRENCY, REQUESTS, slipstream
+from benchmarks.engine import CONCURRENCY, Turn, slipstream
 from benchmarks.report import table
 from benchmarks.results import Results
 from benchmarks.workload import SHARED, TASKS, adapter_folder, model_path, prompt_ids
@@ -47,12 +48,13 @@ def main(
         name: OfflineEngine(model_path(), "auto", adapter, device="cpu", quantize=kind) for name, kind in kinds.items()
     }
     results = Results("quantized", "SmolLM2-135M, base linears kept in", CONCURRENCY)
-    prompts = prompt_ids("snips", max(REQUESTS.values()))
+    prompts = cycle(prompt_ids("snips"))
     with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(engines), label="Measuring") as bar:
         for round_ in range(rounds + 1):
             for n in CONCURRENCY:
+                turn = Turn.of(n, prompts)
                 for name, engine in engines.items():
-                    measured = slipstream(engine, prompts, tokens, lora=False, drafts=0)(n)
+                    measured = slipstream(engine, tokens, lora=False, drafts=0)(turn)
                     bar.update(1)
                     if round_:
                         results.add(name, n, *measured)

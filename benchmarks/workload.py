@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,16 +31,16 @@ def adapter_folder(task: str) -> Path:
     return ROOT / "examples" / "adapters" / task
 
 
-def prompts(task: str, count: int) -> list[str]:
-    """The first test rows of a task."""
-    with (SHARED / "data" / TASKS[task] / "test.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(next(lines))["prompt"] for _ in range(count)]
+def prompts(task: str, count: int | None = None, split: str = "test") -> list[str]:
+    """The first rows of a task, or all of them."""
+    with (SHARED / "data" / TASKS[task] / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line)["prompt"] for line in islice(lines, count)]
 
 
-def prompt_ids(task: str, count: int) -> list[list[int]]:
+def prompt_ids(task: str, count: int | None = None, split: str = "test") -> list[list[int]]:
     """The same, tokenised."""
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    return [tokenizer(text)["input_ids"] for text in prompts(task, count)]
+    return [tokenizer(text)["input_ids"] for text in prompts(task, count, split)]
 
 
 def perturbed(weights: AdapterWeights, seed: int, scale: float = 1e-3) -> AdapterWeights:
