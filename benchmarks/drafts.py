@@ -12,20 +12,21 @@ import typer
 from benchmarks.report import table
 from benchmarks.workload import TASKS, adapter_folder, model_path, prompt_ids
 from slipstream.adapters.load import load_adapter
+from slipstream.engine.batch import StepBatch
+from slipstream.engine.guessing import Guesser, Guesses
 from slipstream.engine.offline import OfflineEngine, Row
-from slipstream.engine.plan import Pick, PlannedSequence
-from slipstream.engine.runner import ModelRunner
 from slipstream.protocol import SamplingParams
 
 
-class ArgmaxDrafts(ModelRunner):
+class ArgmaxDrafts(Guesser):
     """The usual way: the most likely token, whatever the temperature."""
 
-    def _pick_guesses(
-        self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
-    ) -> dict[int, tuple[Pick, ...]]:
-        cold = [(replace(part, params=replace(part.params, temperature=0.0)), tokens) for part, tokens in wanting]
-        return super()._pick_guesses(cold, logits)
+    def guess(
+        self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]], broken: Sequence[bool]
+    ) -> Guesses:
+        """See `Guesser`."""
+        cold = [(replace(part, params=replace(part.params, temperature=0.0)), first) for part, first in batch.spans]
+        return super().guess(replace(batch, spans=tuple(cold)), sampled, decided, broken)
 
 
 def main(count: Annotated[int, typer.Option(help="Prompts of each task.")] = 50) -> None:
@@ -38,8 +39,8 @@ def main(count: Annotated[int, typer.Option(help="Prompts of each task.")] = 50)
     for task in TASKS:
         for temperature in (0.0, 0.5, 0.8, 1.0, 1.3):
             outcomes = []
-            for kind in (ModelRunner, ArgmaxDrafts):
-                engine.runner.__class__ = kind
+            for kind in (Guesser, ArgmaxDrafts):
+                engine.runner._guesser.__class__ = kind
                 batch = [
                     Row(p, SamplingParams(temperature=temperature, seed=i, max_tokens=64), task, 8)
                     for i, p in enumerate(prompts[task])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Annotated
@@ -73,6 +73,7 @@ def slipstream(
     lora: bool,
     drafts: int,
     task: str = "snips",
+    temperature: float = 0.0,
 ) -> Run:
     """Our engine on answers of a fixed length, as many at a time all along, or (`tokens` 0) on so many to their end.
 
@@ -80,10 +81,13 @@ def slipstream(
     """
 
     def run(turn: Turn) -> tuple[float, float]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
+        params = SamplingParams(temperature=temperature, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
         prompts = turn.fixed if tokens else turn.ended
         names = names_of(len(prompts), task) if lora else [None] * len(prompts)
-        rows = [Row(p, params, name, drafts) for p, name in zip(prompts, names, strict=True)]
+        rows = [
+            Row(prompt, replace(params, seed=i), name, drafts)
+            for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
         outcome = engine.run(rows, concurrency=turn.count)
         return outcome.tokens_per_s, outcome.tokens_per_step
 
@@ -123,16 +127,17 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32, for all sides.")] = "auto",
     peers: Annotated[bool, typer.Option(help="Run the peers (make bench-peers) beside us.")] = True,
     task: Annotated[str, typer.Option(help="Adapters and prompts: snips, or (without peers) wikisql.")] = "snips",
+    temperature: Annotated[float, typer.Option(help="Of our rows; without peers.")] = 0.0,
 ) -> None:
     """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT, vLLM and llama.cpp."""
     torch.set_num_threads(threads)
     path, kind = model_path(), pick_dtype(dtype, torch.device("cpu"))
     dtype = str(kind).removeprefix("torch.")
-    if peers and task != "snips":
-        raise typer.BadParameter("the peers run on snips; add --no-peers", param_hint="task")
+    if peers and (task != "snips" or temperature):
+        raise typer.BadParameter("the peers run on snips, greedily; add --no-peers", param_hint="task")
     adapters = eight_adapters(task)
     engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
-    ours = partial(slipstream, engine, task=task)
+    ours = partial(slipstream, engine, task=task, temperature=temperature)
     runs: dict[str, Run] = {
         "Slipstream base": ours(tokens, lora=False, drafts=0),
         "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
@@ -140,7 +145,7 @@ def main(
         "Slipstream 8 LoRAs, to end": ours(0, lora=True, drafts=0),
         "Slipstream 8 Turbo LoRAs, to end": ours(0, lora=True, drafts=8),
     }
-    name = "engine" if task == "snips" else f"engine-{task}"
+    name = "-".join(["engine", *([task] if task != "snips" else []), *([f"t{temperature}"] if temperature else [])])
     results = Results(name, f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
     with ExitStack() as stack:
         if peers:
@@ -171,6 +176,13 @@ def main(
                         bar.update(1)
                         if round_:  # the first round warms up
                             results.add(name, n, *measured)
-    options = {"rounds": rounds, "tokens": tokens, "threads": threads, "dtype": dtype, "task": task}
+    options = {
+        "rounds": rounds,
+        "tokens": tokens,
+        "threads": threads,
+        "dtype": dtype,
+        "task": task,
+        "temperature": temperature,
+    }
     command = " ".join(["python -m benchmarks engine", *(f"--{name} {value}" for name, value in options.items())])
     print("\n" + results.write(PAIRS, {"command": command}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.families import tiny
 
 from slipstream.engine.config import FastPath
 from slipstream.engine.plan import Pick
+from slipstream.engine.sampling import RowRequest
 from slipstream.protocol import SamplingParams
 
 FIXED = (FastPath.ADAPTIVE_DRAFTS, FastPath.COPIED_DRAFTS)
@@ -38,47 +40,73 @@ class Watched:
         model = tiny("llama").to(dtype)
         self.harness = Harness(model, adapters, eos=frozenset(), disable=(*FIXED, *disable))
         self.picked: list[tuple[array[int], Pick]] = []
-        self.run(warm, max_tokens=200)
-        head: Any = self.harness.runner._head
-        best_among = head.best_among
+        self.same = self.comparable = 0  # picks that would have been the same from all ids
+        asked = SamplingParams(temperature=0.0, max_tokens=200)
+        self.harness.run([Job([*PROMPT, *range(20, 90)], asked, warm, draft_cap=3)])
+        picker: Any = self.harness.runner._picker
+        among = picker.among
 
-        def watch(states: torch.Tensor, slots: Rows[int], among: Rows[array[int]]) -> list[Pick] | None:
-            found: list[Pick] | None = best_among(states, slots, among)
-            logits = head(states, slots)
-            for ids, pick, row in zip(among, found or (), logits, strict=bool(found)):
-                assert float(row[list(ids)].max()) == pytest.approx(float(row[pick.token]), rel=0.02), "the best of its ids"
-                self.picked.append((ids, pick))
+        def watch(asked: Rows[RowRequest], states: torch.Tensor, slots: Rows[int]) -> list[Pick] | None:
+            found: list[Pick] | None = among(asked, states, slots)
+            if found is None:
+                return None
+            whole = picker.sampler.pick(picker.head(states, slots), [replace(row, among=None) for row in asked], None)
+            for row, pick, best in zip(asked, found, whole, strict=True):
+                assert row.among is not None
+                assert pick.token in row.among
+                if best.token in row.among and row.params.top_p == 1.0:
+                    self.same += pick.token == best.token
+                    self.comparable += 1
+                self.picked.append((row.among, pick))
             return found
 
-        head.best_among = watch
+        picker.among = watch
 
     def run(self, *names: str | None, **params: Any) -> list[list[int]]:
         asked = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **params})
         return self.harness.run([Job(PROMPT, asked, name, draft_cap=3) for name in names])
 
 
+SAMPLED = {"temperature": 0.8, "seed": 3}
+NUCLEUS = {**SAMPLED, "top_p": 0.9, "top_k": 40}
+
+
+@pytest.mark.parametrize("params", [{}, SAMPLED, NUCLEUS], ids=["greedy", "sampled", "nucleus"])
+@pytest.mark.parametrize("disable", [(), (FastPath.NATIVE_KERNELS,)], ids=["native", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_streams_pick_among_what_the_adapter_said(adapters: dict[str, Path], dtype: torch.dtype) -> None:
-    cut, whole = Watched(adapters, dtype), Watched(adapters, dtype, FastPath.DRAFT_VOCABULARY)
-    assert cut.run("warm") == whole.run("warm")
+def test_streams_pick_among_what_the_adapter_said(
+    adapters: dict[str, Path], dtype: torch.dtype, disable: tuple[FastPath, ...], params: dict[str, Any]
+) -> None:
+    cut = Watched(adapters, dtype, *disable)
+    whole = Watched(adapters, dtype, *disable, FastPath.DRAFT_VOCABULARY)
+    assert cut.run("warm", max_tokens=40, **params) == whole.run("warm", max_tokens=40, **params)
     assert len(cut.picked) >= 9
     assert {*PROMPT} <= {*cut.picked[-1][0]}
+    assert cut.same >= 0.95 * cut.comparable, "all but ties"
+    assert cut.comparable >= 3 or params is NUCLEUS
     assert not whole.picked
 
 
 def test_others_of_the_step_pick_from_all(adapters: dict[str, Path]) -> None:
-    watched = Watched(adapters, torch.float32)
-    mixed = watched.run("cold", "warm", None, "cold", "warm", "on-head")
+    names = ("cold", "warm", None, "cold", "warm", "on-head")
+    watched, alone = Watched(adapters, torch.float32), Watched(adapters, torch.float32, FastPath.DRAFT_VOCABULARY)
+    assert watched.run(*names) == [alone.run(name)[0] for name in names]
     assert len(watched.picked) >= 18
     assert len({id(ids) for ids, _ in watched.picked}) <= 3, "one adapter's, as it grows"
-    alone = Watched(adapters, torch.float32, FastPath.DRAFT_VOCABULARY)
-    assert mixed == [alone.run(name)[0] for name in ("cold", "warm", None, "cold", "warm", "on-head")]
 
 
-def test_adapters_on_the_head_and_sampled_rows_take_all_logits(adapters: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [{"logit_bias": {7: 3.0}}, {"repetition_penalty": 1.2}, {"min_tokens": 12}],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_changes_logits_first_takes_all_of_them(adapters: dict[str, Path], params: dict[str, Any]) -> None:
     watched = Watched(adapters, torch.float32)
-    watched.run("warm", temperature=0.8, seed=3)
+    watched.run("warm", **params)
     assert not watched.picked
-    on_head = Watched(adapters, torch.float32, warm="on-head")
-    on_head.run("on-head")
-    assert not on_head.picked
+
+
+def test_an_adapter_on_the_head_takes_all_logits(adapters: dict[str, Path]) -> None:
+    watched = Watched(adapters, torch.float32, warm="on-head")
+    watched.run("on-head")
+    assert not watched.picked

@@ -14,7 +14,6 @@ from slipstream.engine.lora import AdapterBank
 from slipstream.engine.packed import packed_linear
 from slipstream.engine.parallel.shards import Shards
 from slipstream.engine.plan import Pick
-from slipstream.engine.sampling import Best, torch_best
 from slipstream.engine.streams import OwnHead
 
 Greedy = Callable[[torch.Tensor], list[Pick | None]]
@@ -66,9 +65,8 @@ class Head:
         shards: Shards | None = None,
         greedy: Callable[[torch.Tensor], Greedy | None] = all_logits,
         scores: Scores = torch_scores,
-        best: Callable[[torch.Tensor], Best] = torch_best,
     ) -> None:
-        """`greedy`: of a head's weight, how the best token of rows is found without logits, or None. `best`: of logits."""
+        """`greedy`: of a head's weight, how the best token of rows is found without logits, or None."""
         self._member = member
         self._shards = shards if shards is not None and shards.group.size > 1 else None
         self.name = name
@@ -80,13 +78,13 @@ class Head:
             getattr(config, "logits_scaling", None) or 1.0
         )
 
-        self._scores, self._best = scores, best
+        self._scores = scores
         self._is_plain = self._shards is None and self._bias is None and self._scale > 0
         self._greedy = greedy(weight) if self._is_plain else None
 
     @property
     def picks_among(self) -> bool:
-        """Whether `best_among` works. On GPUs ids would have to be copied there, and all logits are cheap."""
+        """Whether `scores_among` works. On GPUs ids would have to be copied there, and all logits are cheap."""
         return self._is_plain and self._weight.device.type == "cpu"
 
     def __call__(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
@@ -105,8 +103,11 @@ class Head:
             return found
         return [pick and Pick(pick.token, pick.margin * self._scale) for pick in found]
 
-    def best_among(self, states: torch.Tensor, slots: Sequence[int], among: Sequence[array[int]]) -> list[Pick] | None:
-        """The best of some ids for each row of [m, H], in the weights' dtype; None where an adapter is on the head."""
+    def scores_among(
+        self, states: torch.Tensor, slots: Sequence[int], among: Sequence[array[int]]
+    ) -> torch.Tensor | None:
+        """Logits of some ids for each row of [m, H], float32 [m, most ids], -inf after the last; None where an adapter is on
+        the head."""
         if any(self._bank.targets(s, self.name) for s in {*slots}):
             return None
         candidates, first = [], 0
@@ -114,10 +115,9 @@ class Head:
             own = list(run)
             candidates.append(Candidates(own[0], range(first, first + len(own))))
             first += len(own)
-        found = self._best(self._scores(self._weight, states, candidates))
-        places, gaps = found.ids.tolist(), (found.gaps * self._scale).tolist()
-        # Rows that are no numbers have their best wherever it is.
-        return [Pick(ids[min(place, len(ids) - 1)], gap) for ids, place, gap in zip(among, places, gaps, strict=True)]
+        scores = self._scores(self._weight, states, candidates)
+        shaped = self._shape(scores)
+        return shaped.masked_fill(scores == -torch.inf, -torch.inf) if self._softcap else shaped
 
     def drafts(self, states: torch.Tensor, slots: Sequence[int], own: Sequence[OwnHead]) -> torch.Tensor:
         """Logits [m, V] of stream states [m, H]: by the own LM heads where there are some, else by the base's.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
 from slipstream.adapters.weights import AdapterWeights, StreamWeights
 from slipstream.engine.attention import KVCache, PagedBatch
-from slipstream.engine.batch import StepBatch, build_batch, row_request, verified
+from slipstream.engine.batch import StepBatch, build_batch, verified
 from slipstream.engine.config import FastPath
 from slipstream.engine.costs import (
     COST_ADAPTERS,
@@ -27,6 +25,7 @@ from slipstream.engine.costs import (
 )
 from slipstream.engine.flat import FlatDecoder
 from slipstream.engine.goodput import COST_GROUP, RowCosts
+from slipstream.engine.guessing import Guesser
 from slipstream.engine.head import Head
 from slipstream.engine.kernels import Kernels, pick_kernels
 from slipstream.engine.linear import RowContext, as_is, swap_linears
@@ -34,9 +33,10 @@ from slipstream.engine.loader import PROBE, LoadedModel, cache_shapes, context_l
 from slipstream.engine.lora import AdapterBank
 from slipstream.engine.parallel.group import all_well
 from slipstream.engine.parallel.vocab import ShardedColumns
-from slipstream.engine.plan import Logprob, Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.picking import Picker
+from slipstream.engine.plan import Logprob, PlannedSequence, SequenceResult, StepPlan, StepResult
 from slipstream.engine.quantized import Quantization, torch_int8, weight_maker
-from slipstream.engine.sampling import Columns, RowRequest, Sampler, logprob_of
+from slipstream.engine.sampling import Columns, Sampler, logprob_of
 from slipstream.engine.stacks import PreparedLora
 from slipstream.engine.streams import PreparedStreams, StreamBank, prepare_streams
 from slipstream.errors import ModelUnsupported
@@ -103,11 +103,9 @@ class ModelRunner:
         self._streams = StreamBank(kernels.streams)
         member = loaded.model.get_submodule(head_name)
         self._head = Head(
-            member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy, kernels.scores,
-            kernels.best,
+            member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy, kernels.scores
         )  # fmt: skip
         self.cuts_vocabulary = self._head.picks_among  # whether streams can pick from a draft vocabulary
-        self._rescore = loaded.dtype != torch.float32  # a low-precision head makes ties
         self._hidden_size = loaded.head.in_features
         columns = Columns(kernels.best)
         if self._shards.group.size > 1:
@@ -116,6 +114,8 @@ class ModelRunner:
         everywhere = all_well(self._shards.group, kernels.draw is not None, self.device)
         draw = kernels.draw if everywhere else None
         self._sampler = Sampler(self._shards.vocab_size, eos_ids, self.device, columns, draw)
+        self._picker = Picker(self._head, self._sampler, rescore=loaded.dtype != torch.float32)
+        self._guesser = Guesser(self._streams, self._picker, self._embedding)
         self.cache = KVCache(shapes, num_blocks, block_size, loaded.dtype, self.device, spare_blocks=1)
         blocks = min(num_blocks, -(-context_length(loaded.config) // block_size))
         self._attention = kernels.attention
@@ -123,7 +123,7 @@ class ModelRunner:
         walk = partial(FlatDecoder.of, self._decoder, kernels.ops, FastPath.WHOLE_DECODER not in disable)
         self._flat = walk() if walks else None
         self._graphs: GraphedDecoder | None = None  # recordings hold on to weights: none before these are final
-        self._check_against(loaded.probe_logits, name, 0.1 if self._rescore else 1e-3)
+        self._check_against(loaded.probe_logits, name, 1e-3 if loaded.dtype == torch.float32 else 0.1)
         if quantize is not None:  # only now: rounded weights say nothing about whether the forward is the model's
             for group in groups.values():
                 group.remake(make)
@@ -190,10 +190,10 @@ class ModelRunner:
         if not batch.spans:
             return StepResult()
         sampled = hidden[batch.sample_rows]
-        picked, logits = self._pick(batch, sampled)
+        picks, logits = self._picker.pick(batch.requests, sampled, batch.sample_slots)
         broken = (~sampled.isfinite().all(dim=-1)).tolist()  # finite weights may still overflow in the forward
-        decided = verified(batch, picked)
-        guesses = self._guess(batch, sampled, decided, broken)
+        decided = verified(batch, [pick.token for pick in picks])
+        guesses = self._guesser.guess(batch, sampled, decided, broken)
         results = {}
         for (part, first), tokens in zip(batch.spans, decided, strict=True):
             if any(broken[first : first + part.num_drafts + 1]):
@@ -225,130 +225,6 @@ class ModelRunner:
         )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _pick(self, batch: StepBatch, hidden: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
-        """A token for each row that is sampled, and all logits, if it took them."""
-        slots = batch.sample_slots
-        best = self._best(batch.requests, hidden, slots)
-        if best is not None:
-            return [pick.token for pick in best], None
-        picks, logits = self._pick_from_all(batch.requests, hidden, slots)
-        return [pick.token for pick in picks], logits
-
-    def _pick_from_all(
-        self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]
-    ) -> tuple[list[Pick], torch.Tensor]:
-        logits = self._head(hidden, slots)
-
-        def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
-            return self._head.exact(hidden[row], slots[row], ids)
-
-        return self._sampler.pick(logits, asked, exact if self._rescore else None), logits
-
-    def _best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
-        """The best token of each row, where nothing else is asked of any and it does not take all logits. A row that needs
-        them gets them alone: its company is none the wiser."""
-        best = self._head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
-        if best is None:
-            return None
-        left = [row for row, pick in enumerate(best) if pick is None]
-        if left:
-            picked, _ = self._pick_from_all([asked[row] for row in left], hidden[left], [slots[row] for row in left])
-            for row, pick in zip(left, picked, strict=True):
-                best[row] = pick
-        return [pick for pick in best if pick is not None]
-
-    def _guess(
-        self, batch: StepBatch, sampled: torch.Tensor, decided: Sequence[Sequence[int]], broken: Sequence[bool]
-    ) -> dict[int, tuple[Pick, ...]]:
-        """What the streams say comes next, from the last accepted row of each sequence for which some are to run. Rows that
-        are `broken` have nothing to say."""
-        wanting = [
-            (part, first + len(tokens) - 1, tokens)
-            for (part, first), tokens in zip(batch.spans, decided, strict=True)
-            if part.draft_next > 0 and not broken[first + len(tokens) - 1]
-        ]
-        if not wanting:
-            return {}
-        rows = torch.tensor([row for _, row, _ in wanting], device=self.device)
-        last = torch.tensor([tokens[-1] for _, _, tokens in wanting], device=self.device)
-        counts = [part.draft_next for part, _, _ in wanting]
-        slots = [part.slot for part, _, _ in wanting]
-        states = self._streams.hidden(sampled[rows], self._embedding(last), slots, counts)
-        per_row = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-        own = self._streams.own_heads(slots, counts)
-        asked = [
-            row_request(part, part.output_index + len(tokens) + k, ())
-            for part, _, tokens in wanting
-            for k in range(part.draft_next)
-        ]
-        among = [part.draft_among for part, _, _ in wanting for _ in range(part.draft_next)]
-        best = None if own else self._best_among(asked, states, per_row, among)
-        if best is not None:
-            ends = accumulate(counts)
-            return {
-                part.seq_id: tuple(best[end - part.draft_next : end])
-                for (part, _, _), end in zip(wanting, ends, strict=True)
-            }
-        logits = self._head.drafts(states, per_row, own)
-        return self._pick_guesses([(part, tuple(tokens)) for part, _, tokens in wanting], logits)
-
-    def _best_among(
-        self,
-        asked: Sequence[RowRequest],
-        states: torch.Tensor,
-        slots: Sequence[int],
-        among: Sequence[array[int] | None],
-    ) -> list[Pick] | None:
-        """As `_best`, but of rows that have a draft vocabulary the best in it."""
-        cut = {i: ids for i, ids in enumerate(among) if ids is not None}
-        if not cut or not all(row.is_greedy for row in asked):
-            return self._best(asked, states, slots)
-        rest = [i for i in range(len(asked)) if i not in cut]
-        found = self._head.best_among(
-            states[list(cut)] if rest else states, [slots[i] for i in cut], list(cut.values())
-        )
-        if found is None or not rest:
-            return found or self._best(asked, states, slots)
-        others = self._best([asked[i] for i in rest], states[rest], [slots[i] for i in rest])
-        if others is None:
-            return None
-        picks = dict(zip([*cut, *rest], [*found, *others], strict=True))
-        return [picks[i] for i in range(len(asked))]
-
-    def _pick_guesses(
-        self, wanting: Sequence[tuple[PlannedSequence, tuple[int, ...]]], logits: torch.Tensor
-    ) -> dict[int, tuple[Pick, ...]]:
-        """Each sequence's chain from its rows of the streams' logits; `wanting` says what each has just emitted."""
-        picked: dict[int, tuple[Pick, ...]] = {}
-        rows: list[int] = []  # of chains whose drafts do not depend on each other: all in one go
-        requests: list[RowRequest] = []
-        start = 0
-        for part, tokens in wanting:
-            chain = range(start, start + part.draft_next)
-            start = chain.stop
-            if part.params.has_penalties:
-                picked[part.seq_id] = self._guess_one(part, tokens, logits[chain.start : chain.stop])
-            else:
-                first = part.output_index + len(tokens)
-                requests += [row_request(part, first + k, ()) for k in range(part.draft_next)]
-                rows += chain
-        if rows:
-            found = iter(self._sampler.pick(logits if len(rows) == len(logits) else logits[rows], requests, None))
-            for part, _ in wanting:
-                if part.seq_id not in picked:
-                    picked[part.seq_id] = tuple(next(found) for _ in range(part.draft_next))
-        return picked
-
-    def _guess_one(self, part: PlannedSequence, emitted: tuple[int, ...], logits: torch.Tensor) -> tuple[Pick, ...]:
-        """One chain; each guess sees the ones before it in its history, as its verification will."""
-        picks: tuple[Pick, ...] = ()
-        position = part.output_index + len(emitted)
-        for k in range(logits.shape[0]):
-            history = emitted + tuple(pick.token for pick in picks)
-            request: RowRequest = row_request(part, position + k, history)
-            picks += tuple(self._sampler.pick(logits[k : k + 1], [request], None))
-        return picks
-
     def _logprobs(self, part: PlannedSequence, logits: torch.Tensor, tokens: Sequence[int]) -> tuple[Logprob, ...]:
         wanted = part.params.logprobs
         if wanted is None:
@@ -374,13 +250,13 @@ class ModelRunner:
             batch = self._batch(together)
             hidden = self._forward(batch)[batch.sample_rows]
             guess = partial(
-                self._guess, sampled=hidden, decided=[[PROBE[0]]] * len(together), broken=[False] * len(hidden)
+                self._guesser.guess, sampled=hidden, decided=[[PROBE[0]]] * len(together), broken=[False] * len(hidden)
             )
             spans = [(replace(part, draft_among=ids[part.slot]), first) for part, first in batch.spans]
             cut = replace(batch, spans=tuple(spans))
             works[0].append(partial(self._forward_parts, alone))
             works[1].append(partial(self._forward_parts, together))
-            works[2].append(partial(self._pick, batch, hidden))
+            works[2].append(partial(self._picker.pick, batch.requests, hidden, batch.sample_slots))
             works[3].append(partial(guess, batch))
             works[4].append(partial(guess, cut))
         alone_s, decoder_s, head_s, streams_s, cut_s = best_times(works, self.device)

@@ -869,7 +869,18 @@ inline F gumbel(U ids, std::uint32_t low, std::uint32_t high) {
 struct Draw {  // how a row is sampled
   std::int64_t key;
   float temperature, top_p, min_p;
-  std::int32_t top_k;  // 0 = all
+  std::int32_t top_k;       // 0 = all
+  const std::int32_t* ids;  // of the first `count` columns, the others are -inf; null = columns are ids
+  std::int64_t count;
+
+  // The ids of columns i … i + 15; of those that have none, whatever.
+  U ids_at(std::int64_t i) const {
+    if (!ids) return U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + std::uint32_t(i);
+    if (count - i >= kLanes) return read<U>(ids + i);
+    U some{};
+    for (int lane = 0; lane < count - i; lane++) some[lane] = std::uint32_t(ids[i + lane]);
+    return some;
+  }
 };
 
 // The largest value at or above which lie `share` of all weight. values, weights: scratch, in any order, and reordered.
@@ -904,10 +915,10 @@ inline float nucleus(float* values, float* weights, std::int64_t count, double n
   return answer;  // rounding left nothing over: everything is in
 }
 
-// Of each row: the `most` ids whose scaled logits, as far as truncation keeps them, are largest with their noise, best first,
+// Of each row: the `most` columns whose scaled logits, as far as truncation keeps them, are largest with their noise, best first,
 // -1 where fewer are kept; their noise and those sums. Top-k, then top-p of what is left, then min-p (methods.md 2.5).
 template <class T>
-void draw(std::int64_t* ids, float* noise, float* sums, const T* logits, std::int64_t row, std::int64_t rows,
+void draw(std::int64_t* places, float* noise, float* sums, const T* logits, std::int64_t row, std::int64_t rows,
           std::int64_t width, const Draw* draws, std::int64_t most) {
   std::int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   float* scaled = new (std::align_val_t(64)) float[3 * padded];
@@ -958,15 +969,14 @@ void draw(std::int64_t* ids, float* noise, float* sums, const T* logits, std::in
       least = edge > least ? edge : least;
     }
     std::uint32_t low = std::uint32_t(d.key), high = std::uint32_t(std::uint64_t(d.key) >> 32);
-    std::int64_t* own = ids + r * most;
+    std::int64_t* own = places + r * most;
     float *own_noise = noise + r * most, *own_sums = sums + r * most;
     for (std::int64_t j = 0; j < most; j++) own[j] = -1, own_noise[j] = 0.0f, own_sums[j] = -INFINITY;
-    U lane_ids = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (std::int64_t i = 0; i < padded; i += kLanes) {
       F v = load(scaled + i);
       I kept = (v >= least) & (v > -INFINITY);
       if (largest(choose(kept, splat(1.0f), F{})) == 0.0f) continue;
-      F g = gumbel(lane_ids + std::uint32_t(i), low, high), noisy = choose(kept, v + g, splat(-INFINITY));
+      F g = gumbel(d.ids_at(i), low, high), noisy = choose(kept, v + g, splat(-INFINITY));
       if (!(largest(noisy) > own_sums[most - 1])) continue;
       for (int lane = 0; lane < kLanes; lane++) {
         std::int64_t j = most;
@@ -1464,10 +1474,10 @@ void decode(const Decoder& d, const Step& s) {
                                            std::int64_t row, std::int64_t rows, std::int64_t width) {                      \
     _Pragma("omp parallel") best(places, values, gaps, logits, row, rows, width);                                          \
   }                                                                                                                        \
-  extern "C" void slipstream_draw_##suffix(std::int64_t* ids, float* noise, float* sums, const T* logits,                  \
+  extern "C" void slipstream_draw_##suffix(std::int64_t* places, float* noise, float* sums, const T* logits,               \
                                            std::int64_t row, std::int64_t rows, std::int64_t width, const Draw* draws,     \
                                            std::int64_t most) {                                                            \
-    _Pragma("omp parallel") draw(ids, noise, sums, logits, row, rows, width, draws, most);                                 \
+    _Pragma("omp parallel") draw(places, noise, sums, logits, row, rows, width, draws, most);                              \
   }
 
 EXPORT(float, f32)

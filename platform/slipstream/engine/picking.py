@@ -1,0 +1,56 @@
+"""From final hidden states to tokens: the LM head and the sampler together, by the shortest way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slipstream.engine.head import Head
+from slipstream.engine.plan import Pick
+from slipstream.engine.sampling import RowRequest, Sampler
+
+
+class Picker:
+    """Picks a token of each row."""
+
+    def __init__(self, head: Head, sampler: Sampler, rescore: bool) -> None:
+        """`rescore`: the head's dtype makes ties, so close calls are scored again in float32."""
+        self.head = head
+        self.sampler = sampler
+        self._rescore = rescore
+
+    def pick(
+        self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]
+    ) -> tuple[list[Pick], torch.Tensor | None]:
+        """A token for each row of hidden [m, H], and all logits [m, V], if it took them."""
+        best = self.best(asked, hidden, slots)
+        return (best, None) if best is not None else self._pick_from_all(asked, hidden, slots)
+
+    def best(self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
+        """The best token of each row, where nothing else is asked of any and it does not take all logits. A row that needs
+        them gets them alone: its company is none the wiser."""
+        best = self.head.best(hidden, slots) if all(row.is_greedy for row in asked) else None
+        if best is None:
+            return None
+        left = [row for row, pick in enumerate(best) if pick is None]
+        if left:
+            picked, _ = self._pick_from_all([asked[row] for row in left], hidden[left], [slots[row] for row in left])
+            for row, pick in zip(left, picked, strict=True):
+                best[row] = pick
+        return [pick for pick in best if pick is not None]
+
+    def among(self, asked: Sequence[RowRequest], states: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
+        """One of the ids that each row is to pick from; None where that takes all logits. All are plain."""
+        scores = self.head.scores_among(states, slots, [row.among for row in asked if row.among is not None])
+        return self.sampler.pick(scores, asked, None) if scores is not None else None
+
+    def _pick_from_all(
+        self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]
+    ) -> tuple[list[Pick], torch.Tensor]:
+        logits = self.head(hidden, slots)
+
+        def exact(row: int, ids: torch.Tensor) -> torch.Tensor:
+            return self.head.exact(hidden[row], slots[row], ids)
+
+        return self.sampler.pick(logits, asked, exact if self._rescore else None), logits
