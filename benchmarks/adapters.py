@@ -53,24 +53,25 @@ class Load:
     prompts: Sequence[Sequence[int]]
     tokens: int
     published: int
-    random: random.Random
+    adapters_by: random.Random
+    prompts_by: random.Random  # the same ones come in the same order, however many adapters are published
     in_flight: dict[int, int] = field(default_factory=dict)
     distinct: list[int] = field(default_factory=list)  # adapters in flight, at each request's start
 
     def draw(self) -> int:
         """One adapter: number i with a chance of 1/i."""
         ranks = range(1, self.published + 1)
-        return self.random.choices(ranks, [1 / r for r in ranks])[0]
+        return self.adapters_by.choices(ranks, [1 / r for r in ranks])[0]
 
     async def ask(self, adapter: int) -> None:
         """One request to its end."""
         self.in_flight[adapter] = self.in_flight.get(adapter, 0) + 1
         self.distinct.append(len(self.in_flight))
         request = GenerateRequest(
-            request_id=str(self.random.random()),
+            request_id=str(self.adapters_by.random()),
             tenant="bench",
             params=SamplingParams(temperature=0.0, max_tokens=self.tokens, ignore_eos=True),
-            token_ids=tuple(self.random.choice(self.prompts)),
+            token_ids=tuple(self.prompts_by.choice(self.prompts)),
             adapter=AdapterRef("bench", f"sha256:{adapter:064x}"),
             speculation=False,
         )
@@ -120,7 +121,7 @@ async def measure(config: EngineConfig, rounds: int, tokens: int, requests: int)
         with typer.progressbar(length=(rounds + 1) * len(speed), label="Measuring") as bar:
             for round_ in range(rounds + 1):
                 for (kind, n), series in speed.items():
-                    load = Load(engine, prompts, tokens, n, random.Random(round_))
+                    load = Load(engine, prompts, tokens, n, random.Random(round_), random.Random(round_))
                     before = source.fetched
                     found = await kinds[kind](load, requests)
                     bar.update(1)

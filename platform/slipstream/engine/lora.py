@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
+from slipstream.engine.finite import is_finite
 from slipstream.engine.linear import LinearGroup, RowAdapters, RowContext
 from slipstream.engine.stacks import (
     Plain,
@@ -44,6 +45,11 @@ class LoraKernels(StrEnum):
     BATCHED = "batched"  # all adapters of a rank in one batched GEMM
     NATIVE = "native"  # one call of a C++ kernel a group, for processors
     TRITON = "triton"  # two kernel launches a projection, for GPUs
+
+    @property
+    def from_anywhere(self) -> bool:
+        """Whether one call takes any mix of a stack's adapters."""
+        return self in {LoraKernels.TRITON, LoraKernels.NATIVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ class AdapterBank:
                     gain, square = gain / norms(square), None
             a, b = module.a.t().to(host).contiguous(), (module.b.float() * module.scale).t().to(host).contiguous()
             prepared = PreparedModule(*group.lora.cut(a, b), gain, square)
-            if not all(bool(t.isfinite().all()) for t in prepared.tensors()):
+            if not all(map(is_finite, prepared.tensors())):
                 raise ValueError(f"{name}: weights overflow in {host.dtype}")
             modules[name] = prepared
         return PreparedLora(modules, max((m.a.shape[0] for m in weights.lora.values()), default=0))
@@ -163,10 +169,8 @@ class AdapterBank:
         found = self._layouts.get(layout)
         if found is None:
             self._hold(dict.fromkeys(slots, 1))  # may clear the layouts
-            if self._kernels in {LoraKernels.TRITON, LoraKernels.NATIVE}:
-                found = tuple(self._by_stack(layout))
-            else:
-                found = tuple(self._lay_out(layout))
+            by = self._by_stack if self._kernels.from_anywhere else self._lay_out
+            found = tuple(by(layout))
             if len(self._layouts) >= LAYOUTS_KEPT:
                 self._layouts.clear()
             self._layouts[layout] = found
@@ -180,7 +184,9 @@ class AdapterBank:
         while rank < self._loras[slot].rank:
             rank *= 2
         if rank not in self._stacks:
-            self._stacks[rank] = RankStack(self._groups, rank, self._like, self._stack_layout)
+            self._stacks[rank] = RankStack(
+                self._groups, rank, self._like, self._stack_layout, anywhere=self._kernels.from_anywhere
+            )
         return self._stacks[rank]
 
     def _hold(self, slots: Iterable[int]) -> None:

@@ -123,11 +123,18 @@ class StackPart:
 
 
 class RankStack:
-    """Adapters padded to rank R, in P places. An adapter that comes overwrites one that was not used for long."""
+    """Adapters padded to rank R, in P places.
 
-    def __init__(self, groups: Mapping[str, LinearGroup], rank: int, like: torch.Tensor, layout: StackLayout) -> None:
+    A batched GEMM reads all places from the first to the last: those of a step are kept close together, and an adapter that
+    comes overwrites one that was not used for long. Kernels that take adapters `anywhere` find each where it once was put.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, LinearGroup], rank: int, like: torch.Tensor, layout: StackLayout, *, anywhere: bool
+    ) -> None:
         self.rank = rank
         self.layout = layout
+        self._anywhere = anywhere
         self.parts: dict[str, StackPart] = {}
         self._groups = groups
         self._like = like
@@ -153,7 +160,7 @@ class RankStack:
         return not self._with_dora
 
     def hold(self, loras: Mapping[int, PreparedLora]) -> bool:
-        """Give these adapters (by slot) places close together; whether any had to move."""
+        """Give these adapters (by slot) places; whether any had to move."""
         self._clock += 1
         moved = False
         for slot in loras:
@@ -163,7 +170,7 @@ class RankStack:
             if slot not in self._slots:
                 self._write(self._free_place(loras), slot, lora)
                 moved = True
-        return self._close_ranks(loras) or moved
+        return (not self._anywhere and self._close_ranks(loras)) or moved
 
     def drop(self, slot: int) -> None:
         """Forget an adapter; its place is the next to be taken."""
@@ -173,8 +180,8 @@ class RankStack:
             self._with_dora.discard(slot)
 
     def _free_place(self, wanted: Mapping[int, PreparedLora]) -> int:
-        """The place that was used longest ago by an adapter that is not wanted now."""
-        free = [p for p, slot in enumerate(self._slots) if slot not in wanted]
+        """An empty place, or one whose adapter is not wanted now and was used longest ago."""
+        free = [p for p, slot in enumerate(self._slots) if slot is None or not (self._anywhere or slot in wanted)]
         if not free:
             self._grow(max(1, 2 * len(self._slots)))
             return self._free_place(wanted)

@@ -21,7 +21,7 @@ from slipstream.engine.head import Head
 from slipstream.engine.linear import GroupMember, RowContext, as_is, as_packed, swap_linears
 from slipstream.engine.lora import MAX_WASTE, AdapterBank, LoraKernels
 from slipstream.engine.packed import can_prepack
-from slipstream.engine.stacks import StackTile
+from slipstream.engine.stacks import PreparedLora, StackTile
 
 HIDDEN, KV, INNER = 16, 8, 24
 SLOTS = 6
@@ -310,6 +310,31 @@ def test_adapters_far_apart_move_together_one_a_step() -> None:
     (tile,) = tiles(world)
     assert tile.count <= 4
     world.check([0, 1, 2, 3, 4, 5])  # whoever gave way comes back
+
+
+@pytest.mark.parametrize("kernels", [k for k in KERNELS if LoraKernels(str(k.values[0])).from_anywhere])
+def test_kernels_that_take_adapters_anywhere_find_each_where_it_was_put(kernels: LoraKernels) -> None:
+    world = World(kernels=kernels)
+    for slot in range(6):
+        world.load(slot, adapter(slot, dict.fromkeys(SIZES, 4)))
+        world.check([slot])
+    written: list[int] = []
+    (stack,) = world.bank._stacks.values()
+    write = stack._write
+
+    def watch(place: int, slot: int, lora: PreparedLora) -> None:
+        written.append(slot)
+        write(place, slot, lora)
+
+    stack._write = watch  # type: ignore[method-assign]
+    for slots in ([0, 5], [3], [0, 1, 2, 3, 4, 5], [5, 0]):
+        world.check(slots)
+    assert not written
+    world.unload(2)
+    world.load(7, adapter(7, dict.fromkeys(SIZES, 4)))
+    world.check([7, 0])
+    assert written == [7]
+    assert len(stack._slots) == 8, "in the place of the one that went"
 
 
 def test_ranks_far_apart_are_not_padded_to_each_other() -> None:
