@@ -9,9 +9,9 @@ masked took 42 ms; 128 rows of 32 adapters: 42 and 339 ms.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -66,6 +66,17 @@ class PreparedLora:
         return PreparedLora({name: module.to(device) for name, module in self.modules.items()}, self.rank)
 
 
+class ModulePlace(NamedTuple):
+    """Where a module goes. shrink, expand: one adapter's, as the layout has them; a goes to the columns from `first` on,
+    b [shares * r, outputs] to the first ranks of each of the shares of R, zeros to the others."""
+
+    module: PreparedModule
+    shrink: torch.Tensor
+    first: int
+    expand: torch.Tensor
+    shares: int
+
+
 class StackLayout(Protocol):
     """How a stack's weights lie in memory."""
 
@@ -77,12 +88,8 @@ class StackLayout(Protocol):
         """Of one adapter's [rank, outputs]."""
         ...
 
-    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
-        """Write a [inputs, r] to the columns from `first` on."""
-        ...
-
-    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
-        """Write a place: b [shares * r, outputs] to the first ranks of each of the shares of R, zeros to the others."""
+    def put(self, modules: Sequence[ModulePlace]) -> None:
+        """Write one adapter's modules to their places."""
         ...
 
 
@@ -97,14 +104,13 @@ class Plain:
         """See `StackLayout`."""
         return rank, outputs
 
-    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
+    def put(self, modules: Sequence[ModulePlace]) -> None:
         """See `StackLayout`."""
-        place[:, first : first + a.shape[1]] = a
-
-    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
-        """See `StackLayout`."""
-        (rows, out), rank = place.shape, b.shape[0] // shares  # a rank may have no outputs at all
-        place.zero_().view(shares, rows // shares, out)[:, :rank] = b.view(shares, rank, out)
+        for module, shrink, first, expand, shares in modules:
+            a, b = module.a, module.b
+            shrink[:, first : first + a.shape[1]] = a
+            (rows, out), rank = expand.shape, b.shape[0] // shares  # a rank may have no outputs at all
+            expand.zero_().view(shares, rows // shares, out)[:, :rank] = b.view(shares, rank, out)
 
 
 @dataclass(slots=True)
@@ -230,6 +236,7 @@ class RankStack:
         if any(module.gain is not None for module in lora.modules.values()):
             self._with_dora.add(slot)
         self._slots[place], self._used[place] = slot, self._clock
+        puts: list[ModulePlace] = []
         for key, group in self._groups.items():
             modules = [lora.modules.get(name) for name in group.names]
             part = self.parts.get(key)
@@ -240,7 +247,8 @@ class RankStack:
                 self.parts[key] = part
             part.shrink[place].zero_()
             for m, module in enumerate(modules):
-                self._write_member(part, m, place, module, group)
+                puts += self._write_member(part, m, place, module, group)
+        self.layout.put(puts)
 
     def _new_part(self, group: LinearGroup) -> StackPart:
         k = len(group.names)
@@ -250,7 +258,8 @@ class RankStack:
 
     def _write_member(
         self, part: StackPart, m: int, place: int, module: PreparedModule | None, group: LinearGroup
-    ) -> None:
+    ) -> Iterable[ModulePlace]:
+        """All but A and B, and where those go."""
         expand, gains = part.expand[m], part.gains[m]
         if expand is None and module is not None:
             self.version = next(_versions)
@@ -266,8 +275,8 @@ class RankStack:
         if gains is not None:
             gains[place] = module.gain if module is not None and module.gain is not None else 1.0
         if module is not None and expand is not None:
-            self.layout.put_shrink(part.shrink[place], m * group.lora.width(self.rank), module.a)
-            self.layout.put_expand(expand[place], module.b, group.lora.shares)
+            first = m * group.lora.width(self.rank)
+            yield ModulePlace(module, part.shrink[place], first, expand[place], group.lora.shares)
 
 
 def norms(square: torch.Tensor) -> torch.Tensor:

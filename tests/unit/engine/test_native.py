@@ -32,7 +32,7 @@ from slipstream.engine.native.weights import Panels
 from slipstream.engine.noise import GumbelNoise
 from slipstream.engine.plan import PlannedSequence
 from slipstream.engine.sampling import RowRequest, torch_best
-from slipstream.engine.stacks import PreparedLora, PreparedModule
+from slipstream.engine.stacks import ModulePlace, PreparedLora, PreparedModule
 from slipstream.engine.streams import prepare_streams, torch_stream_states
 from slipstream.protocol import SamplingParams
 
@@ -201,13 +201,14 @@ def test_an_adapters_row_does_not_depend_on_its_company(dtype: torch.dtype, thre
 
 @pytest.mark.parametrize("layout", [Panels(1), Panels(2)], ids=str)
 @pytest.mark.parametrize("outputs", [8, 32, 72])
-def test_panels_hold_every_weight_in_its_place(layout: Panels, outputs: int) -> None:
+@BOTH
+def test_panels_hold_every_weight_in_its_place(layout: Panels, outputs: int, dtype: torch.dtype) -> None:
     """What the kernels read, element by element; what is beyond the adapter's rank and outputs is zero."""
     k = layout.inputs
-    a, b = normal(6, 3, dtype=torch.float32), normal(3, outputs, dtype=torch.float32, seed=1)
-    shrink, expand = torch.zeros(layout.shrink_shape(6, 40)), torch.ones(layout.expand_shape(16, outputs))
-    layout.put_shrink(shrink, 16, a)
-    layout.put_expand(expand, b, 1)
+    a, b = normal(6, 3, dtype=dtype), normal(3, outputs, dtype=dtype, seed=1)
+    shrink = torch.zeros(layout.shrink_shape(6, 40), dtype=dtype)
+    expand = torch.ones(layout.expand_shape(16, outputs), dtype=dtype)
+    layout.put([ModulePlace(PreparedModule(a, b, None), shrink, 16, expand, 1)])
     for (i, c), value in [((i, c), float(a[i, c])) for i in range(6) for c in range(3)]:
         assert float(shrink[i // k, 16 + c, i % k]) == value
     for r in range(16):

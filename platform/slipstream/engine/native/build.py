@@ -62,6 +62,7 @@ def library() -> ctypes.CDLL | None:
     found.slipstream_product_bytes.restype = None
     found.slipstream_lora_pairs.argtypes = SIGNATURES["lora"]
     found.slipstream_lora_pairs.restype = None
+    found.slipstream_put_modules.argtypes, found.slipstream_put_modules.restype = [_PTR] + [_INT] * 3, None
     found.slipstream_decode_bf16.argtypes, found.slipstream_decode_bf16.restype = [_PTR] * 2, None
     found.slipstream_best_ids_bf16.argtypes = [_PTR] * 4 + [_INT, _PTR]
     found.slipstream_best_ids_bf16.restype = None

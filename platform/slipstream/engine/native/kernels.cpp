@@ -656,6 +656,38 @@ void lora(T* y, std::int64_t y_row, const T* x, std::int64_t x_row, std::int64_t
   lora_expand<K>(y, y_row, columns, rank, members, num_members, tiles, num_tiles, scratch);
 }
 
+// ---- laying adapters out -------------------------------------------------------------------------------------------------
+
+// a: [inputs, own]; shrink: [inputs / k, columns, k], to whose columns from `first` on it goes. b: [own, outputs]; expand:
+// [panels, rank / k, kPanel, k], zeros where it has no ranks or outputs. Numbers of any kind, by their size.
+struct ModulePlace {
+  const void *a, *b;
+  void *shrink, *expand;
+  std::int64_t inputs, columns, first, own, rank, outputs;
+};
+
+template <class Bits, int k>
+void put_module(const ModulePlace& m) {
+  const Bits *a = static_cast<const Bits*>(m.a), *b = static_cast<const Bits*>(m.b);
+  Bits *shrink = static_cast<Bits*>(m.shrink) + m.first * k, *expand = static_cast<Bits*>(m.expand);
+  for (std::int64_t i = 0; i < m.inputs / k; i++, shrink += m.columns * k, a += k * m.own)
+    for (std::int64_t c = 0; c < m.own; c++)
+      for (int j = 0; j < k; j++) shrink[c * k + j] = a[j * m.own + c];
+  for (std::int64_t o = 0; o < m.outputs; o += kPanel)
+    for (std::int64_t r = 0; r < m.rank; r += k, expand += kPanel * k)
+      for (int j = 0; j < k; j++) {
+        std::int64_t width = r + j < m.own ? std::min<std::int64_t>(kPanel, m.outputs - o) : 0;
+        const Bits* from = b + (r + j) * m.outputs + o;
+        for (std::int64_t lane = 0; lane < kPanel; lane++) expand[lane * k + j] = lane < width ? from[lane] : Bits(0);
+      }
+}
+
+template <class Bits>
+void put_modules(const ModulePlace* modules, std::int64_t count, std::int64_t k) {
+#pragma omp parallel for schedule(dynamic, 4)
+  for (std::int64_t i = 0; i < count; i++) k == 2 ? put_module<Bits, 2>(modules[i]) : put_module<Bits, 1>(modules[i]);
+}
+
 // ---- Turbo streams -------------------------------------------------------------------------------------------------------
 
 // One stream of one sequence. down, cond: [rank, hidden]; up: [hidden, rank]. cond null: it is not conditioned; up null: it is
@@ -1482,6 +1514,11 @@ void decode(const Decoder& d, const Step& s) {
 
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
+
+// size: bytes of a number, 2 or 4. k: inputs that an instruction takes, 1 or 2.
+extern "C" void slipstream_put_modules(const ModulePlace* modules, std::int64_t count, std::int64_t k, std::int64_t size) {
+  size == 2 ? put_modules<std::uint16_t>(modules, count, k) : put_modules<std::uint32_t>(modules, count, k);
+}
 
 extern "C" int slipstream_has_product() {
 #ifdef __AVX512BF16__

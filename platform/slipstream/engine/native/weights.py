@@ -5,6 +5,8 @@ On processors with AVX512-BF16 one instruction takes two inputs, whose weights l
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.packed import BaseWeight
 from slipstream.engine.quantized import in_int8, norms_sq, torch_int8
+from slipstream.engine.stacks import ModulePlace
 
 PANEL = 32  # kPanel
 _PAGES = HugePages()
@@ -88,6 +91,13 @@ class NativeInt8Weight(NativeWeight):
         found.slipstream_product_bytes(*where, self.scale.data_ptr(), bias, *x.shape, self.outputs)
 
 
+class _ModulePlace(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "shrink", "expand")),
+        *((name, ctypes.c_int64) for name in ("inputs", "columns", "first", "own", "rank", "outputs")),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Panels:
     """A `StackLayout`. shrink: [in / k, columns, k]; expand: [panels, rank / k, 32, k], outputs padded with zeros.
@@ -110,13 +120,21 @@ class Panels:
         """See `StackLayout`."""
         return -(-outputs // PANEL), rank // self.inputs, PANEL, self.inputs
 
-    def put_shrink(self, place: torch.Tensor, first: int, a: torch.Tensor) -> None:
-        """See `StackLayout`."""
-        place[:, first : first + a.shape[1]] = a.view(-1, self.inputs, a.shape[1]).transpose(1, 2)
-
-    def put_expand(self, place: torch.Tensor, b: torch.Tensor, shares: int) -> None:
-        """See `StackLayout`."""
-        assert shares == 1, "ranks that share adapters have no C++ kernel for them"
-        rank, outputs = place.shape[1] * self.inputs, b.shape[1]
-        padded = F.pad(b, (0, -outputs % PANEL, 0, rank - b.shape[0]))
-        place.copy_(padded.view(rank // self.inputs, self.inputs, -1, PANEL).permute(2, 0, 3, 1))
+    def put(self, modules: Sequence[ModulePlace]) -> None:
+        """See `StackLayout`. All in one call: somebody waits for each of an adapter's hundreds."""
+        found = library()
+        assert found is not None
+        table = (_ModulePlace * len(modules))()
+        for entry, (module, shrink, first, expand, shares) in zip(table, modules, strict=True):
+            assert shares == 1, "ranks that share adapters have no C++ kernel for them"
+            assert module.a.is_contiguous()
+            assert module.b.is_contiguous()
+            (inputs, own), outputs = module.a.shape, module.b.shape[1]
+            entry.a, entry.shrink, entry.b, entry.expand = map(
+                torch.Tensor.data_ptr, (module.a, shrink, module.b, expand)
+            )
+            entry.inputs, entry.columns, entry.first, entry.own = inputs, shrink.shape[1], first, own
+            entry.rank, entry.outputs = expand.shape[1] * self.inputs, outputs
+        if modules:
+            size = modules[0].expand.element_size()
+            found.slipstream_put_modules(ctypes.addressof(table), len(modules), self.inputs, size)
