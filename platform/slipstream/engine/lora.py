@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 
 from slipstream.adapters.weights import AdapterWeights, LoraModule
-from slipstream.engine.finite import is_finite
+from slipstream.engine.finite import are_finite
 from slipstream.engine.linear import LinearGroup, RowAdapters, RowContext
 from slipstream.engine.stacks import (
     Plain,
@@ -108,11 +108,14 @@ class AdapterBank:
                 gain, square = module.magnitude.float(), group.member_squares(member, on_device).cpu()
                 if group.sum_over is None:
                     gain, square = gain / norms(square), None
-            a, b = module.a.t().to(host).contiguous(), (module.b.float() * module.scale).t().to(host).contiguous()
-            prepared = PreparedModule(*group.lora.cut(a, b), gain, square)
-            if not all(map(is_finite, prepared.tensors())):
-                raise ValueError(f"{name}: weights overflow in {host.dtype}")
-            modules[name] = prepared
+            # Few operations: each takes turns with the step loop.
+            a, b = host.new_empty(module.a.shape[::-1]), host.new_empty(module.b.shape[::-1])
+            a.copy_(module.a.t())
+            torch.mul(module.b.t().float() if module.b.dtype != host.dtype else module.b.t(), module.scale, out=b)
+            modules[name] = PreparedModule(*group.lora.cut(a, b), gain, square)
+        if not are_finite(tensor for module in modules.values() for tensor in module.tensors()):
+            broken = next(name for name, module in modules.items() if not are_finite(module.tensors()))
+            raise ValueError(f"{broken}: weights overflow in {host.dtype}")
         return PreparedLora(modules, max((m.a.shape[0] for m in weights.lora.values()), default=0))
 
     def blank(self, rank: int, without: str) -> PreparedLora:

@@ -23,7 +23,7 @@ from slipstream.engine.costs import (
     cost_vocabulary,
     row_counts,
 )
-from slipstream.engine.finite import is_finite
+from slipstream.engine.finite import are_finite
 from slipstream.engine.flat import FlatDecoder
 from slipstream.engine.goodput import COST_GROUP, RowCosts
 from slipstream.engine.guessing import Guesser
@@ -156,7 +156,7 @@ class ModelRunner:
 
     def _prepare_streams(self, weights: StreamWeights, like: torch.Tensor) -> PreparedStreams:
         streams = prepare_streams(weights, like)
-        if not all(map(is_finite, streams.tensors())):
+        if not are_finite(streams.tensors()):
             raise ValueError(f"streams: weights overflow in {like.dtype}")
         return streams.packed() if self.device.type == "cpu" else streams
 

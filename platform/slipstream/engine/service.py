@@ -95,6 +95,8 @@ class EngineService:
         self._ran = False  # whether the last step computed anything
         self._failure: BaseException | None = None
         self._fetches: set[asyncio.Task[None]] = set()
+        # One adapter at a time is read and laid out: several would all be late, and take the step loop's cores.
+        self._preparing = asyncio.Semaphore(1)
         self._thread: threading.Thread | None = None
         self._owners: dict[str, set[str]] = {}  # digest → tenants that have it, of those used here
         self._on_timeline: TimelineEnded | None = None
@@ -372,7 +374,10 @@ class EngineService:
             with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._scratch()) as folder:
                 async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
                     await self._source.fetch(ref, Path(folder))
-                    prepared = await _in_own_thread(lambda: self._runner.prepare_adapter(load_adapter(Path(folder))))
+                    async with self._preparing:
+                        prepared = await _in_own_thread(
+                            lambda: self._runner.prepare_adapter(load_adapter(Path(folder)))
+                        )
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
             log.exception("adapter %s could not be loaded", ref.digest, extra={"shows_error": True})
             late = isinstance(error, TimeoutError)

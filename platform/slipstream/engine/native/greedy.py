@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from slipstream.engine.finite import is_finite
+from slipstream.engine.finite import are_finite
 from slipstream.engine.memory import HugePages
 from slipstream.engine.native.build import library
 from slipstream.engine.native.ops import LANES
@@ -95,5 +95,5 @@ def greedy_head(weight: torch.Tensor) -> GreedyHead | None:
     found = library()
     if found is None or not found.slipstream_has_filter() or weight.dtype != torch.bfloat16:
         return None
-    served = weight.shape[1] % LANES == 0 and weight.is_contiguous() and is_finite(weight)
+    served = weight.shape[1] % LANES == 0 and weight.is_contiguous() and are_finite([weight])
     return GreedyHead(weight) if served else None
