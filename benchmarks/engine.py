@@ -39,7 +39,7 @@ class Turn:
 
     @staticmethod
     def of(count: int, prompts: Iterator[list[int]]) -> Turn:
-        """The next prompts. One at a time, everybody answers a few one after the other."""
+        """The next prompts. One at a time, everybody answers a few one after the other (transformers and PEFT one)."""
         most = REQUESTS[count]
         return Turn(count, list(islice(prompts, most)), list(islice(prompts, most if count == 1 else count)))
 
@@ -140,10 +140,11 @@ def main(
     ours = partial(slipstream, engine, task=task, temperature=temperature)
     runs: dict[str, Run] = {
         "Slipstream base": ours(tokens, lora=False, drafts=0),
-        "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
+        # Drafts first: draft vocabularies learn from all answers, and must not know these.
         "Slipstream 8 Turbo LoRAs": ours(tokens, lora=True, drafts=8),
-        "Slipstream 8 LoRAs, to end": ours(0, lora=True, drafts=0),
+        "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
         "Slipstream 8 Turbo LoRAs, to end": ours(0, lora=True, drafts=8),
+        "Slipstream 8 LoRAs, to end": ours(0, lora=True, drafts=0),
     }
     name = "-".join(["engine", *([task] if task != "snips" else []), *([f"t{temperature}"] if temperature else [])])
     results = Results(name, f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
@@ -184,5 +185,6 @@ def main(
         "task": task,
         "temperature": temperature,
     }
-    command = " ".join(["python -m benchmarks engine", *(f"--{name} {value}" for name, value in options.items())])
+    flags = [*(f"--{name} {value}" for name, value in options.items()), *([] if peers else ["--no-peers"])]
+    command = " ".join(["python -m benchmarks engine", *flags])
     print("\n" + results.write(PAIRS, {"command": command}))

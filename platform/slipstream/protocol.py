@@ -46,6 +46,11 @@ class SamplingParams:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether they are changed at every position, before the temperature."""
+        return self.has_penalties or bool(self.logit_bias)
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:

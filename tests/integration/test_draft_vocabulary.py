@@ -34,22 +34,23 @@ def adapters(tmp_path: Path) -> dict[str, Path]:
 
 
 class Watched:
-    """An engine of which one adapter has said enough; keeps what its head picked among, and from where."""
+    """An engine of which some adapters have said enough; keeps what its head picked among, and from where."""
 
-    def __init__(self, adapters: dict[str, Path], dtype: torch.dtype, *disable: FastPath, warm: str = "warm") -> None:
+    def __init__(
+        self, adapters: dict[str, Path], dtype: torch.dtype, *disable: FastPath, warm: Rows[str] = ("warm",)
+    ) -> None:
         model = tiny("llama").to(dtype)
         self.harness = Harness(model, adapters, eos=frozenset(), disable=(*FIXED, *disable))
         self.picked: list[tuple[array[int], Pick]] = []
         self.same = self.comparable = 0  # picks that would have been the same from all ids
         asked = SamplingParams(temperature=0.0, max_tokens=200)
-        self.harness.run([Job([*PROMPT, *range(20, 90)], asked, warm, draft_cap=3)])
+        self.harness.run([Job([*PROMPT, *range(20, 90)], asked, name, draft_cap=3) for name in warm])
         picker: Any = self.harness.runner._picker
         among = picker.among
 
-        def watch(asked: Rows[RowRequest], states: torch.Tensor, slots: Rows[int]) -> list[Pick] | None:
-            found: list[Pick] | None = among(asked, states, slots)
-            if found is None:
-                return None
+        def watch(asked: Rows[RowRequest], states: torch.Tensor) -> list[Pick]:
+            found: list[Pick] = among(asked, states)
+            slots = [0] * len(asked)  # whose adapters are not on the head
             whole = picker.sampler.pick(picker.head(states, slots), [replace(row, among=None) for row in asked], None)
             for row, pick, best in zip(asked, found, whole, strict=True):
                 assert row.among is not None
@@ -89,7 +90,8 @@ def test_streams_pick_among_what_the_adapter_said(
 
 def test_others_of_the_step_pick_from_all(adapters: dict[str, Path]) -> None:
     names = ("cold", "warm", None, "cold", "warm", "on-head")
-    watched, alone = Watched(adapters, torch.float32), Watched(adapters, torch.float32, FastPath.DRAFT_VOCABULARY)
+    watched = Watched(adapters, torch.float32, warm=("warm", "on-head"))
+    alone = Watched(adapters, torch.float32, FastPath.DRAFT_VOCABULARY)
     assert watched.run(*names) == [alone.run(name)[0] for name in names]
     assert len(watched.picked) >= 18
     assert len({id(ids) for ids, _ in watched.picked}) <= 3, "one adapter's, as it grows"
@@ -106,7 +108,17 @@ def test_what_changes_logits_first_takes_all_of_them(adapters: dict[str, Path], 
     assert not watched.picked
 
 
+def test_vocabularies_that_are_together_no_less_than_all_ids_are_not_asked(adapters: dict[str, Path]) -> None:
+    watched = Watched(adapters, torch.float32, warm=["warm", "cold"])
+    watched.run("warm", "cold")
+    few = len(watched.picked)
+    assert len({id(ids) for ids, _ in watched.picked}) >= 2
+    watched.harness.runner._picker.sampler.vocab_size = 1
+    watched.run("warm", "cold")
+    assert len(watched.picked) == few > 0
+
+
 def test_an_adapter_on_the_head_takes_all_logits(adapters: dict[str, Path]) -> None:
-    watched = Watched(adapters, torch.float32, warm="on-head")
+    watched = Watched(adapters, torch.float32, warm=["on-head"])
     watched.run("on-head")
     assert not watched.picked

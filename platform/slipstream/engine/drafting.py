@@ -84,10 +84,10 @@ class Drafting:
             if self._cut:
                 if known.vocabulary is None:
                     known.vocabulary = DraftVocabulary()
-                if seq.decode_steps == 0:
+                if not seq.is_read:
                     known.vocabulary.read(seq.tokens)
-            vocabulary = known.vocabulary
-            among.append(vocabulary.ids if vocabulary is not None and vocabulary.serves else None)
+                    seq.is_read = True
+            among.append(_vocabulary(known, seq))
             wishes.append(DraftWish(known.worth, most, among[-1] is not None))
         return list(map(StreamsToRun, self._policy.streams(wishes, at_work), among))
 
@@ -110,6 +110,14 @@ class Drafting:
         if len(self._adapters) > ADAPTERS_KEPT:
             self._adapters.popitem(last=False)
         return known
+
+
+def _vocabulary(known: _Known, seq: Request) -> array[int] | None:
+    """The ids that streams may pick from, if there are enough and all that is asked of them is what they score."""
+    if known.vocabulary is None or not known.vocabulary.serves:
+        return None
+    is_plain = not seq.params.changes_logits and seq.num_answer >= seq.params.min_tokens
+    return known.vocabulary.ids if is_plain else None
 
 
 def judge(guesses: Sequence[Pick], said: Sequence[int]) -> tuple[int, int]:

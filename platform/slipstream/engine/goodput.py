@@ -2,10 +2,10 @@
 (methods.md 3.4).
 
 A draft is worth the chance that it and all before it are right; it costs a row of the forward and of the LM head to be
-verified, and a row of the head to be made by a stream. While the machine waits for memory rows are all but free and every
-draft pays; when it computes, only likely ones do, and speculation ends by itself. After SmartSpec (arXiv 2406.14066), with
-chances of single drafts (`chains.py`) instead of averages. Pure Python, no clock: the runner measures what rows cost once, at
-start-up, and only the shape of that curve matters here.
+verified, and one of the head, or of a draft vocabulary, to be made by a stream. While the machine waits for memory rows are
+all but free and every draft pays; when it computes, only likely ones do, and speculation ends by itself. After SmartSpec
+(arXiv 2406.14066), with chances of single drafts (`chains.py`) instead of averages. Pure Python, no clock: the runner measures
+what rows cost once, at start-up, and only the shape of that curve matters here.
 """
 
 from __future__ import annotations
@@ -211,20 +211,31 @@ class GoodputDrafts:
         row_s = (self._costs.step_s(sequences, others + drafts) - beside_s) / drafts
         token_s = none_s / sequences
         benefits = [0.0, *(max(0.0, (level + 0.5) / LEVELS * token_s - row_s) for level in range(1, LEVELS))]
-        cut = all(wish.cut for wish in wishes)  # before long they all are
+        gained = sum(self._decide_alike([w for w in wishes if w.cut is cut], benefits) for cut in (False, True))
+        if gained < LEAST_GAIN * none_s * count / sequences:
+            for wish in wishes:
+                wish.worth.length = 0
+
+    def _decide_alike(self, wishes: Sequence[DraftWish], benefits: Sequence[float]) -> float:
+        """Of wishes that all pick from draft vocabularies, or none; the seconds that their streams gain, costs taken off."""
+        if not wishes:
+            return 0.0
+        count, cut = len(wishes), wishes[0].cut
         first_s = self._costs.streams_s(count, cut)
         stream_s = (self._costs.streams_s(2 * count, cut) - first_s) / count
         adapters: dict[int, tuple[StreamWorth, list[int]]] = {}
         for wish in wishes:
             adapters.setdefault(id(wish.worth), (wish.worth, []))[1].append(wish.most)
-        gained = 0.0
+        gained = stream_s * count - first_s  # any at all cost something
         for worth, mosts in adapters.values():
             gains = [0.0, *accumulate(worth.gain(i, benefits) - stream_s for i in range(max(mosts)))]
             worth.length = max(range(len(gains)), key=gains.__getitem__)
             gained += sum(gains[min(worth.length, most)] for most in mosts)
-        if gained < first_s - stream_s * count + LEAST_GAIN * none_s * count / sequences:
-            for worth, _ in adapters.values():
-                worth.length = 0
+        if gained > 0.0:
+            return gained
+        for worth, _ in adapters.values():
+            worth.length = 0
+        return 0.0
 
     def keep(self, survivals: Sequence[Sequence[float]], sequences: int) -> list[int]:
         """Of all drafts those with the highest chances, as many as give the best goodput."""

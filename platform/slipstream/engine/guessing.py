@@ -66,16 +66,24 @@ class Guesser:
         own = self._streams.own_heads(slots, counts)
         if own:
             return self._from_all(chains, self._picker.head.drafts(states, _slots(chains), own))
-        cut = [chain for chain in chains if chain.can_be_cut]
+        cut = self._cut(chains)
         found = self._among(cut, states) if cut else {}
         left = [chain for chain in chains if chain.part.seq_id not in found]
         return found | self._whole(left, states) if left else found
 
+    def _cut(self, chains: Sequence[_Chain]) -> list[_Chain]:
+        """Those that pick from a draft vocabulary. None, if these together are no less than the whole one."""
+        head = self._picker.head
+        if not head.scores_some:
+            return []
+        found = [chain for chain in chains if chain.can_be_cut and not head.is_changed(chain.part.slot)]
+        distinct = {id(ids): len(ids) for chain in found if (ids := chain.part.draft_among) is not None}
+        return found if sum(distinct.values()) < self._picker.sampler.vocab_size else []
+
     def _among(self, chains: Sequence[_Chain], states: torch.Tensor) -> Guesses:
-        """From draft vocabularies; nothing where an adapter is on the head."""
+        """From draft vocabularies."""
         asked = [replace(row, among=chain.part.draft_among) for chain in chains for row in chain.asked]
-        picks = self._picker.among(asked, _rows(states, chains), _slots(chains))
-        return _by_sequence(chains, picks) if picks is not None else {}
+        return _by_sequence(chains, self._picker.among(asked, _rows(states, chains)))
 
     def _whole(self, chains: Sequence[_Chain], states: torch.Tensor) -> Guesses:
         """From all of the vocabulary."""

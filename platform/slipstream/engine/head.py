@@ -82,9 +82,13 @@ class Head:
         self._is_plain = self._shards is None and self._bias is None and self._scale > 0
         self._greedy = greedy(weight) if self._is_plain else None
 
+    def is_changed(self, slot: int) -> bool:
+        """Whether the slot's adapter is on the head, too."""
+        return self._bank.targets(slot, self.name) is not None
+
     @property
-    def picks_among(self) -> bool:
-        """Whether `scores_among` works. On GPUs ids would have to be copied there, and all logits are cheap."""
+    def scores_some(self) -> bool:
+        """Whether there is `scores_among`: not on GPUs, where ids would have to be copied and all logits are cheap."""
         return self._is_plain and self._weight.device.type == "cpu"
 
     def __call__(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
@@ -96,20 +100,17 @@ class Head:
         """The best token of each row of [m, H], the first among equals; None, for a row or all, if that takes all logits.
         Margins are those before a soft cap."""
         # Scaling and soft cap leave the order as it is.
-        if self._greedy is None or any(self._bank.targets(s, self.name) for s in {*slots}):
+        if self._greedy is None or any(map(self.is_changed, {*slots})):
             return None
         found = self._greedy(hidden)
         if self._scale == 1.0:
             return found
         return [pick and Pick(pick.token, pick.margin * self._scale) for pick in found]
 
-    def scores_among(
-        self, states: torch.Tensor, slots: Sequence[int], among: Sequence[array[int]]
-    ) -> torch.Tensor | None:
-        """Logits of some ids for each row of [m, H], float32 [m, most ids], -inf after the last; None where an adapter is on
-        the head."""
-        if any(self._bank.targets(s, self.name) for s in {*slots}):
-            return None
+    def scores_among(self, states: torch.Tensor, among: Sequence[array[int]]) -> torch.Tensor:
+        """Logits of some ids for each row of [m, H], float32 [m, most ids], -inf after the last. Only where `scores_some`, of
+        rows whose adapters are not on the head."""
+        assert self.scores_some
         candidates, first = [], 0
         for _, run in groupby(among, key=id):
             own = list(run)

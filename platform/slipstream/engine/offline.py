@@ -150,7 +150,8 @@ class OfflineEngine:
         frozen, so it cannot be trained any more. Give a deep copy to go on with the original.
         `eos` ends answers (default: what model and generation config say; add a tokenizer's own with `loader.eos_ids`).
         Drafts are all that an adapter's streams make, so that acceptance depends neither on load nor on the prompts' words,
-        unless `disable` lets them adapt and be copied.
+        unless `disable` lets them adapt, be copied, and come from
+        draft vocabularies. Those learn from every run.
         Prefix caching is off, so that a second run of the same prompts costs the same as the first.
         Raises `ModelUnsupported` for a base model that the engine cannot serve.
         """

@@ -40,10 +40,10 @@ class Picker:
                 best[row] = pick
         return [pick for pick in best if pick is not None]
 
-    def among(self, asked: Sequence[RowRequest], states: torch.Tensor, slots: Sequence[int]) -> list[Pick] | None:
-        """One of the ids that each row is to pick from; None where that takes all logits. All are plain."""
-        scores = self.head.scores_among(states, slots, [row.among for row in asked if row.among is not None])
-        return self.sampler.pick(scores, asked, None) if scores is not None else None
+    def among(self, asked: Sequence[RowRequest], states: torch.Tensor) -> list[Pick]:
+        """One of the ids that each row is to pick from: see `Head.scores_among`. All rows are plain and have some."""
+        scores = self.head.scores_among(states, [row.among for row in asked if row.among is not None])
+        return self.sampler.pick(scores, asked, None)
 
     def _pick_from_all(
         self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]

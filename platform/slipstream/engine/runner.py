@@ -106,7 +106,7 @@ class ModelRunner:
         self._head = Head(
             member, head_name, head_weight, loaded.config, self._bank, self._shards, kernels.greedy, kernels.scores
         )  # fmt: skip
-        self.cuts_vocabulary = self._head.picks_among  # whether streams can pick from a draft vocabulary
+        self.cuts_vocabulary = self._head.scores_some  # whether streams can pick from a draft vocabulary
         self._hidden_size = loaded.head.in_features
         columns = Columns(kernels.best)
         if self._shards.group.size > 1:
@@ -253,18 +253,18 @@ class ModelRunner:
             guess = partial(
                 self._guesser.guess, sampled=hidden, decided=[[PROBE[0]]] * len(together), broken=[False] * len(hidden)
             )
-            spans = [(replace(part, draft_among=ids[part.slot]), first) for part, first in batch.spans]
-            cut = replace(batch, spans=tuple(spans))
             works[0].append(partial(self._forward_parts, alone))
             works[1].append(partial(self._forward_parts, together))
             works[2].append(partial(self._picker.pick, batch.requests, hidden, batch.sample_slots))
             works[3].append(partial(guess, batch))
-            works[4].append(partial(guess, cut))
+            if self.cuts_vocabulary:
+                spans = [(replace(part, draft_among=ids[part.slot]), first) for part, first in batch.spans]
+                works[4].append(partial(guess, replace(batch, spans=tuple(spans))))
         alone_s, decoder_s, head_s, streams_s, cut_s = best_times(works, self.device)
         for slot in range(COST_ADAPTERS):
             self._bank.unload(slot)
             self._streams.unload(slot)
-        return RowCosts(counts, decoder_s, head_s, alone_s, streams_s, cut_s)
+        return RowCosts(counts, decoder_s, head_s, alone_s, streams_s, cut_s or None)
 
     def _forward_parts(self, parts: list[PlannedSequence]) -> torch.Tensor:
         return self._forward(self._batch(parts))

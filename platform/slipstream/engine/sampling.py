@@ -84,7 +84,7 @@ class RowRequest:
     @property
     def is_plain(self) -> bool:
         """Whether nothing changes the row's logits before the temperature."""
-        return not has_processors(self.params) and self.position >= self.params.min_tokens
+        return not self.params.changes_logits and self.position >= self.params.min_tokens
 
     @property
     def is_greedy(self) -> bool:
@@ -95,11 +95,6 @@ class RowRequest:
     def temperature(self) -> float:
         """What logits are divided by, of a row that is sampled."""
         return max(self.params.temperature, MIN_TEMPERATURE)
-
-
-def has_processors(p: SamplingParams) -> bool:
-    """Whether logits are changed before the temperature."""
-    return p.has_penalties or bool(p.logit_bias)
 
 
 class Sampler:

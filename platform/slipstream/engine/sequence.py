@@ -53,6 +53,7 @@ class Sequence:
     guesses: tuple[Pick, ...] = ()  # its streams', for the tokens after tokens[-1]
     chain: Chain | None = None  # drafts that the step being run verifies
     copy_index: CopyIndex | None = None
+    is_read: bool = False  # its tokens are in the adapter's draft vocabulary
 
     decode_steps: int = 0
     drafted: int = 0

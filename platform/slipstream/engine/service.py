@@ -374,10 +374,8 @@ class EngineService:
             with tempfile.TemporaryDirectory(prefix=".scratch-", dir=self._scratch()) as folder:
                 async with asyncio.timeout(self.config.adapter_fetch_timeout_s):
                     await self._source.fetch(ref, Path(folder))
-                    async with self._preparing:
-                        prepared = await _in_own_thread(
-                            lambda: self._runner.prepare_adapter(load_adapter(Path(folder)))
-                        )
+                async with self._preparing:
+                    prepared = await _in_own_thread(lambda: self._runner.prepare_adapter(load_adapter(Path(folder))))
         except Exception as error:  # a top loop: whoever waits for this adapter must hear of it, whatever it was
             log.exception("adapter %s could not be loaded", ref.digest, extra={"shows_error": True})
             late = isinstance(error, TimeoutError)

@@ -132,7 +132,8 @@ class RankStack:
     """Adapters padded to rank R, in P places.
 
     A batched GEMM reads all places from the first to the last: those of a step are kept close together, and an adapter that
-    comes overwrites one that was not used for long. Kernels that take adapters `anywhere` find each where it once was put.
+    comes overwrites one that was not used for long. Kernels that take adapters `anywhere` find each where it once was put,
+    and on processors, where a copy costs as much as a step, it stays there.
     """
 
     def __init__(
@@ -187,7 +188,8 @@ class RankStack:
 
     def _free_place(self, wanted: Mapping[int, PreparedLora]) -> int:
         """An empty place, or one whose adapter is not wanted now and was used longest ago."""
-        free = [p for p, slot in enumerate(self._slots) if slot is None or not (self._anywhere or slot in wanted)]
+        stay = self._anywhere and self._pages is not None
+        free = [p for p, slot in enumerate(self._slots) if slot is None or not (stay or slot in wanted)]
         if not free:
             self._grow(max(1, 2 * len(self._slots)))
             return self._free_place(wanted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -169,10 +171,32 @@ def test_streams_pick_among_what_their_adapter_read_and_said() -> None:
     assert asked == [[False, False], [True, False]]
 
 
-def test_a_prompt_is_read_once() -> None:
-    drafting, seq = Drafting(cut=True), make_seq()
+@pytest.mark.parametrize(
+    "params",
+    [{"repetition_penalty": 1.1}, {"logit_bias": {5: 1.0}}, {"min_tokens": 3}],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_takes_all_logits_neither_picks_from_a_vocabulary_nor_is_priced_so(params: dict[str, Any]) -> None:
+    asked: list[bool] = []
+
+    class Asking(FullDrafts):
+        def streams(self, wishes: Rows[DraftWish], sequences: int) -> list[int]:
+            asked.extend(wish.cut for wish in wishes)
+            return super().streams(wishes, sequences)
+
+    drafting, seq = Drafting(Asking(), cut=True), make_seq()
     drafting.streams([(seq, 3)], 1)
-    seq.decode_steps += 1
+    drafting.learn(seq, [30] * 200)
+    other = make_seq(2)
+    other.params = replace(other.params, **params)
+    assert [run.among is None for run in drafting.streams([(seq, 3), (other, 3)], 2)] == [False, True]
+    assert asked == [False, True, False]
+
+
+def test_a_sequence_is_read_once_whoever_began_it() -> None:
+    drafting, seq = Drafting(cut=True), make_seq()
+    seq.decode_steps = 4  # on a replica that went away
+    drafting.streams([(seq, 3)], 1)
     seq.tokens.append(77)
     drafting.streams([(seq, 3)], 1)
     drafting.learn(seq, [30] * 200)

@@ -116,7 +116,9 @@ def test_streams_that_pick_from_a_draft_vocabulary_cost_less() -> None:
     costs = RowCosts(rows, decoder, head, guess_s=(2.0, 16.0, 128.0), cut_s=head)
     wishes = [DraftWish(worth(MIDDLING), 3, cut=True)] * 8
     assert GoodputDrafts(costs).streams(wishes, 8) == [3] * 8
-    assert GoodputDrafts(costs).streams([*wishes, DraftWish(worth(MIDDLING), 3)], 9) == [0] * 9
+    dear = [DraftWish(worth(MIDDLING), 3)] * 8
+    assert GoodputDrafts(costs).streams(dear, 8) == [0] * 8
+    assert GoodputDrafts(costs).streams([*wishes, *dear], 16) == [3] * 8 + [0] * 8
 
 
 CHANCE = st.floats(0.0, 0.999)

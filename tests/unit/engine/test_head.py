@@ -44,8 +44,7 @@ def test_logits_of_each_rows_own_ids(scores: Scores, scale: float) -> None:
     few, many = array("i", [3, 80, 7]), array("i", range(0, VOCAB, 2))
     among = [few, few, many, few, many, many]
     with torch.inference_mode():
-        found = head.scores_among(states, [0, 0, 1, 0, 1, 1], among)
-    assert found is not None
+        found = head.scores_among(states, among)
     assert found.shape == (6, len(many))
     for row, ids, state in zip(found, among, states, strict=True):
         logits = torch.tanh(head._weight[list(ids)] @ state * scale / 3.0) * 3.0
@@ -53,12 +52,8 @@ def test_logits_of_each_rows_own_ids(scores: Scores, scale: float) -> None:
         assert bool((row[len(ids) :] == -torch.inf).all())
 
 
-def test_an_adapter_on_the_head_takes_all_logits() -> None:
-    ids = array("i", [1, 2])
-    assert make_head().scores_among(torch.zeros(2, HIDDEN), [0, ON_HEAD], [ids, ids]) is None
-
-
-def test_what_a_bias_or_a_negative_scale_would_change_is_not_served() -> None:
-    assert make_head().picks_among
-    assert not make_head(bias=True).picks_among
-    assert not make_head(logit_scale=-1.0).picks_among
+def test_what_an_adapter_a_bias_or_a_negative_scale_would_change_is_not_served() -> None:
+    assert (make_head().is_changed(0), make_head().is_changed(ON_HEAD)) == (False, True)
+    assert make_head().scores_some
+    assert not make_head(bias=True).scores_some
+    assert not make_head(logit_scale=-1.0).scores_some
