@@ -35,7 +35,7 @@ fmt: $(VENV)/dev.stamp ## Format, and mend what the linter can mend
 manifests: $(VENV)/kube-tools.stamp ## Write anew what is generated under k8s/, and the tests' snapshots of it
 	PYTHONPATH=platform:.:tests $(BIN)/python -m tests.support.manifests
 
-bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), sweep, adapters, prompts, quantized, gpu, http, replay, ranks, registry, backups, routing, routing-cost, scaling, lossless, drafts, training, streams or gates, with their options
+bench: $(VENV)/dev.stamp ## Measure; ARGS=engine (default), sweep, steps, adapters, prompts, quantized, gpu, http, replay, ranks, registry, backups, routing, routing-cost, scaling, lossless, drafts, training, streams or gates, with their options
 	$(BIN)/python -m benchmarks $(or $(ARGS),engine)
 
 bench-peers: $(VENV)/dev.stamp ## Set up what we are measured beside (vLLM's CPU build, about 3 GB, and llama.cpp, compiled) under .peers

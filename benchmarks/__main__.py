@@ -18,6 +18,7 @@ from benchmarks import (
     ranks,
     registry,
     replay,
+    steps,
     sweep,
     training,
 )
@@ -26,6 +27,7 @@ from benchmarks.simulation import routing, scaling
 app = typer.Typer(help="Side-by-side measurements. Every figure in benchmarks/README.md names its command.")
 app.command("engine")(engine.main)
 app.command("sweep")(sweep.main)
+app.command("steps")(steps.main)
 app.command("quantized")(quantized.main)
 app.command("prompts")(prompts.main)
 app.command("adapters")(adapters.main)

@@ -4,8 +4,8 @@
 A draft is worth the chance that it and all before it are right; it costs a row of the forward and of the LM head to be
 verified, and one of the head, or of a draft vocabulary, to be made by a stream. While the machine waits for memory rows are
 all but free and every draft pays; when it computes, only likely ones do, and speculation ends by itself. After SmartSpec
-(arXiv 2406.14066), with chances of single drafts (`chains.py`) instead of averages. Pure Python, no clock: the runner measures
-what rows cost once, at start-up, and only the shape of that curve matters here.
+(arXiv 2406.14066), with chances of single drafts (`chains.py`) instead of averages. Pure Python, no clock: the runner
+measures what rows cost once, at start-up, and only the shape of that curve matters here.
 """
 
 from __future__ import annotations
