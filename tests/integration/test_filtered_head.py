@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapters import random_peft_adapter, random_streams, write_own_streams
+from support.adapters import turbo_folders
 from support.engine import Harness, Job
 from support.families import tiny
 
@@ -29,11 +29,7 @@ def _has_kernel() -> None:
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> dict[str, Path]:
-    model = tiny("llama")
-    for seed, (name, targets) in enumerate(TARGETS.items()):
-        random_peft_adapter(model, tmp_path / name, seed=seed, r=4, target_modules=targets)
-        write_own_streams(tmp_path / name, random_streams(model.config.hidden_size, 3, seed=seed))
-    return {name: tmp_path / name for name in TARGETS}
+    return turbo_folders(tiny("llama"), tmp_path, TARGETS)
 
 
 class Counted:

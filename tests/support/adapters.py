@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,14 @@ def random_streams(
 def write_own_streams(folder: Path, streams: StreamWeights, *, base_model: str = TINY_ID) -> None:
     """Add `streams` to `folder` in our own layout, naming no digest and no acceptance."""
     save_turbo(folder, streams, TurboMetadata(base_model=base_model))
+
+
+def turbo_folders(model: Any, folder: Path, targets: Mapping[str, list[str]]) -> dict[str, Path]:
+    """Random Turbo LoRAs of three streams, by name; the LoRA of each is on its targets."""
+    for seed, (name, on) in enumerate(targets.items()):
+        random_peft_adapter(model, folder / name, seed=seed, r=4, target_modules=on)
+        write_own_streams(folder / name, random_streams(model.config.hidden_size, 3, seed=seed))
+    return {name: folder / name for name in targets}
 
 
 def write_lorax_streams(folder: Path, streams: StreamWeights, *, base_model: str = TINY_ID) -> None:
