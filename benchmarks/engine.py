@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.peers.client import vllm as start_vllm
 from benchmarks.peers.hf import generate, peft_mixed, write_peft
 from benchmarks.results import Results
 from benchmarks.workload import NUM_ADAPTERS, eight_adapters, model_path, prompt_ids
+from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.loader import pick_dtype
 from slipstream.engine.offline import OfflineEngine, Row
 from slipstream.protocol import SamplingParams
@@ -120,6 +122,27 @@ def transformers(model: object, tokens: int, *, lora: bool) -> Run:
     return run
 
 
+def peer_runs(
+    stack: ExitStack, path: Path, kind: torch.dtype, adapters: Mapping[str, AdapterWeights], tokens: int, threads: int
+) -> dict[str, Run]:
+    """Everybody else, each in its best mode; their processes end with `stack`."""
+    dtype, folders = str(kind).removeprefix("torch."), write_peft(adapters)
+    base = stack.enter_context(start_vllm(path, dtype, threads=threads))
+    mixed = stack.enter_context(start_vllm(path, dtype, folders, threads=threads))
+    ngram = stack.enter_context(start_vllm(path, dtype, folders, ngram=True, threads=threads))
+    small = stack.enter_context(llama(threads))
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
+    return {
+        "transformers base": transformers(plain, tokens, lora=False),
+        "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), tokens, lora=True),
+        "vLLM base": beside(base, tokens, lora=False),
+        "vLLM 8 LoRAs": beside(mixed, tokens, lora=True),
+        "vLLM 8 LoRAs, to end": beside(mixed, 0, lora=True),
+        "vLLM 8 LoRAs, n-gram, to end": beside(ngram, 0, lora=True),
+        "llama.cpp base, 4 bits": beside(small, tokens, lora=False),
+    }
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 3,
     tokens: Annotated[int, typer.Option(help="Answer length of the fixed-length rows.")] = 48,
@@ -150,21 +173,7 @@ def main(
     results = Results(name, f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
     with ExitStack() as stack:
         if peers:
-            folders = write_peft(adapters)
-            base = stack.enter_context(start_vllm(path, dtype, threads=threads))
-            mixed = stack.enter_context(start_vllm(path, dtype, folders, threads=threads))
-            ngram = stack.enter_context(start_vllm(path, dtype, folders, ngram=True, threads=threads))
-            small = stack.enter_context(llama(threads))
-            plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
-            runs |= {
-                "transformers base": transformers(plain, tokens, lora=False),
-                "PEFT 8 LoRAs": transformers(peft_mixed(path, kind, folders), tokens, lora=True),
-                "vLLM base": beside(base, tokens, lora=False),
-                "vLLM 8 LoRAs": beside(mixed, tokens, lora=True),
-                "vLLM 8 LoRAs, to end": beside(mixed, 0, lora=True),
-                "vLLM 8 LoRAs, n-gram, to end": beside(ngram, 0, lora=True),
-                "llama.cpp base, 4 bits": beside(small, tokens, lora=False),
-            }
+            runs |= peer_runs(stack, path, kind, adapters, tokens, threads)
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
             warm_up = prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid")
             ours(0, lora=True, drafts=8)(Turn(max(CONCURRENCY), (), warm_up))

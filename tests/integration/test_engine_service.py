@@ -132,6 +132,27 @@ async def test_an_adapter_that_cannot_be_had_fails_its_own_requests_only(
             del source.folders["sha256:none"]
 
 
+async def test_adapters_are_prepared_one_at_a_time_and_none_is_late_for_waiting(
+    tmp_path: Path, source: FolderAdapters
+) -> None:
+    async with engine_at(tmp_path, source, adapter_fetch_timeout_s=1.5) as engine:
+        runner: Any = engine._runner
+        prepare, at_once, most = runner.prepare_adapter, 0, 0
+
+        def slowly(weights: Any) -> Any:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            time.sleep(0.7)  # of three the last one waits for longer than a fetch may take
+            at_once -= 1
+            return prepare(weights)
+
+        runner.prepare_adapter = slowly
+        answers = await asyncio.gather(*(collect(engine, request(f"{i}", f"sha256:{i}")) for i in range(3)))
+    assert [len(tokens(answer)) for answer in answers] == [12] * 3
+    assert most == 1
+
+
 async def test_what_takes_over_is_here_before_anybody_asks_and_what_is_gone_goes(
     tmp_path: Path, source: FolderAdapters
 ) -> None:

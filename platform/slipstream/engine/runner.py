@@ -108,12 +108,10 @@ class ModelRunner:
         )  # fmt: skip
         self.cuts_vocabulary = self._head.scores_some  # whether streams can pick from a draft vocabulary
         self._hidden_size = loaded.head.in_features
-        columns = Columns(kernels.best)
-        if self._shards.group.size > 1:
-            columns = ShardedColumns(kernels.best, self._shards)
+        several = self._shards.group.size > 1
+        columns = ShardedColumns(kernels.best, self._shards) if several else Columns(kernels.best)
         # Who scores candidates again meets the other ranks for it, so all ranks must sample one way.
-        everywhere = all_well(self._shards.group, kernels.draw is not None, self.device)
-        draw = kernels.draw if everywhere else None
+        draw = kernels.draw if all_well(self._shards.group, kernels.draw is not None, self.device) else None
         self._sampler = Sampler(self._shards.vocab_size, eos_ids, self.device, columns, draw)
         self._picker = Picker(self._head, self._sampler, rescore=loaded.dtype != torch.float32)
         self._guesser = Guesser(self._streams, self._picker, self._embedding)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from array import array
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from slipstream.engine.head import Head, Scores, torch_scores
+from slipstream.engine.head import Candidates, Head, Scores, torch_scores
 from slipstream.engine.kernels import native_kernels
 from slipstream.engine.lora import AdapterBank
+from slipstream.engine.native import ops
 
 HIDDEN, VOCAB, ON_HEAD = 32, 90, 5
 
@@ -57,3 +62,24 @@ def test_what_an_adapter_a_bias_or_a_negative_scale_would_change_is_not_served()
     assert make_head().scores_some
     assert not make_head(bias=True).scores_some
     assert not make_head(logit_scale=-1.0).scores_some
+
+
+IDS = st.lists(st.integers(0, 99), min_size=1, max_size=40)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=60, deadline=None)
+@given(wanted=st.lists(st.tuples(IDS, st.integers(1, 6)), min_size=1, max_size=4), width=st.sampled_from([16, 80, 20]))
+def test_the_kernel_scores_as_torch_does(dtype: torch.dtype, wanted: list[tuple[list[int], int]], width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(100, width, generator=generator).to(dtype)
+    ends = list(accumulate(count for _, count in wanted))
+    states = torch.randn(ends[-1], width, generator=generator).to(dtype)
+    candidates = [
+        Candidates(array("i", ids), range(end - count, end)) for (ids, count), end in zip(wanted, ends, strict=True)
+    ]
+    ours = ops.scores(weight, states, candidates)
+    theirs = torch_scores(weight.double(), states.double(), candidates)
+    rough = dtype == torch.bfloat16 and width == 20  # torch's, rounded
+    torch.testing.assert_close(ours, theirs, rtol=1e-2 if rough else 1e-5, atol=5e-2 if rough else 1e-5)
