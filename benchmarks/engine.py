@@ -123,14 +123,21 @@ def transformers(model: object, tokens: int, *, lora: bool) -> Run:
 
 
 def peer_runs(
-    stack: ExitStack, path: Path, kind: torch.dtype, adapters: Mapping[str, AdapterWeights], tokens: int, threads: int
+    stack: ExitStack,
+    path: Path,
+    kind: torch.dtype,
+    adapters: Mapping[str, AdapterWeights],
+    tokens: int,
+    threads: int,
+    caching: bool,
 ) -> dict[str, Run]:
     """Everybody else, each in its best mode; their processes end with `stack`."""
     dtype, folders = str(kind).removeprefix("torch."), write_peft(adapters)
-    base = stack.enter_context(start_vllm(path, dtype, threads=threads))
-    mixed = stack.enter_context(start_vllm(path, dtype, folders, threads=threads))
-    ngram = stack.enter_context(start_vllm(path, dtype, folders, ngram=True, threads=threads))
-    small = stack.enter_context(llama(threads))
+    vllm = partial(start_vllm, path, dtype, prefix_caching=caching, threads=threads)
+    base = stack.enter_context(vllm())
+    mixed = stack.enter_context(vllm(folders))
+    ngram = stack.enter_context(vllm(folders, ngram=True))
+    small = stack.enter_context(llama(threads, prefix_caching=caching))
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
     return {
         "transformers base": transformers(plain, tokens, lora=False),
@@ -151,6 +158,7 @@ def main(
     peers: Annotated[bool, typer.Option(help="Run the peers (make bench-peers) beside us.")] = True,
     task: Annotated[str, typer.Option(help="Adapters and prompts: snips, or (without peers) wikisql.")] = "snips",
     temperature: Annotated[float, typer.Option(help="Of our rows; without peers.")] = 0.0,
+    prefix_caching: Annotated[bool, typer.Option(help="Ours, vLLM's and llama.cpp's. Prompts begin alike.")] = True,
 ) -> None:
     """Engine alone: base, eight LoRAs mixed, eight Turbo LoRAs mixed, beside transformers, PEFT, vLLM and llama.cpp."""
     torch.set_num_threads(threads)
@@ -159,24 +167,32 @@ def main(
     if peers and (task != "snips" or temperature):
         raise typer.BadParameter("the peers run on snips, greedily; add --no-peers", param_hint="task")
     adapters = eight_adapters(task)
-    engine = OfflineEngine(path, dtype, adapters, device="cpu", disable=())
-    ours = partial(slipstream, engine, task=task, temperature=temperature)
+    make = partial(OfflineEngine, path, dtype, adapters, device="cpu", disable=(), prefix_caching=prefix_caching)
+    plain, turbo = (partial(slipstream, make(), task=task, temperature=temperature) for _ in range(2))
     runs: dict[str, Run] = {
-        "Slipstream base": ours(tokens, lora=False, drafts=0),
-        # Drafts first: draft vocabularies learn from all answers, and must not know these.
-        "Slipstream 8 Turbo LoRAs": ours(tokens, lora=True, drafts=8),
-        "Slipstream 8 LoRAs": ours(tokens, lora=True, drafts=0),
-        "Slipstream 8 Turbo LoRAs, to end": ours(0, lora=True, drafts=8),
-        "Slipstream 8 LoRAs, to end": ours(0, lora=True, drafts=0),
+        "Slipstream base": plain(tokens, lora=False, drafts=0),
+        "Slipstream 8 Turbo LoRAs": turbo(tokens, lora=True, drafts=8),
+        "Slipstream 8 LoRAs": plain(tokens, lora=True, drafts=0),
+        "Slipstream 8 Turbo LoRAs, to end": turbo(0, lora=True, drafts=8),
+        "Slipstream 8 LoRAs, to end": plain(0, lora=True, drafts=0),
     }
-    name = "-".join(["engine", *([task] if task != "snips" else []), *([f"t{temperature}"] if temperature else [])])
-    results = Results(name, f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY)
+    options = {
+        "rounds": rounds, "tokens": tokens, "threads": threads, "dtype": dtype, "task": task, "temperature": temperature,
+    }  # fmt: skip
+    flags = [f"--{name} {value}" for name, value in options.items()]
+    flags += [f"--no-{name}" for name, wanted in (("peers", peers), ("prefix-caching", prefix_caching)) if not wanted]
+    kept = [*([task] if task != "snips" else []), *([f"t{temperature}"] if temperature else [])]
+    kept += [] if prefix_caching else ["no-prefixes"]
+    results = Results(
+        "-".join(["engine", *kept]), f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY
+    )
     with ExitStack() as stack:
         if peers:
-            runs |= peer_runs(stack, path, kind, adapters, tokens, threads)
+            runs |= peer_runs(stack, path, kind, adapters, tokens, threads, prefix_caching)
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
-            warm_up = prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid")
-            ours(0, lora=True, drafts=8)(Turn(max(CONCURRENCY), (), warm_up))
+            warm_up = Turn(max(CONCURRENCY), (), prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid"))
+            for name in ("Slipstream 8 LoRAs, to end", "Slipstream 8 Turbo LoRAs, to end"):
+                runs[name](warm_up)
             prompts = cycle(prompt_ids(task))
             for round_ in range(rounds + 1):
                 for n in CONCURRENCY:
@@ -186,14 +202,5 @@ def main(
                         bar.update(1)
                         if round_:  # the first round warms up
                             results.add(name, n, *measured)
-    options = {
-        "rounds": rounds,
-        "tokens": tokens,
-        "threads": threads,
-        "dtype": dtype,
-        "task": task,
-        "temperature": temperature,
-    }
-    flags = [*(f"--{name} {value}" for name, value in options.items()), *([] if peers else ["--no-peers"])]
     command = " ".join(["python -m benchmarks engine", *flags])
     print("\n" + results.write(PAIRS, {"command": command}))

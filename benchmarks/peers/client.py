@@ -69,15 +69,22 @@ class Peer:
 
 
 def vllm(
-    model: Path, dtype: str, adapters: Mapping[str, Path] | None = None, *, ngram: bool = False, threads: int = 2
+    model: Path,
+    dtype: str,
+    adapters: Mapping[str, Path] | None = None,
+    *,
+    ngram: bool = False,
+    prefix_caching: bool = False,
+    threads: int = 2,
 ) -> Peer:
     """vLLM with a base model and perhaps adapters (name → PEFT folder)."""
-    spec = {"model": str(model), "dtype": dtype, "ngram": ngram}
+    spec = {"model": str(model), "dtype": dtype, "ngram": ngram, "prefix_caching": prefix_caching}
     return Peer(
         VLLM.python, "vllm_peer.py", {**spec, "adapters": {n: str(p) for n, p in (adapters or {}).items()}}, threads
     )
 
 
-def llama(threads: int = 2) -> Peer:
+def llama(threads: int = 2, *, prefix_caching: bool = False) -> Peer:
     """llama.cpp with the default base model as it comes: 4 bits a weight."""
-    return Peer(LLAMA.python, "llama_peer.py", {"model": str(default_gguf()), "threads": threads}, threads)
+    spec = {"model": str(default_gguf()), "threads": threads, "prefix_caching": prefix_caching}
+    return Peer(LLAMA.python, "llama_peer.py", spec, threads)

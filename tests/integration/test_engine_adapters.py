@@ -293,6 +293,28 @@ def test_prefix_cache_never_crosses_tenants_or_adapters(zoo: Zoo) -> None:
     assert cached("rslora", "a") == 0
 
 
+@pytest.mark.parametrize("params", [greedy(20), SamplingParams(temperature=0.9, seed=3, max_tokens=20)])
+def test_prompts_that_leave_a_template_anywhere_answer_as_they_do_without_a_cache(
+    zoo: Zoo, params: SamplingParams
+) -> None:
+    model, folders, _ = zoo
+    template, ends = prompts(5)[-1], prompts(4)
+    found = {}
+    for caching in (False, True):
+        harness = Harness(model, folders, num_blocks=64, eos=frozenset())
+        harness.scheduler.prefix_caching = caching
+        jobs = [
+            Job(template[: 41 - 11 * i] + end, params, adapter=kind, draft_cap=8)
+            for kind in (None, "plain", "all-linear")
+            for i, end in enumerate(ends)
+        ]
+        answers = [harness.run([job])[0] for job in jobs]
+        found[caching] = answers, [job.sequence.cached_prompt for job in jobs if job.sequence is not None]
+    assert found[True][0] == found[False][0]
+    assert found[True][1] == [0, 30, 19, 8] * 3
+    assert found[False][1] == [0] * 12
+
+
 @pytest.mark.parametrize("quantize", list(Quantization))
 def test_a_quantised_base_serves_every_adapter_and_speculation_changes_nothing(
     zoo: Zoo, quantize: Quantization

@@ -120,6 +120,27 @@ def test_sampled_text_and_logprobs_are_those_of_one_rank(
             assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
 
 
+def test_every_rank_copies_its_part_of_a_block_that_a_prompt_begins_like(
+    zoo: Zoo, ranks: RankProcesses, tmp_path: Path
+) -> None:
+    model, folders, _ = zoo
+    model.save_pretrained(tmp_path)
+    template = prompts(5)[-1]
+
+    def ask(harness: Harness) -> list[Job]:
+        jobs = [Job([*template[:at], 5, at], greedy(12), adapter="all-linear", draft_cap=8) for at in (40, 27, 13)]
+        for job in jobs:
+            harness.run([job])
+        return jobs
+
+    plain = Harness(model, folders, eos=NO_EOS)
+    plain.scheduler.prefix_caching = False
+    with ranks.engine(tmp_path, 2, eos_ids=NO_EOS) as (_, runner):
+        several = ask(Harness(None, folders, eos=NO_EOS, runner=runner))
+    assert [job.answer for job in several] == [job.answer for job in ask(plain)]
+    assert [job.sequence.cached_prompt for job in several if job.sequence is not None] == [0, 27, 13]
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_over_several_ranks_equals_transformers(

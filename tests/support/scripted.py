@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Rows
 
-from slipstream.engine.plan import Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.plan import BlockCopy, Pick, PlannedSequence, SequenceResult, StepPlan, StepResult
 
 
 def next_token(tokens: Rows[int], vocab: int) -> int:
@@ -26,6 +26,7 @@ class ScriptedRunner:
 
     def run(self, plan: StepPlan) -> StepResult:
         self.tokens_per_step.append(plan.num_tokens)
+        self._copy(plan.copies)
         written: set[tuple[int, int]] = set()
         for part in plan.sequences:
             for i, token in enumerate(part.tokens):
@@ -34,6 +35,12 @@ class ScriptedRunner:
                 written.add(cell)
                 self.cells[cell] = token
         return StepResult({p.seq_id: self._decide(p) for p in plan.sequences if p.samples})
+
+    def _copy(self, copies: Rows[BlockCopy]) -> None:
+        assert len({copy.target for copy in copies}) == len(copies), "two copies go to one block"
+        held = [[self.cells[copy.source, i] for i in range(self.block_size)] for copy in copies]
+        for copy, tokens in zip(copies, held, strict=True):
+            self.cells |= {(copy.target, i): token for i, token in enumerate(tokens)}
 
     def _cell(self, part: PlannedSequence, position: int) -> tuple[int, int]:
         return part.blocks[position // self.block_size], position % self.block_size

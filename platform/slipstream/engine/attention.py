@@ -7,13 +7,17 @@ blocks gives a contiguous [kv_heads, batch, length, head_dim] with no further co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slipstream.errors import ModelUnsupported
+
+if TYPE_CHECKING:
+    from slipstream.engine.plan import BlockCopy
 
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})  # already in the rotary embedding
 ATTENTION_NAME = "slipstream_paged"
@@ -38,6 +42,12 @@ class KVCache:
         blocks = num_blocks + spare_blocks
         self.keys = [torch.zeros(h, blocks, block_size, d, dtype=dtype, device=device) for h, d in shapes]
         self.values = [torch.zeros_like(k) for k in self.keys]
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, all from what was there before."""
+        sources, targets = torch.tensor(copies, device=self.keys[0].device).unbind(1)
+        for cached in (*self.keys, *self.values):
+            cached.index_copy_(1, targets, cached.index_select(1, sources))
 
     def store(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the keys and values [kv_heads, n, D] of rows. slots: int64 [n], block * size + offset of each."""

@@ -32,11 +32,23 @@ class PlannedSequence:
     prompt_len: int = 0
 
 
+class BlockCopy(NamedTuple):
+    """Keys and values of a block that a sequence begins another one with."""
+
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. `sequences` with drafts and decodes first, prefill chunks after."""
+    """One step. `sequences` with drafts and decodes first, prefill chunks after.
+
+    `copies` come before all of them, each from what was there before the step: a source may be a target, or one of the
+    blocks that the step fills.
+    """
 
     sequences: tuple[PlannedSequence, ...]
+    copies: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -181,7 +181,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Forward → verify → guess."""
+        """Copy → forward → verify → guess."""
+        if plan.copies:
+            self.cache.copy(plan.copies)
         parts = plan.sequences
         order = self._bank.order([part.slot for part in parts], [len(part.tokens) for part in parts])
         batch = self._batch([parts[i] for i in order])

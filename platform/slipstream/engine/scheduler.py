@@ -17,8 +17,8 @@ from slipstream.engine.drafting import Drafting, judge
 from slipstream.engine.fairness import FairShare
 from slipstream.engine.leases import AdapterLease, AdapterSlots
 from slipstream.engine.pacing import PromptPacer
-from slipstream.engine.plan import Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
-from slipstream.engine.prefixes import publish, reusable_hashes
+from slipstream.engine.plan import BlockCopy, Emission, PlannedSequence, SequenceResult, StepPlan, StepResult
+from slipstream.engine.prefixes import Prefix, find, publish
 from slipstream.engine.sequence import Sequence, SequenceState
 from slipstream.protocol import FinishReason, work
 
@@ -51,6 +51,7 @@ class Scheduler:
         self._long_room: int | None = None  # rows left for long prompts in the step being planned; None = any
         self.counters = SchedulerCounters()
         self.started: list[Sequence] = []  # by the step planned last, for the first time
+        self._copies: list[BlockCopy] = []  # of the step being planned
         self._shares = FairShare()
         self._waiting: list[Sequence] = []  # by turn
         self._running: list[Sequence] = []  # in order of admission
@@ -113,7 +114,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Decide one step. Blocks for everything planned are held when this returns."""
         planned: dict[int, PlannedSequence] = {}
-        self.started = []
+        self.started, self._copies = [], []
         budget = self.max_batched_tokens
         by_arrival = sorted(self._running, key=_arrival)
         decodes = [s for s in by_arrival if self._missing(s) == 1]
@@ -127,7 +128,7 @@ class Scheduler:
             if seq.state is SequenceState.RUNNING and seq.seq_id not in planned:
                 budget -= self._plan_chunk(seq, budget, planned)
         self._admit(budget, planned)
-        return StepPlan(tuple(self._with_streams(list(planned.values()))))
+        return StepPlan(tuple(self._with_streams(list(planned.values()))), tuple(self._copies))
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """What a step took, before it is committed: teaches the pacer."""
@@ -310,8 +311,7 @@ class Scheduler:
     ) -> int | None:
         """Blocks for all known tokens, prefix hits first, and the rows of its first chunk. Nothing is held when that is None,
         for want of blocks, or 0: a long prompt for which others leave no room in this step, and which nobody waits behind."""
-        cached = self.pool.match(reusable_hashes(seq, self.pool.block_size)) if self.prefix_caching else []
-        known = len(cached) * self.pool.block_size
+        cached, similar, known = find(seq, self.pool) if self.prefix_caching else Prefix([], -1, 0)
         seq.paced = len(seq.tokens) - known > self.max_batched_tokens and not seq.begun
         size = self._chunk(seq, len(seq.tokens) - known, budget)
         rest = self.pool.allocate(self.pool.blocks_for(len(seq.tokens)) - len(cached)) if size else []
@@ -319,6 +319,8 @@ class Scheduler:
             self.pool.release(cached)
             return None if size else 0
         self._take_room(seq, size)
+        if known > len(cached) * self.pool.block_size:
+            self._copies.append(BlockCopy(similar, rest[0]))
         seq.blocks = cached + rest
         seq.num_computed = known
         seq.num_published = len(cached)

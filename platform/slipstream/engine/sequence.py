@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from slipstream.protocol import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from slipstream.engine.blocks import Link
     from slipstream.engine.chains import Chain
     from slipstream.engine.copying import CopyIndex
     from slipstream.engine.plan import Pick
@@ -48,7 +49,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of `tokens`
+    links: list[Link] = field(default_factory=list)  # of the leading full blocks of `tokens`
     num_published: int = 0
     guesses: tuple[Pick, ...] = ()  # its streams', for the tokens after tokens[-1]
     chain: Chain | None = None  # drafts that the step being run verifies

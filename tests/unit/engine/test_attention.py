@@ -8,7 +8,7 @@ import torch
 from slipstream.engine.attention import AttentionRules, KVCache, Segments
 from slipstream.engine.batch import build_batch
 from slipstream.engine.blocks import BlockPool
-from slipstream.engine.plan import PlannedSequence
+from slipstream.engine.plan import BlockCopy, PlannedSequence
 from slipstream.protocol import SamplingParams
 
 CPU = torch.device("cpu")
@@ -51,6 +51,17 @@ def test_a_query_sees_what_is_before_it_and_nothing_else() -> None:
             k, v = keys[head // 3, : 18 + row], values[head // 3, : 18 + row]
             expected = (0.3 * k @ query[head, row]).softmax(0) @ v
             torch.testing.assert_close(got[row, head], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_of_one_step_read_what_was_there_before_it() -> None:
+    """A block that one sequence begins with may go to another one in the same step."""
+    cache = KVCache([(KV_HEADS, DIM)] * 2, 5, SIZE, torch.bfloat16, CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    cache.copy([BlockCopy(0, 3), BlockCopy(4, 0), BlockCopy(0, 2)])
+    for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(tensor, old[:, [4, 1, 0, 0, 4]])
 
 
 def test_rows_of_one_pool_come_out_ascending() -> None:

@@ -127,6 +127,40 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert first.tokens == second.tokens
 
 
+def test_a_prompt_that_leaves_a_block_in_its_middle_starts_from_a_copy_of_it() -> None:
+    """As all prompts of an adapter do, whose template ends anywhere."""
+    scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK)
+    template = list(range(1, 11))
+    seqs = [make_seq(i, [*template, 20 + i, 30 + i], max_tokens=4) for i in range(3)]
+    for seq in seqs:
+        scheduler.add(seq)
+        run(scheduler, runner)
+    assert [seq.cached_prompt for seq in seqs] == [0, 10, 10]
+    assert [seq.tokens[12:] for seq in seqs] == [expected_answer(seq.tokens[:12], 4) for seq in seqs]
+
+
+def test_a_prompt_within_the_first_block_and_one_asked_again_compute_what_is_new() -> None:
+    scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK)
+    first, other, again = ([1, 2, 3], [1, 2, 9], [1, 2, 3])
+    cached = []
+    for i, prompt in enumerate((first, other, again)):
+        seq = make_seq(i, prompt, max_tokens=6)
+        scheduler.add(seq)
+        run(scheduler, runner)
+        cached.append(seq.cached_prompt)
+    assert cached == [0, 2, 2], "the last token is always computed"
+
+
+def test_other_tenants_and_adapters_blocks_are_not_copied() -> None:
+    scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK)
+    prompt = [1, 2, 3, 4, 5, 6]
+    for i, (tenant, adapter) in enumerate([("t", None), ("u", None), ("t", "a"), ("t", None)]):
+        seq = make_seq(i, prompt, max_tokens=6, tenant=tenant, adapter=adapter)
+        scheduler.add(seq)
+        run(scheduler, runner)
+        assert seq.cached_prompt == (5 if i == 3 else 0)
+
+
 def test_stops_drop_the_accepted_tail() -> None:
     scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK, accept=1.0)
     prompt = [7, 8, 9]
