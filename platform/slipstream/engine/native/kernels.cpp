@@ -1030,6 +1030,7 @@ void draw(std::int64_t* places, float* noise, float* sums, const T* logits, std:
 // which are widened on their way: then sums are multiplied by each output's step before the bias.
 constexpr int kTile = 12;             // most rows whose sums stay in registers
 constexpr std::int64_t kBlock = 192;  // most rows that share a pass over the weights
+constexpr int kLine = 64;             // bytes of a cache line
 constexpr int kAhead = 8192;          // bytes of weights: computing on few rows leaves time to ask for them so early
 
 #ifdef __AVX512BF16__
@@ -1050,10 +1051,12 @@ enum class Panel {
 template <Panel kind>
 using Kind = std::integral_constant<Panel, kind>;
 
-// A function of its own with every loop over sums unrolled, or GCC keeps them in memory.
+// A function of its own with every loop over sums unrolled, or GCC keeps them in memory. next: where a line of
+// memory is asked for with each pair of inputs; null = nowhere.
 template <int kCount, Panel kind, class W>
 [[gnu::noinline]] void product_tile(bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
-                                    std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide) {
+                                    std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide,
+                                    const char* next) {
   __m512 acc[kCount][2];
   int low = lanes < kLanes ? lanes : kLanes, high = lanes - low;
   auto shift = [&](int h) { return bias && (h ? high : low) ? load(bias + h * kLanes, h ? high : low) : F{}; };
@@ -1069,6 +1072,8 @@ template <int kCount, Panel kind, class W>
       prefetch(panel, kAhead);
       if constexpr (sizeof(W) > 1) prefetch(panel + kPanel, kAhead);
     }
+    if constexpr (kind == Panel::kWhole)
+      if (next) _mm_prefetch(next, _MM_HINT_T1), next += kLine;
     if constexpr (kind == Panel::kKept) {
       std::memcpy(wide, &w0, sizeof w0);
       std::memcpy(wide + kPanel, &w1, sizeof w1);
@@ -1097,11 +1102,11 @@ template <int kCount, Panel kind, class W>
 
 template <int kCount, Panel kind, class W>
 void product_rows(int count, bf16* y, std::int64_t y_row, const bf16* x, std::int64_t x_row, const W* panel,
-                  std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide) {
+                  std::int64_t inputs, const float* scale, const bf16* bias, int lanes, bf16* wide, const char* next) {
   if (count == kCount)
-    product_tile<kCount, kind>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
+    product_tile<kCount, kind>(y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide, next);
   else if constexpr (kCount > 1)
-    product_rows<kCount - 1, kind>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide);
+    product_rows<kCount - 1, kind>(count, y, y_row, x, x_row, panel, inputs, scale, bias, lanes, wide, next);
 }
 
 bf16* panel_room(std::int64_t size) {  // of each thread, for a panel that several tiles of rows read
@@ -1124,13 +1129,19 @@ void product(bf16* y, const bf16* x, std::int64_t x_row, const W* weight, const 
       int lanes = outputs - column < kPanel ? int(outputs - column) : kPanel;
       const float* steps = scale ? scale + column : nullptr;
       std::int64_t tiles = cut(end - row, kTile);
+      const W* panel = weight + column * inputs;
+      // While later tiles compute on what the first one has read memory would idle: the first two ask for a half each of the
+      // next panel. (Bytes come twice as fast, and widening them has no time to ask.)
+      int asking = sizeof(W) > 1 && tiles > 1 ? 2 : 0;
+      const char* next = reinterpret_cast<const char*>(panel + kPanel * inputs);
       auto tile = [&](auto kind, const auto* panel, bf16* wide) {
         int count = int(cut(end - row, tiles--));
         product_rows<kTile, decltype(kind)::value>(count, y + row * outputs + column, outputs, x + row * x_row, x_row, panel,
-                                                   inputs, steps, bias ? bias + column : nullptr, lanes, wide);
+                                                   inputs, steps, bias ? bias + column : nullptr, lanes, wide,
+                                                   asking ? next : nullptr);
         row += count;
+        if (asking) asking--, next += inputs / 2 * kLine;
       };
-      const W* panel = weight + column * inputs;
       if constexpr (sizeof(W) > 1) {
         while (tiles > 0) tile(Kind<Panel::kWhole>{}, panel, nullptr);
       } else if (tiles == 1) {
