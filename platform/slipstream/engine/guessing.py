@@ -1,4 +1,7 @@
-"""What streams say comes next: from the last accepted row of each sequence for which some are to run."""
+"""What streams say comes next: from the last accepted row of each sequence for which some are to run.
+
+Whatever the request's temperature, a guess is the most likely token, penalties and bias included (docs/decisions/0001).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Guesses = dict[int, tuple[Pick, ...]]  # by seq_id
 @dataclass(frozen=True, slots=True)
 class _Chain:
     """One sequence's guesses. emitted: what it has just said; states: its rows of the streams' states; asked: how they are
-    sampled, if none depends on the ones before it."""
+    picked, if none depends on the ones before it."""
 
     part: PlannedSequence
     emitted: tuple[int, ...]
@@ -56,7 +59,7 @@ class Guesser:
             row = first + len(tokens) - 1
             if part.draft_next > 0 and not broken[row]:
                 last.append(row)
-                chains.append(_chain(part, tuple(tokens), range(end, end + part.draft_next)))
+                chains.append(_chain(self.colder(part), tuple(tokens), range(end, end + part.draft_next)))
                 end += part.draft_next
         if not chains:
             return {}
@@ -71,6 +74,13 @@ class Guesser:
         left = [chain for chain in chains if chain.part.seq_id not in found]
         return found | self._whole(left, states) if left else found
 
+    def colder(self, part: PlannedSequence) -> PlannedSequence:
+        """The sequence with the parameters by which its guesses are picked."""
+        params = part.params
+        if params.temperature == 0.0 and params.logprobs is None:
+            return part
+        return replace(part, params=replace(params, temperature=0.0, logprobs=None))
+
     def _cut(self, chains: Sequence[_Chain]) -> list[_Chain]:
         """Those that pick from a draft vocabulary. None, if these together are no less than the whole one."""
         head = self._picker.head
@@ -82,8 +92,8 @@ class Guesser:
 
     def _among(self, chains: Sequence[_Chain], states: torch.Tensor) -> Guesses:
         """From draft vocabularies."""
-        asked = [replace(row, among=chain.part.draft_among) for chain in chains for row in chain.asked]
-        return _by_sequence(chains, self._picker.among(asked, _rows(states, chains)))
+        among = [ids for chain in chains for _ in chain.states if (ids := chain.part.draft_among) is not None]
+        return _by_sequence(chains, self._picker.among(among, _rows(states, chains)))
 
     def _whole(self, chains: Sequence[_Chain], states: torch.Tensor) -> Guesses:
         """From all of the vocabulary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -40,10 +41,12 @@ class Picker:
                 best[row] = pick
         return [pick for pick in best if pick is not None]
 
-    def among(self, asked: Sequence[RowRequest], states: torch.Tensor) -> list[Pick]:
-        """One of the ids that each row is to pick from: see `Head.scores_among`. All rows are plain and have some."""
-        scores = self.head.scores_among(states, [row.among for row in asked if row.among is not None])
-        return self.sampler.pick(scores, asked, None)
+    def among(self, among: Sequence[array[int]], states: torch.Tensor) -> list[Pick]:
+        """The best of the ids that each row of states [m, H] has: see `Head.scores_among`."""
+        best = self.sampler.columns.best(self.head.scores_among(states, among))
+        found = zip(among, best.ids.tolist(), best.gaps.tolist(), strict=True)
+        # A row that is not numbers has its best anywhere.
+        return [Pick(ids[min(column, len(ids) - 1)], margin) for ids, column, margin in found]
 
     def _pick_from_all(
         self, asked: Sequence[RowRequest], hidden: torch.Tensor, slots: Sequence[int]

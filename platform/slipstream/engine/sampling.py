@@ -1,13 +1,11 @@
 """From logits to one token a row: penalties, temperature, truncation and keyed noise, in the order of methods.md 2.5.
 
 `pick` is a pure function of (logits row, history, parameters, output position). Verification calls it for every row with
-the history that row would have had without speculation; drafting calls it on the streams' logits for the positions ahead,
-with the *same* noise, so that a draft is right whenever the two distributions agree well enough, at any temperature.
+the history that row would have had without speculation; drafting calls it on the streams' logits for the positions ahead.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +77,6 @@ class RowRequest:
     position: int  # index in the answer; keys the noise
     history: Sequence[int] = ()  # prompt + answer + drafts before this row; only read when a penalty is on
     prompt_len: int = 0
-    among: array[int] | None = None  # ids, int32, of the first columns; None = columns are ids. Only of plain rows
 
     @property
     def is_plain(self) -> bool:
@@ -116,9 +113,10 @@ class Sampler:
         self._noise = GumbelNoise(vocab_size, device)
 
     def pick(self, logits: torch.Tensor, rows: Sequence[RowRequest], exact: ExactLogits | None) -> list[Pick]:
-        """One token a row. logits: [R, V] (of a tensor-parallel rank: its columns; or of ids that rows are to pick from, -inf
-        after the last), any float dtype, left as it is. Margins are those of the logits given, whatever `exact` says of close
-        calls."""
+        """One token a row. logits: [R, V] (of a tensor-parallel rank: its columns), any float dtype, left as it is.
+
+        Margins are those of the logits given, whatever `exact` says of close calls.
+        """
         plain = [i for i, row in enumerate(rows) if row.is_plain]
         greedy = [i for i in plain if rows[i].params.temperature == 0.0]
         drawn = [i for i in plain if rows[i].params.temperature > 0.0] if self._draw is not None else []
@@ -131,7 +129,7 @@ class Sampler:
             whole = self.columns.whole(_rows(logits, others))
             for i, row_logits in zip(others, whole, strict=True):
                 picks[i] = self._pick_row(row_logits, rows[i], partial(exact, i) if exact else None)
-        return [_named(picks[i], row.among) for i, row in enumerate(rows)]
+        return [picks[i] for i in range(len(rows))]
 
     def _greedy(self, logits: torch.Tensor, rows: list[int], exact: ExactLogits | None) -> list[Pick]:
         picked = _rows(logits, rows)
@@ -177,9 +175,6 @@ class Sampler:
     ) -> Pick:
         p = row.params
         noise = self._noise.row(p.seed, row.position) if p.temperature > 0.0 else None
-        if row.among is not None:
-            logits = logits[: len(row.among)]
-            noise = noise[torch.frombuffer(row.among, dtype=torch.int32)] if noise is not None else None
         temperature = row.temperature
         raw = logits.float()
         scores = self._process(raw.clone(), row)
@@ -217,11 +212,6 @@ def close_calls(gaps: torch.Tensor, values: torch.Tensor) -> list[int]:
     the second is from the best, in logits, and how large a candidate's logit is, float32 [R]."""
     found: list[int] = (gaps <= 0.02 * values.clamp_min(1.0)).nonzero().flatten().tolist()
     return found
-
-
-def _named(pick: Pick, among: array[int] | None) -> Pick:
-    """A column's pick, by its id. Rows that are not numbers have their best anywhere."""
-    return pick if among is None else Pick(among[min(pick.token, len(among) - 1)], pick.margin)
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

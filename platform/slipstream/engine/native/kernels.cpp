@@ -901,18 +901,7 @@ inline F gumbel(U ids, std::uint32_t low, std::uint32_t high) {
 struct Draw {  // how a row is sampled
   std::int64_t key;
   float temperature, top_p, min_p;
-  std::int32_t top_k;       // 0 = all
-  const std::int32_t* ids;  // of the first `count` columns, the others are -inf; null = columns are ids
-  std::int64_t count;
-
-  // The ids of columns i … i + 15; of those that have none, whatever.
-  U ids_at(std::int64_t i) const {
-    if (!ids) return U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + std::uint32_t(i);
-    if (count - i >= kLanes) return read<U>(ids + i);
-    U some{};
-    for (int lane = 0; lane < count - i; lane++) some[lane] = std::uint32_t(ids[i + lane]);
-    return some;
-  }
+  std::int32_t top_k;  // 0 = all
 };
 
 // The largest value at or above which lie `share` of all weight. values, weights: scratch, in any order, and reordered.
@@ -952,6 +941,7 @@ inline float nucleus(float* values, float* weights, std::int64_t count, double n
 template <class T>
 void draw(std::int64_t* places, float* noise, float* sums, const T* logits, std::int64_t row, std::int64_t rows,
           std::int64_t width, const Draw* draws, std::int64_t most) {
+  const U lane_ids = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   std::int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   float* scaled = new (std::align_val_t(64)) float[3 * padded];
   float *values = scaled + padded, *weights = values + padded;
@@ -1008,7 +998,7 @@ void draw(std::int64_t* places, float* noise, float* sums, const T* logits, std:
       F v = load(scaled + i);
       I kept = (v >= least) & (v > -INFINITY);
       if (largest(choose(kept, splat(1.0f), F{})) == 0.0f) continue;
-      F g = gumbel(d.ids_at(i), low, high), noisy = choose(kept, v + g, splat(-INFINITY));
+      F g = gumbel(lane_ids + std::uint32_t(i), low, high), noisy = choose(kept, v + g, splat(-INFINITY));
       if (!(largest(noisy) > own_sums[most - 1])) continue;
       for (int lane = 0; lane < kLanes; lane++) {
         std::int64_t j = most;

@@ -253,7 +253,7 @@ def scores(weight: torch.Tensor, states: torch.Tensor, candidates: Sequence[Cand
 class _Draw(ctypes.Structure):
     _fields_ = (
         ("key", ctypes.c_uint64), ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("min_p", ctypes.c_float),
-        ("top_k", ctypes.c_int32), ("ids", ctypes.c_void_p), ("count", ctypes.c_int64),
+        ("top_k", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -270,7 +270,6 @@ def draw(logits: torch.Tensor, rows: Sequence[RowRequest], most: int) -> Drawn:
                 p.top_p,
                 p.min_p,
                 max(p.top_k, 0),
-                *(row.among.buffer_info() if row.among is not None else (None, 0)),
             )
             for row in rows
             for p in (row.params,)
