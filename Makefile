@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
-# Not for tests that start clusters: those want all cores.
+# Not for tests that start Ray: those want all cores.
 SIDE_BY_SIDE := -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
@@ -17,9 +17,9 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 	@exec $(BIN)/slipstream serve
 
 test: $(VENV)/dev.stamp $(VENV)/kube-tools.stamp ## All tests that need no GPU: unit, contract, integration, end to end
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not soak" tests/unit tests/k8s tests/contract $(ARGS); first=$$?; \
-	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
-	  $(PYTEST) -m "not gpu and not soak" tests/integration tests/e2e $(ARGS); second=$$?; \
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not ray and not gpu and not soak" tests/unit tests/k8s tests/contract tests/integration $(ARGS); \
+	  first=$$?; [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
+	  $(PYTEST) -m "ray and not gpu and not soak" tests/integration tests/e2e $(ARGS); second=$$?; \
 	  [ $$second = 5 ] && exit $$first || exit $$second # 5: ARGS chose none of these
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds
