@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from slipstream.protocol import SamplingParams
 
 CONCURRENCY = (1, 8, 32)
 REQUESTS = {1: 8, 8: 32, 32: 64}  # of our fixed-length rows, so many at a time: drafts make answers end apart
+PLAIN = "plain-"  # begins the names of LoRAs without their streams
 END_TOKENS = 96  # cap of the answers that run to their end
 WARM_UP = 30  # requests that each adapter has answered before the first round, as one in service long has
 
@@ -63,21 +65,26 @@ PAIRS = [
 ]
 
 
+class Kind(StrEnum):
+    """What of ours answers."""
+
+    BASE = "base"
+    LORA = "8 LoRAs"
+    TURBO = "8 Turbo LoRAs"
+
+
+def with_plain(adapters: Mapping[str, AdapterWeights]) -> dict[str, AdapterWeights]:
+    """Turbo LoRAs and, under names of their own, their LoRAs: in one engine, where none knows what the other has said."""
+    return {**adapters, **{f"{PLAIN}{name}": replace(weights, streams=None) for name, weights in adapters.items()}}
+
+
 def names_of(count: int, task: str = "snips") -> list[str]:
     """The adapter of each request: eight in turn."""
     return [f"{task}-{i % NUM_ADAPTERS}" for i in range(count)]
 
 
-def slipstream(
-    engine: OfflineEngine,
-    tokens: int,
-    *,
-    lora: bool,
-    drafts: int,
-    task: str = "snips",
-    temperature: float = 0.0,
-) -> Run:
-    """Our engine on answers of a fixed length, as many at a time all along, or (`tokens` 0) on so many to their end.
+def slipstream(engine: OfflineEngine, tokens: int, kind: Kind, *, task: str = "snips", temperature: float = 0.0) -> Run:
+    """Our engine (`with_plain`) on answers of a fixed length, as many at a time all along, or (`tokens` 0) to their end.
 
     The peers' answers of a fixed length all end together, so that one wave of them runs at that many all along, too.
     """
@@ -85,11 +92,10 @@ def slipstream(
     def run(turn: Turn) -> tuple[float, float]:
         params = SamplingParams(temperature=temperature, max_tokens=tokens or END_TOKENS, ignore_eos=bool(tokens))
         prompts = turn.fixed if tokens else turn.ended
-        names = names_of(len(prompts), task) if lora else [None] * len(prompts)
-        rows = [
-            Row(prompt, replace(params, seed=i), name, drafts)
-            for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
-        ]
+        rows = []
+        for i, (prompt, turbo) in enumerate(zip(prompts, names_of(len(prompts), task), strict=True)):
+            name = {Kind.BASE: None, Kind.LORA: f"{PLAIN}{turbo}", Kind.TURBO: turbo}[kind]
+            rows.append(Row(prompt, replace(params, seed=i), name, 8 if kind is Kind.TURBO else 0))
         outcome = engine.run(rows, concurrency=turn.count)
         return outcome.tokens_per_s, outcome.tokens_per_step
 
@@ -167,15 +173,11 @@ def main(
     if peers and (task != "snips" or temperature):
         raise typer.BadParameter("the peers run on snips, greedily; add --no-peers", param_hint="task")
     adapters = eight_adapters(task)
-    make = partial(OfflineEngine, path, dtype, adapters, device="cpu", disable=(), prefix_caching=prefix_caching)
-    plain, turbo = (partial(slipstream, make(), task=task, temperature=temperature) for _ in range(2))
-    runs: dict[str, Run] = {
-        "Slipstream base": plain(tokens, lora=False, drafts=0),
-        "Slipstream 8 Turbo LoRAs": turbo(tokens, lora=True, drafts=8),
-        "Slipstream 8 LoRAs": plain(tokens, lora=True, drafts=0),
-        "Slipstream 8 Turbo LoRAs, to end": turbo(0, lora=True, drafts=8),
-        "Slipstream 8 LoRAs, to end": plain(0, lora=True, drafts=0),
-    }
+    engine = OfflineEngine(path, dtype, with_plain(adapters), device="cpu", disable=(), prefix_caching=prefix_caching)
+    ours = partial(slipstream, engine, task=task, temperature=temperature)
+    ended = {kind: ours(0, kind) for kind in (Kind.TURBO, Kind.LORA)}
+    runs: dict[str, Run] = {f"Slipstream {kind}": ours(tokens, kind) for kind in Kind}
+    runs |= {f"Slipstream {kind}, to end": run for kind, run in ended.items()}
     options = {
         "rounds": rounds, "tokens": tokens, "threads": threads, "dtype": dtype, "task": task, "temperature": temperature,
     }  # fmt: skip
@@ -191,8 +193,8 @@ def main(
             runs |= peer_runs(stack, path, kind, adapters, tokens, threads, prefix_caching)
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
             warm_up = Turn(max(CONCURRENCY), (), prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid"))
-            for name in ("Slipstream 8 LoRAs, to end", "Slipstream 8 Turbo LoRAs, to end"):
-                runs[name](warm_up)
+            for run in ended.values():
+                run(warm_up)
             prompts = cycle(prompt_ids(task))
             for round_ in range(rounds + 1):
                 for n in CONCURRENCY:

@@ -10,7 +10,7 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from benchmarks.engine import CONCURRENCY, Turn, slipstream
+from benchmarks.engine import CONCURRENCY, Kind, Turn, slipstream
 from benchmarks.report import table
 from benchmarks.results import Results
 from benchmarks.workload import SHARED, TASKS, adapter_folder, model_path, prompt_ids
@@ -54,7 +54,7 @@ def main(
             for n in CONCURRENCY:
                 turn = Turn.of(n, prompts)
                 for name, engine in engines.items():
-                    measured = slipstream(engine, tokens, lora=False, drafts=0)(turn)
+                    measured = slipstream(engine, tokens, Kind.BASE)(turn)
                     bar.update(1)
                     if round_:
                         results.add(name, n, *measured)

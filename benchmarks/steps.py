@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.engine import CONCURRENCY, WARM_UP, Turn, slipstream
+from benchmarks.engine import CONCURRENCY, WARM_UP, Kind, Turn, slipstream, with_plain
 from benchmarks.report import table
 from benchmarks.workload import NUM_ADAPTERS, eight_adapters, model_path, prompt_ids
 from slipstream.engine.offline import OfflineEngine
@@ -75,23 +75,22 @@ def main(
 ) -> None:
     """Milliseconds of a decoding step: base, eight LoRAs, eight Turbo LoRAs at 1, 8 and 32 requests."""
     torch.set_num_threads(threads)
-    engine = OfflineEngine(model_path(), "auto", eight_adapters(), device="cpu", disable=())
+    engine = OfflineEngine(model_path(), "auto", with_plain(eight_adapters()), device="cpu", disable=())
     watch, prompts = Watch(engine), iter(prompt_ids("snips"))
     warm_up = prompt_ids("snips", WARM_UP * NUM_ADAPTERS, split="valid")
-    slipstream(engine, 0, lora=True, drafts=8)(Turn(max(CONCURRENCY), (), warm_up))
-    kinds = {"base": (False, 0), "8 LoRAs": (True, 0), "8 Turbo LoRAs": (True, 8)}
+    slipstream(engine, 0, Kind.TURBO)(Turn(max(CONCURRENCY), (), warm_up))
     rows = []
-    with typer.progressbar(length=len(CONCURRENCY) * len(kinds), label="Measuring") as bar:
+    with typer.progressbar(length=len(CONCURRENCY) * len(Kind), label="Measuring") as bar:
         for n in CONCURRENCY:
             turn = Turn.of(n, prompts)
-            for name, (lora, drafts) in kinds.items():
+            for kind in Kind:
                 watch.wanted, watch.steps = n, []
-                _, per_step = slipstream(engine, tokens, lora=lora, drafts=drafts)(turn)
+                _, per_step = slipstream(engine, tokens, kind)(turn)
                 bar.update(1)
                 medians = {part: median(step[part] for step in watch.steps) for part in PARTS}
                 rest = medians["step"] - medians["decoder"] - medians["picking"] - medians["drafting"]
                 counted = [mean(step[what] for step in watch.steps) for what in ("rows", "streams")]
                 times = [f"{value:.1f}" for value in (*medians.values(), rest)]
-                rows.append([str(n), name, *times, *(f"{count:.1f}" for count in counted), f"{per_step:.2f}"])
+                rows.append([str(n), kind, *times, *(f"{count:.1f}" for count in counted), f"{per_step:.2f}"])
     head = ["requests", "system", *PARTS, "the rest", "rows", "streams", "tokens a step"]
     print("\n" + table(head, rows))
