@@ -19,7 +19,7 @@ serve: $(VENV)/serve.stamp ## Install, fetch the default base model, and serve o
 test: $(VENV)/dev.stamp $(VENV)/kube-tools.stamp ## All tests that need no GPU: unit, contract, integration, end to end
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not ray and not gpu and not soak" tests/unit tests/k8s tests/contract tests/integration $(ARGS); \
 	  first=$$?; [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
-	  $(PYTEST) -m "ray and not gpu and not soak" tests/integration tests/e2e $(ARGS); second=$$?; \
+	  $(PYTEST) -m "ray and not gpu and not soak" tests/k8s tests/integration tests/e2e $(ARGS); second=$$?; \
 	  [ $$second = 5 ] && exit $$first || exit $$second # 5: ARGS chose none of these
 
 check: $(VENV)/dev.stamp ## Formatting, lint, types and unit tests: under 90 seconds

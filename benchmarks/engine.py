@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -44,8 +44,13 @@ class Turn:
     @staticmethod
     def of(count: int, prompts: Iterator[list[int]]) -> Turn:
         """The next prompts. One at a time, everybody answers a few one after the other (transformers and PEFT one)."""
-        most = REQUESTS[count]
-        return Turn(count, list(islice(prompts, most)), list(islice(prompts, most if count == 1 else count)))
+        fixed, ended = Turn.sizes(count)
+        return Turn(count, list(islice(prompts, fixed)), list(islice(prompts, ended)))
+
+    @staticmethod
+    def sizes(count: int) -> tuple[int, int]:
+        """Prompts of a turn, of either kind."""
+        return REQUESTS[count], REQUESTS[count] if count == 1 else count
 
 
 Run = Callable[[Turn], tuple[float, float]]  # → (output tokens/s, tokens per step)
@@ -128,6 +133,14 @@ def transformers(model: object, tokens: int, *, lora: bool) -> Run:
     return run
 
 
+def warm(peer: Peer, prompts: Sequence[list[int]], *, lora: bool) -> None:
+    """Show a peer the prompts that ours have answered before, for its prefix cache."""
+    most = max(CONCURRENCY)
+    for at in range(0, len(prompts), most):
+        some = prompts[at : at + most]
+        peer.run(some, names_of(len(some)) if lora else [None] * len(some), 1, to_end=False)
+
+
 def peer_runs(
     stack: ExitStack,
     path: Path,
@@ -136,14 +149,17 @@ def peer_runs(
     tokens: int,
     threads: int,
     caching: bool,
+    past: Sequence[list[int]],
 ) -> dict[str, Run]:
-    """Everybody else, each in its best mode; their processes end with `stack`."""
+    """Everybody else, each in its best mode, after the prompts of `past`; their processes end with `stack`."""
     dtype, folders = str(kind).removeprefix("torch."), write_peft(adapters)
     vllm = partial(start_vllm, path, dtype, prefix_caching=caching, threads=threads)
     base = stack.enter_context(vllm())
     mixed = stack.enter_context(vllm(folders))
     ngram = stack.enter_context(vllm(folders, ngram=True))
     small = stack.enter_context(llama(threads, prefix_caching=caching))
+    for peer in (base, mixed, ngram, small):
+        warm(peer, past, lora=peer in (mixed, ngram))
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval()
     return {
         "transformers base": transformers(plain, tokens, lora=False),
@@ -172,6 +188,10 @@ def main(
     dtype = str(kind).removeprefix("torch.")
     if peers and (task != "snips" or temperature):
         raise typer.BadParameter("the peers run on snips, greedily; add --no-peers", param_hint="task")
+    rows = prompt_ids(task)
+    most = len(rows) // sum(sum(Turn.sizes(n)) for n in CONCURRENCY) - 1
+    if rounds > most:
+        raise typer.BadParameter(f"{task} has new prompts for {most} rounds", param_hint="rounds")
     adapters = eight_adapters(task)
     engine = OfflineEngine(path, dtype, with_plain(adapters), device="cpu", disable=(), prefix_caching=prefix_caching)
     ours = partial(slipstream, engine, task=task, temperature=temperature)
@@ -184,18 +204,18 @@ def main(
     flags = [f"--{name} {value}" for name, value in options.items()]
     flags += [f"--no-{name}" for name, wanted in (("peers", peers), ("prefix-caching", prefix_caching)) if not wanted]
     kept = [*([task] if task != "snips" else []), *([f"t{temperature}"] if temperature else [])]
-    kept += [] if prefix_caching else ["no-prefixes"]
+    kept += [*([] if prefix_caching else ["no-prefixes"]), *([] if peers or kept else ["alone"])]
     results = Results(
         "-".join(["engine", *kept]), f"SmolLM2-135M, {dtype}, {threads} CPU threads, engine alone", CONCURRENCY
     )
+    past = prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid")
     with ExitStack() as stack:
         if peers:
-            runs |= peer_runs(stack, path, kind, adapters, tokens, threads, prefix_caching)
+            runs |= peer_runs(stack, path, kind, adapters, tokens, threads, prefix_caching, past)
         with typer.progressbar(length=(rounds + 1) * len(CONCURRENCY) * len(runs), label="Measuring") as bar:
-            warm_up = Turn(max(CONCURRENCY), (), prompt_ids(task, WARM_UP * NUM_ADAPTERS, split="valid"))
             for run in ended.values():
-                run(warm_up)
-            prompts = cycle(prompt_ids(task))
+                run(Turn(max(CONCURRENCY), (), past))
+            prompts = iter(rows)
             for round_ in range(rounds + 1):
                 for n in CONCURRENCY:
                     turn = Turn.of(n, prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated
 
 import torch
@@ -77,12 +78,12 @@ def gaps(engine: OfflineEngine, pacer: PromptPacer | None, runners: int, long: i
     core.scheduler.pacer = None
 
 
-def shared_prefix(engine: OfflineEngine, requests: int) -> tuple[float, float, int]:
+def shared_prefix(engine: OfflineEngine, ends: list[list[int]]) -> tuple[float, float, int]:
     """Requests with one long prefix: (output tokens/s, seconds to the first token of one more alone, cached tokens)."""
     prefix = [token for ids in prompt_ids("snips", 100) for token in ids][:SHARED_PREFIX]
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     before = engine._core.scheduler.counters.prefix_hit_tokens
-    rows = [Row(prefix + ids, params) for ids in prompt_ids("snips", requests)]
+    rows = [Row(prefix + ids, params) for ids in ends]
     outcome = engine.run(rows, concurrency=8)
     one = engine.run([Row([*rows[-1].prompt[:-1], 7], SamplingParams(temperature=0.0, max_tokens=1))])
     return outcome.tokens_per_s, one.seconds, engine._core.scheduler.counters.prefix_hit_tokens - before
@@ -112,11 +113,11 @@ def main(
     print(table(head, [[name, *gap.line()] for name, gap in found.items()]))
     speeds = {name: Series() for name in ("no cache", "prefix cache")}
     firsts = {name: Series() for name in speeds}
-    hits = 0
+    hits, ends = 0, iter(prompt_ids("snips")[100:])  # new ones each time: only the prefix is to be found
     for _ in range(rounds):
         for name, series in speeds.items():
             engine._core.scheduler.prefix_caching = name == "prefix cache"
-            speed, first, hits = shared_prefix(engine, requests)
+            speed, first, hits = shared_prefix(engine, list(islice(ends, requests)))
             series.values.append(speed)
             firsts[name].values.append(1000 * first)
     lines = [[name, str(speeds[name]), str(firsts[name])] for name in speeds]

@@ -53,7 +53,7 @@ def main(
     disable = STREAMS_ONLY if fixed else (FastPath.COPIED_DRAFTS,)
     engine = OfflineEngine(model_path(), "auto", adapters, device="cpu", disable=disable)
     scheduler = engine._core.scheduler  # a measurement's business, not an interface's
-    known = {name: deepcopy(scheduler.drafting) for name in SPECULATORS}  # what each is known for
+    known = {name: deepcopy(scheduler.drafting) for name in (PLAIN, *SPECULATORS)}  # what each is known for
     prompts = prompt_ids("snips", 32)
     kind = "all drafts always" if fixed else "draft length by goodput"
     results = Results("sweep-fixed" if fixed else "sweep", f"8 Turbo LoRAs, {streams} streams, {kind}", CONCURRENCY)
@@ -62,6 +62,7 @@ def main(
         for round_ in range(rounds + 1):
             for n in CONCURRENCY:
                 rows = [Row(prompts[i % 32], params, name, 0) for i, name in enumerate(names_of(n))]
+                scheduler.drafting = known[PLAIN]
                 plain = engine.run(rows)
                 found = {PLAIN: plain}
                 for name, chances in SPECULATORS.items():

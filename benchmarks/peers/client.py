@@ -74,7 +74,7 @@ def vllm(
     adapters: Mapping[str, Path] | None = None,
     *,
     ngram: bool = False,
-    prefix_caching: bool = False,
+    prefix_caching: bool,
     threads: int = 2,
 ) -> Peer:
     """vLLM with a base model and perhaps adapters (name → PEFT folder)."""
@@ -84,7 +84,7 @@ def vllm(
     )
 
 
-def llama(threads: int = 2, *, prefix_caching: bool = False) -> Peer:
+def llama(threads: int = 2, *, prefix_caching: bool) -> Peer:
     """llama.cpp with the default base model as it comes: 4 bits a weight."""
     spec = {"model": str(default_gguf()), "threads": threads, "prefix_caching": prefix_caching}
     return Peer(LLAMA.python, "llama_peer.py", spec, threads)

@@ -65,15 +65,17 @@ def test_no_fast_path_changes_the_text(zoo: Zoo, disable: tuple[FastPath, ...]) 
 
 
 @torch.inference_mode()
-def reference_drafts(model: Any, weights: AdapterWeights, tokens: list[int]) -> list[int]:
-    """Greedy drafts after `tokens` in float64, by the definition of `StreamWeights`; `model` carries the LoRA."""
+def reference_drafts(
+    model: Any, weights: AdapterWeights, tokens: list[int], prompt_len: int, presence: float
+) -> list[int]:
+    """The likeliest drafts after `tokens` in float64, by the definition of `StreamWeights`; `model` carries the LoRA."""
     base = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
     ids = torch.tensor([tokens])
     h = base.model(input_ids=ids[:, :-1]).last_hidden_state[0, -1]
     embedding = base.get_input_embeddings()(ids[0, -1])
     s = weights.streams
     assert s is not None
-    drafts = []
+    drafts: list[int] = []
     for k in range(s.num_streams):
         if s.weight is not None:
             inner = s.weight[k].double() @ h
@@ -83,19 +85,28 @@ def reference_drafts(model: Any, weights: AdapterWeights, tokens: list[int]) -> 
             low = s.a[k].double() @ h
             inner = s.b[k].double() @ (low + s.c[k].double() @ embedding if s.c is not None else low)
         state = h + torch.nn.functional.silu(inner + s.bias[k].double())
-        logits = s.head[k].double() @ state if s.head is not None else base.get_output_embeddings()(state)
+        logits = s.head[k].double() @ state if s.head is not None else base.get_output_embeddings()(state).clone()
+        logits[sorted({*tokens[prompt_len:], *drafts})] -= presence
         drafts.append(int(logits.argmax()))
     return drafts
 
 
-def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: Zoo) -> None:
+SAMPLED = SamplingParams(temperature=0.9, seed=3, max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [greedy(8), SAMPLED, replace(SAMPLED, logprobs=2), replace(SAMPLED, presence_penalty=1.5)],
+    ids=["greedy", "sampled", "logprobs", "penalised"],
+)
+def test_drafts_are_the_streams_likeliest_in_a_mixed_batch(zoo: Zoo, params: SamplingParams) -> None:
     """Every draft of every step, shared heads beside own ones, against a reference written by hand."""
     model, folders, oracles = zoo
     kinds = [*sorted(SPECULATING), "plain", "medusa-only", None]
     exact = {k: copy.deepcopy(oracles[k]).double() for k in SPECULATING}
     weights = {k: load_adapter(folders[k]) for k in SPECULATING}
     harness = Harness(model, folders, eos=frozenset())
-    jobs = [Job(t, greedy(8), adapter=k, draft_cap=8) for t, k in zip(prompts(len(kinds)), kinds, strict=True)]
+    jobs = [Job(t, params, adapter=k, draft_cap=8) for t, k in zip(prompts(len(kinds)), kinds, strict=True)]
     checked = dict.fromkeys(SPECULATING, 0)
 
     def check(tick: int) -> None:
@@ -103,7 +114,8 @@ def test_drafts_are_the_streams_own_in_a_mixed_batch(zoo: Zoo) -> None:
             seq = job.sequence
             if seq is not None and seq.guesses:
                 assert job.adapter is not None
-                expected = reference_drafts(exact[job.adapter], weights[job.adapter], seq.tokens)
+                own, model_of = weights[job.adapter], exact[job.adapter]
+                expected = reference_drafts(model_of, own, seq.tokens, seq.prompt_len, params.presence_penalty)
                 assert [guess.token for guess in seq.guesses] == expected[: len(seq.guesses)]
                 checked[job.adapter] += len(seq.guesses)
 
@@ -304,14 +316,14 @@ def test_prompts_that_leave_a_template_anywhere_answer_as_they_do_without_a_cach
         harness = Harness(model, folders, num_blocks=64, eos=frozenset())
         harness.scheduler.prefix_caching = caching
         jobs = [
-            Job(template[: 41 - 11 * i] + end, params, adapter=kind, draft_cap=8)
+            Job(template[: 41 - 10 * i] + end, params, adapter=kind, draft_cap=8)
             for kind in (None, "plain", "all-linear")
             for i, end in enumerate(ends)
         ]
         answers = [harness.run([job])[0] for job in jobs]
         found[caching] = answers, [job.sequence.cached_prompt for job in jobs if job.sequence is not None]
     assert found[True][0] == found[False][0]
-    assert found[True][1] == [0, 30, 19, 8] * 3
+    assert found[True][1] == [0, 31, 21, 11] * 3
     assert found[False][1] == [0] * 12
 
 

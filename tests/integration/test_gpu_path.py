@@ -86,6 +86,10 @@ def test_mixed_adapters_chunked_and_drafting_give_the_oracles_text(
     for text, name, answer in zip(texts, names, answers, strict=True):
         assert_same_tokens(answer, *oracle_greedy(oracles[name] if name else model, text, TOKENS))
     assert bool(capture.replayed) == recorded
+    alike = Job([*texts[1][:28], 4, 5], params, "dora", draft_cap=3)  # goes on within a block of the second one's
+    assert_same_tokens(harness.run([alike])[0], *oracle_greedy(oracles["dora"], list(alike.prompt), TOKENS))
+    assert alike.sequence is not None
+    assert alike.sequence.cached_prompt == 28
 
 
 def test_recordings_are_used_again_until_what_they_read_moves(

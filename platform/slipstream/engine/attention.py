@@ -44,7 +44,7 @@ class KVCache:
         self.values = [torch.zeros_like(k) for k in self.keys]
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy whole blocks, all from what was there before."""
+        """Copy whole blocks [kv_heads, block_size, D] of every layer, all from what was there before."""
         sources, targets = torch.tensor(copies, device=self.keys[0].device).unbind(1)
         for cached in (*self.keys, *self.values):
             cached.index_copy_(1, targets, cached.index_select(1, sources))

@@ -95,8 +95,9 @@ class BlockPool:
             found.append(block)
         return found
 
-    def similar(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, int]:
-        """The published block after `parent` that begins most like `tokens`, and how many tokens they share; 0 = none does.
+    def similar(self, parent: bytes, tokens: Sequence[int], least: int = 1) -> tuple[int, int]:
+        """The published block after `parent` that begins most like `tokens`, and how many tokens they share; none that shares
+        fewer than `least`: (-1, 0).
 
         Among tuples in order, the one that shares most with another lies next to where that one would be.
         """
@@ -105,7 +106,7 @@ class BlockPool:
         best, most = -1, 0
         for held, block in siblings[max(0, at - 1) : at + 1]:
             shared = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), len(wanted))
-            if shared > most:
+            if shared > most and shared >= least:
                 best, most = block, shared
         if best in self._free:
             self._free.move_to_end(best)

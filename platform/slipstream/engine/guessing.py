@@ -75,7 +75,7 @@ class Guesser:
         return found | self._whole(left, states) if left else found
 
     def colder(self, part: PlannedSequence) -> PlannedSequence:
-        """The sequence with the parameters by which its guesses are picked."""
+        """The sequence with the parameters by which its guesses are picked. (`benchmarks drafts` overrides it.)"""
         params = part.params
         if params.temperature == 0.0 and params.logprobs is None:
             return part

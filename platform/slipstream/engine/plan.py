@@ -57,7 +57,7 @@ class StepPlan:
 
 
 class Pick(NamedTuple):
-    """A token picked from a row of logits, and how far its score (scaled, and with noise, if it is) was ahead of the next."""
+    """A token picked from a row of logits, and how far its score was ahead of the next (a sampled row: with noise)."""
 
     token: int
     margin: float

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from slipstream.engine.blocks import BlockPool, Link, root_hash
 from slipstream.engine.sequence import Sequence
 
+LEAST_SHARE = 4  # of a block, the part that must be alike: a copy costs about what a token or two do
+
 
 class Prefix(NamedTuple):
     """What need not be computed: the first `known` tokens, in `blocks` and, if those hold fewer, `similar`."""
@@ -29,7 +31,8 @@ def find(seq: Sequence, pool: BlockPool) -> Prefix:
     _extend(seq, most // size, size)
     blocks = pool.match([link.hash for link in seq.links[: most // size]])
     known = len(blocks) * size
-    similar, shared = pool.similar(_parent(seq, len(blocks)), seq.tokens[known : min(known + size, most)])
+    rest = seq.tokens[known : min(known + size, most)]
+    similar, shared = pool.similar(_parent(seq, len(blocks)), rest, least=size // LEAST_SHARE)
     return Prefix(blocks, similar, known + shared)
 
 

@@ -151,6 +151,52 @@ def test_a_prompt_within_the_first_block_and_one_asked_again_compute_what_is_new
     assert cached == [0, 2, 2], "the last token is always computed"
 
 
+def started_with_one_block(num_blocks: int) -> tuple[Scheduler, ScriptedRunner]:
+    """Whose only cached block is the first, with tokens 1 2 3 4."""
+    scheduler, runner = make_scheduler(num_blocks=num_blocks), ScriptedRunner(BLOCK)
+    scheduler.add(make_seq(0, [1, 2, 3, 4], max_tokens=1))
+    run(scheduler, runner)
+    return scheduler, runner
+
+
+def test_a_block_that_is_copied_may_be_handed_out_in_the_same_step() -> None:
+    scheduler, runner = started_with_one_block(2)
+    alike, other = make_seq(1, [1, 2, 9], max_tokens=1), make_seq(2, [7, 7, 7], max_tokens=1)
+    scheduler.add(alike)
+    scheduler.add(other)
+    plan = scheduler.schedule()
+    (copy,) = plan.copies
+    assert [part.blocks for part in plan.sequences] == [(copy.target,), (copy.source,)]
+    scheduler.commit(plan, runner.run(plan))
+    assert alike.tokens[3:] == expected_answer([1, 2, 9], 1)
+    assert other.tokens[3:] == expected_answer([7, 7, 7], 1)
+
+
+def test_several_sequences_copy_one_block_and_one_is_preempted_before_it_is_full() -> None:
+    scheduler, runner = started_with_one_block(5)
+    seqs = [make_seq(i, [1, 2, 8 + i], max_tokens=12) for i in (1, 2)]
+    for seq in seqs:
+        scheduler.add(seq)
+    plan = scheduler.schedule()
+    assert len(plan.copies) == len({copy.target for copy in plan.copies}) == 2
+    assert len({copy.source for copy in plan.copies}) == 1
+    scheduler.commit(plan, runner.run(plan))
+    scheduler._preempt(seqs[1])
+    run(scheduler, runner)
+    assert seqs[1].preemptions >= 1
+    for seq in seqs:
+        assert seq.tokens[3:] == expected_answer(seq.tokens[:3], 12)
+
+
+def test_less_than_a_quarter_of_a_block_is_computed_rather_than_copied() -> None:
+    scheduler, runner = Scheduler(BlockPool(8, 16), AlwaysThere(), 64, 4), ScriptedRunner(16)
+    for i, (alike, cached) in enumerate([(16, 0), (3, 0), (4, 4)]):
+        seq = make_seq(i, [*range(1, alike + 1), 30 + i, 40], max_tokens=1)
+        scheduler.add(seq)
+        run(scheduler, runner)
+        assert seq.cached_prompt == cached
+
+
 def test_other_tenants_and_adapters_blocks_are_not_copied() -> None:
     scheduler, runner = make_scheduler(), ScriptedRunner(BLOCK)
     prompt = [1, 2, 3, 4, 5, 6]
