@@ -74,12 +74,12 @@ class Results:
 
         figure = Figure(figsize=(9, 0.7 + 0.28 * len(self.systems) * len(self.counts)), layout="constrained")
         axes = figure.subplots()
-        colours = mpl.colormaps["tab10"]
+        colours = mpl.colormaps["tab20"]
         step = len(self.systems) + 1
         for i, system in enumerate(self.systems):
             places = [c * step + i for c in range(len(self.counts))]
             medians = [self.speed[system, n].median for n in self.counts]
-            bars = axes.barh(places, medians, color=colours(i % 10), label=system)
+            bars = axes.barh(places, medians, color=colours(i % 20), label=system)
             axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         axes.set_yticks(
             [c * step + (step - 2) / 2 for c in range(len(self.counts))], [f"{n} at once" for n in self.counts]
