@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ _bounded = settings(
         pytest.param(schemathesis.GenerationMode.POSITIVE, True, id="valid-admin"),
     ],
 )
-def test_no_generated_request_breaks_the_server(world: ApiWorld, mode: Any, as_admin: bool) -> None:
+def test_no_generated_request_breaks_the_server(tmp_path: Path, mode: Any, as_admin: bool) -> None:
+    world = ApiWorld(tmp_path / "uploads")
+
     async def prepare() -> str:
         await world.publish("sql")
         return await world.key()
