@@ -191,7 +191,7 @@ def main(
     rows = prompt_ids(task)
     most = len(rows) // sum(sum(Turn.sizes(n)) for n in CONCURRENCY) - 1
     if rounds > most:
-        raise typer.BadParameter(f"{task} has new prompts for {most} rounds", param_hint="rounds")
+        raise typer.BadParameter(f"{task} has new prompts for {most} rounds; ask for no more", param_hint="rounds")
     adapters = eight_adapters(task)
     engine = OfflineEngine(path, dtype, with_plain(adapters), device="cpu", disable=(), prefix_caching=prefix_caching)
     ours = partial(slipstream, engine, task=task, temperature=temperature)

@@ -18,8 +18,7 @@ import typer
 from benchmarks.engine import names_of
 from benchmarks.forced import run
 from benchmarks.results import Results
-from benchmarks.workload import NUM_ADAPTERS, adapter_folder, model_path, perturbed, prompt_ids
-from slipstream.adapters.load import load_adapter
+from benchmarks.workload import eight_adapters, model_path, prompt_ids
 from slipstream.adapters.weights import AdapterWeights
 from slipstream.engine.config import FastPath
 from slipstream.engine.offline import STREAMS_ONLY, OfflineEngine, Row
@@ -33,7 +32,7 @@ PLAIN = "no drafts"
 def with_streams(weights: AdapterWeights, count: int) -> AdapterWeights:
     """The adapter with so many streams: its first ones, or its last one several times, which is as good at what it costs."""
     assert weights.streams is not None
-    every = [min(i, weights.streams.bias.shape[0] - 1) for i in range(count)]
+    every = [min(i, weights.streams.num_streams - 1) for i in range(count)]
     own = {f.name: getattr(weights.streams, f.name) for f in fields(weights.streams)}
     streams = replace(weights.streams, **{name: t[every] for name, t in own.items() if t is not None})
     return replace(weights, streams=streams)
@@ -48,8 +47,7 @@ def main(
 ) -> None:
     """Turbo LoRAs with good, middling and useless speculators, at 1 to 64 requests at once."""
     torch.set_num_threads(threads)
-    weights = with_streams(load_adapter(adapter_folder("snips")), streams)
-    adapters = {f"snips-{i}": perturbed(weights, i) if i else weights for i in range(NUM_ADAPTERS)}
+    adapters = {name: with_streams(weights, streams) for name, weights in eight_adapters().items()}
     disable = STREAMS_ONLY if fixed else (FastPath.COPIED_DRAFTS,)
     engine = OfflineEngine(model_path(), "auto", adapters, device="cpu", disable=disable)
     scheduler = engine._core.scheduler  # a measurement's business, not an interface's
