@@ -3,6 +3,9 @@
 Every sequence has some tokens known and some of them computed; a step computes more. Decodes (one token missing) come
 first with their drafts, then prefill chunks of running sequences, then new ones by priority and their tenants' turns. When
 blocks run out the running sequence that came last is preempted: its blocks go, and it recomputes later, with the same noise.
+
+Over 400 lines: one owner of all sequences, whose invariants hold between its methods; what could be told apart (drafting,
+pacing, fairness, prefixes) has files of its own.
 """
 
 from __future__ import annotations

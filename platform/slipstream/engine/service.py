@@ -1,4 +1,7 @@
-"""The engine as an `EngineClient`: a step loop in its own thread, requests and events on the caller's event loop."""
+"""The engine as an `EngineClient`: a step loop in its own thread, requests and events on the caller's event loop.
+
+Over 400 lines: what crosses between the two threads is one protocol, and is read together.
+"""
 
 from __future__ import annotations
 

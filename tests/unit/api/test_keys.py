@@ -1,4 +1,7 @@
-"""Who may call what."""
+"""Who may call what.
+
+Over 400 lines: tables of routes by who may call them, read beside the tests that go through them.
+"""
 
 from __future__ import annotations
 
